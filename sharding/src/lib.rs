@@ -1,1 +1,53 @@
-//! sharding
+//! Who owns which slice of what trains, and how ranks exchange it: collectives behind one small trait, ZeRO's flat
+//! padded slices, and AdamW over them.
+
+pub mod adamw;
+pub mod comm;
+pub mod layout;
+pub mod memory;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod solo;
+pub mod zero;
+
+pub use comm::{Comm, Pending, Reduce};
+pub use layout::{BucketSpec, Layout, ParamSpec};
+pub use zero::{Stage, Zero};
+
+/// What can go wrong between ranks.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{call} failed with MPI error {code}: a peer is gone or the network broke; look at the first rank that stopped")]
+    Mpi { call: &'static str, code: i32 },
+    #[error(
+        "{call} over {count} elements exceeds MPI's limit of {limit} a call; use more ranks or fewer trained parameters in one module",
+        limit = i32::MAX
+    )]
+    TooManyElements { call: &'static str, count: usize },
+    #[error("the launcher started {placed} ranks but MPI sees {mpi}; start the workers with `mpirun` or `srun --mpi=pmix`")]
+    WorldMismatch { placed: usize, mpi: usize },
+    #[error("{world} ranks were started but this worker was built without MPI; build it with the feature `mpi`")]
+    NoMpi { world: usize },
+    #[error(
+        "ranks {ranks:?} registered other trainable parameters than rank 0; start all ranks with the same binary, config and base model"
+    )]
+    LayoutMismatch { ranks: Vec<usize> },
+    #[error(transparent)]
+    Torch(#[from] tch::TchError),
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Joins the run's ranks: MPI when the launcher placed more than one, else alone.
+///
+/// # Errors
+/// When MPI does not see as many ranks as the launcher placed, which happens when `srun` starts N singletons.
+pub fn join(world: usize) -> Result<Box<dyn Comm>> {
+    if world == 1 {
+        return Ok(Box::new(solo::Solo));
+    }
+    #[cfg(feature = "mpi")]
+    return Ok(Box::new(mpi::Mpi::join(world)?));
+    #[cfg(not(feature = "mpi"))]
+    return Err(Error::NoMpi { world });
+}

@@ -1,0 +1,43 @@
+//! The door to a CPU tensor's memory. Everything else in this workspace sees tensors or slices, never pointers.
+#![allow(unsafe_code)]
+
+use tch::{Device, Kind, Tensor};
+
+fn check(tensor: &Tensor) -> usize {
+    assert!(tensor.device() == Device::Cpu && tensor.is_contiguous(), "memory is read from contiguous CPU tensors only");
+    tensor.numel()
+}
+
+/// The elements of an f32 tensor.
+pub fn f32s(tensor: &Tensor) -> &[f32] {
+    assert_eq!(tensor.kind(), Kind::Float);
+    let numel = check(tensor);
+    if numel == 0 {
+        return &[];
+    }
+    // SAFETY: contiguous f32 storage of `numel` elements on the CPU; it lives as long as `tensor`, which is borrowed.
+    // Nothing here runs on other threads that write to it: torch's CPU operations return when they are finished.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), numel) }
+}
+
+/// The elements of an f32 tensor, to write. Views of the same storage must not be read through another slice
+/// meanwhile: the callers hold the one handle to each slice.
+pub fn f32s_mut(tensor: &mut Tensor) -> &mut [f32] {
+    assert_eq!(tensor.kind(), Kind::Float);
+    let numel = check(tensor);
+    if numel == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `f32s`; `tensor` is borrowed mutably.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), numel) }
+}
+
+/// The raw bytes of a tensor of any kind, little-endian as on every machine we run on.
+pub fn bytes(tensor: &Tensor) -> &[u8] {
+    let numel = check(tensor);
+    if numel == 0 {
+        return &[];
+    }
+    // SAFETY: as in `f32s`; any initialised memory may be read as bytes.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), numel * tensor.kind().elt_size_in_bytes()) }
+}
