@@ -1,5 +1,26 @@
 //! The config twice: as typed (YAML, checked against what a run can do) and as run ([`Plan`], complete and immutable).
 
+mod check;
+mod error;
 mod plan;
+mod raw;
 
+use std::path::Path;
+
+use serde::Serialize;
+
+pub use error::ConfigError;
 pub use plan::*;
+
+/// Reads `file`, puts `overrides` (`train.steps=5`) over it, checks everything and derives the plan.
+/// Relative paths in a config are relative to the working directory, which recipes take to be the repository's root.
+pub fn load(file: &Path, overrides: &[String]) -> Result<Plan, ConfigError> {
+    let raw = raw::read(file, overrides)?;
+    check::plan(raw).map_err(|broken| ConfigError::rules(file, broken))
+}
+
+/// The name of a value: a digest of its JSON. Equal settings have equal names.
+pub fn digest(value: &impl Serialize) -> String {
+    let json = serde_json::to_vec(value).expect("settings are plain data");
+    blake3::hash(&json).to_hex().to_string()
+}

@@ -70,11 +70,16 @@ pub enum Model {
     /// Made from a GGUF file: weights dequantised, tokenizer from the file's own tables.
     Gguf { path: PathBuf },
     /// Random weights, N(0, `init_std`²), from the plan's seed.
-    Scratch { shape: Shape, init_std: f64, tokenizer: Pieces },
+    Scratch {
+        shape: Shape,
+        init_std: f64,
+        tokenizer: Pieces,
+    },
 }
 
 /// Sizes of a LLaMA-family model, by the names of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Shape {
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -98,6 +103,7 @@ pub enum Pieces {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Vocabulary {
     pub new_pieces: usize,
     /// Exponent of the language sampling of the text that pieces are learned from.
@@ -122,6 +128,7 @@ pub enum NewRows {
 
 /// p_l ∝ n_l^α over training tokens n_l.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Sampling {
     pub alpha: f64,
 }
@@ -165,6 +172,7 @@ pub enum Recompute {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Lora {
     pub rank: usize,
     pub alpha: f64,
@@ -232,6 +240,7 @@ impl Optimizer {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Checkpoint {
     pub every_steps: u64,
     /// The newest this many are kept; at least 2.
@@ -239,6 +248,7 @@ pub struct Checkpoint {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Evaluation {
     /// Held-out documents a language, in key order; `None`: all.
     pub documents_per_language: Option<usize>,
@@ -251,6 +261,7 @@ pub struct Evaluation {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Launch {
     pub ranks: usize,
     /// `None`: the machine's cores shared among local ranks.

@@ -1,0 +1,195 @@
+//! The config as typed. Mirrors the YAML section by section; unknown keys are errors. What may be left out is an `Option`
+//! whose meaning of `None` stands beside it; no other default exists. Sections that run as they are typed are the plan's
+//! own. No rule is checked here, see `check.rs`.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::{ConfigError, sentence};
+use crate::plan::{
+    Checkpoint, Evaluation, FullModule, Launch, Lora, Precision, Recompute, Sampling, Schedule, Shape, Vocabulary,
+};
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Raw {
+    pub name: String,
+    pub seed: u64,
+    pub folders: Folders,
+    pub corpus: Corpus,
+    pub model: Model,
+    /// None: the base model's own vocabulary is kept.
+    pub vocabulary: Option<Vocabulary>,
+    pub sampling: Sampling,
+    pub train: Train,
+    pub optimizer: Optimizer,
+    pub checkpoint: Checkpoint,
+    pub evaluation: Evaluation,
+    pub launch: Launch,
+    /// None: everything in it is off.
+    pub debug: Option<Debug>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Folders {
+    /// Holds `corpus`, `base_model`, `vocabulary` and `tokens`, unless a line below puts one elsewhere.
+    pub prepared: PathBuf,
+    pub run: PathBuf,
+    pub corpus: Option<PathBuf>,
+    pub vocabulary: Option<PathBuf>,
+    pub tokens: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Corpus {
+    pub source: Source,
+    pub held_out: f64,
+    /// None: nothing is put before a document.
+    pub document_start: Option<String>,
+    /// None: nothing is put after a document.
+    pub document_end: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    pub kind: SourceKind,
+    pub path: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceKind {
+    Udhr,
+    Folders,
+}
+
+/// Which keys a kind needs is checked in `check.rs`: the parser's own words for a tagged union help nobody.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    pub kind: ModelKind,
+    pub path: Option<PathBuf>,
+    pub shape: Option<Shape>,
+    pub init_std: Option<f64>,
+    pub tokenizer: Option<Pieces>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelKind {
+    Folder,
+    Gguf,
+    Scratch,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pieces {
+    pub kind: PiecesKind,
+    pub path: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PiecesKind {
+    Folder,
+    LlamaTokenizerJs,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Train {
+    pub steps: u64,
+    pub sequence_length: usize,
+    pub rows_per_step: usize,
+    pub micro_rows: usize,
+    pub precision: Precision,
+    pub recompute: Recompute,
+    pub zero: u8,
+    /// None: the body has no LoRA and stays as it is.
+    pub lora: Option<Lora>,
+    pub full: Vec<FullModule>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Optimizer {
+    /// Needed where `train.lora` is, and only there.
+    pub lr_lora: Option<f64>,
+    /// Needed where `train.full` names a module, and only there.
+    pub lr_embeddings: Option<f64>,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+    /// None: gradients are not clipped.
+    pub max_grad_norm: Option<f64>,
+    pub warmup_steps: u64,
+    pub schedule: Schedule,
+    /// None: the schedule ends at 0.
+    pub final_lr_share: Option<f64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Debug {
+    pub check_ranks_equal: Option<bool>,
+    pub overfit_one_batch: Option<bool>,
+}
+
+pub fn read(file: &Path, overrides: &[String]) -> Result<Raw, ConfigError> {
+    let yaml = std::fs::read_to_string(file).map_err(|source| ConfigError::Read {
+        file: file.to_owned(),
+        source,
+    })?;
+    let mut raw = serde_saphyr::from_str(&yaml).map_err(|error| ConfigError::shape(file, &yaml, &error))?;
+    if overrides.is_empty() {
+        return Ok(raw);
+    }
+    let mut tree: serde_json::Value =
+        serde_saphyr::from_str(&yaml).map_err(|error| ConfigError::shape(file, &yaml, &error))?;
+    for text in overrides {
+        // One at a time, so that a complaint is about this one.
+        raw = put(&mut tree, text)
+            .and_then(|()| {
+                let yaml = serde_saphyr::to_string(&tree).map_err(|error| error.to_string())?;
+                serde_saphyr::from_str(&yaml).map_err(|error| sentence(&error))
+            })
+            .map_err(|sentence| ConfigError::Override {
+                text: text.clone(),
+                sentence,
+            })?;
+    }
+    Ok(raw)
+}
+
+/// Puts one `section.key=value` into the tree; the value is YAML.
+fn put(tree: &mut serde_json::Value, text: &str) -> Result<(), String> {
+    let (path, value) = text
+        .split_once('=')
+        .ok_or("an override reads section.key=value, such as train.steps=5")?;
+    let value = serde_saphyr::from_str(value).map_err(|error| sentence(&error))?;
+    let (sections, key) = path
+        .rsplit_once('.')
+        .map_or((None, path), |(sections, key)| (Some(sections), key));
+    let mut place = tree;
+    for section in sections.into_iter().flat_map(|sections| sections.split('.')) {
+        let object = place
+            .as_object_mut()
+            .ok_or_else(|| format!("`{section}` is inside a plain value"))?;
+        let entry = object.entry(section).or_insert(serde_json::Value::Null);
+        if entry.is_null() {
+            *entry = serde_json::Value::Object(serde_json::Map::new());
+        }
+        place = entry;
+    }
+    let object = place
+        .as_object_mut()
+        .ok_or_else(|| format!("`{key}` is inside a plain value"))?;
+    object.insert(key.to_owned(), value);
+    Ok(())
+}

@@ -1,0 +1,174 @@
+//! Every shipped recipe loads; every wrong config fails with the sentence that stands in its first line.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use configs::{Model, NewRows, Optimizer, Plan, Schedule, load};
+use proptest::prelude::*;
+
+fn here() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn yaml_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));
+    files.sort();
+    assert!(!files.is_empty(), "no YAML in {}", folder.display());
+    files
+}
+
+fn tiny(overrides: &[&str]) -> Result<Plan, String> {
+    let overrides: Vec<_> = overrides.iter().map(|&text| text.to_owned()).collect();
+    load(&here().join("tiny.yaml"), &overrides).map_err(|error| error.to_string())
+}
+
+#[test]
+fn every_recipe_loads_and_its_plan_survives_json() {
+    for file in yaml_files(here()) {
+        let plan = load(&file, &[]).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(
+            Some(plan.name.as_str()),
+            file.file_stem().unwrap().to_str(),
+            "a recipe is named as its file"
+        );
+        let json = serde_json::to_string(&plan).unwrap();
+        assert_eq!(plan, serde_json::from_str::<Plan>(&json).unwrap());
+        assert!(plan.folders.run.is_absolute() && plan.folders.base_model.is_absolute());
+    }
+}
+
+/// PANGLOT_BLESS=1 writes the first lines anew; read the difference before committing it.
+#[test]
+fn every_wrong_config_fails_with_its_sentence() {
+    let folder = here().join("tests/wrong");
+    let bless = std::env::var_os("PANGLOT_BLESS").is_some();
+    let mut wrong = Vec::new();
+    for file in yaml_files(&folder) {
+        let text = fs::read_to_string(&file).unwrap();
+        let said = match load(&file, &[]) {
+            Ok(_) => panic!("{} loads", file.display()),
+            Err(error) => error
+                .to_string()
+                .replace(&format!("{}/", folder.display()), "")
+                .replace(&std::env::current_dir().unwrap().display().to_string(), "$PWD"),
+        };
+        let said = format!("# {}", said.replace('\n', "\n# "));
+        let expected: Vec<_> = text.lines().take_while(|line| line.starts_with('#')).collect();
+        if bless {
+            let body: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
+            fs::write(&file, format!("{said}\n{}\n", body.join("\n"))).unwrap();
+        } else if expected.join("\n") != said {
+            wrong.push(format!(
+                "{}\n  expected {}\n  said     {said}",
+                file.display(),
+                expected.join("\n")
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn an_override_changes_one_value_and_is_checked_like_the_file() {
+    let plan = tiny(&[
+        "train.steps=5",
+        "train.lora.targets=[q_proj]",
+        "name=other",
+        "vocabulary=null",
+    ])
+    .unwrap();
+    assert_eq!((plan.train.steps, plan.name.as_str()), (5, "other"));
+    assert_eq!(plan.train.lora.unwrap().targets, ["q_proj"]);
+    let sentence = |text: &str| tiny(&[text]).unwrap_err();
+    assert_eq!(
+        sentence("train.stpes=5"),
+        "`train.stpes=5` on the command line: unknown key `stpes`; the nearest known key is `steps`"
+    );
+    assert!(sentence("train.steps").contains("an override reads section.key=value"));
+    assert!(sentence("train.steps.more=5").contains("`more` is inside a plain value"));
+    assert!(sentence("launch.ranks=5").contains("is not a multiple of 10 (5 ranks × 2 micro_rows); try 20"));
+}
+
+#[test]
+fn a_missing_config_is_named_with_a_way_out() {
+    let error = load(Path::new("no/such.yaml"), &[]).unwrap_err().to_string();
+    assert!(
+        error.starts_with("cannot read the config no/such.yaml: No such file"),
+        "{error}"
+    );
+    assert!(error.ends_with("a ready one is configs/tiny.yaml"), "{error}");
+}
+
+#[test]
+fn the_mala_recipe_has_the_released_sizes() {
+    let plan = load(&here().join("mala500-7b.yaml"), &[]).unwrap();
+    let vocabulary = plan.vocabulary.unwrap();
+    assert_eq!(32_000 + vocabulary.new_pieces, 260_164);
+    assert_eq!(
+        (32_000 + vocabulary.new_pieces).next_multiple_of(vocabulary.multiple_of),
+        260_224
+    );
+    assert_eq!((vocabulary.new_rows, plan.model), (NewRows::Normal, Model::Folder));
+    assert_eq!(
+        plan.train.rows_per_step / plan.launch.ranks,
+        8,
+        "8 rows a GPU, accumulated one by one"
+    );
+}
+
+#[test]
+fn all_broken_rules_are_told_at_once() {
+    let error = tiny(&["train.zero=3", "checkpoint.keep=1"]).unwrap_err();
+    assert!(error.contains("2 settings cannot run:\n  - train.zero = 3"), "{error}");
+    assert!(error.contains("\n  - checkpoint.keep = 1"), "{error}");
+}
+
+fn optimizer(schedule: Schedule, warmup_steps: u64, final_lr_share: f64) -> Optimizer {
+    Optimizer {
+        schedule,
+        warmup_steps,
+        final_lr_share,
+        ..tiny(&[]).unwrap().optimizer
+    }
+}
+
+#[test]
+fn the_learning_rate_follows_its_formula() {
+    let at =
+        |optimizer: &Optimizer, steps: &[u64]| steps.iter().map(|&s| optimizer.lr_factor_at(s, 10)).collect::<Vec<_>>();
+    let half = 0.5f64;
+    assert_eq!(
+        at(&optimizer(Schedule::Linear, 2, 0.0), &[0, 1, 2, 6, 10]),
+        [half, 1.0, 1.0, half, 0.0]
+    );
+    assert_eq!(
+        at(&optimizer(Schedule::Constant, 4, 0.0), &[0, 3, 4, 9]),
+        [0.25, 1.0, 1.0, 1.0]
+    );
+    let cosine = at(&optimizer(Schedule::Cosine, 2, 0.1), &[2, 6, 10, 99]);
+    // Half-way down the cosine is half-way between the peak and the end.
+    for (got, expected) in cosine.iter().zip([1.0, 0.55, 0.1, 0.1]) {
+        assert!((got - expected).abs() < 1e-12, "{cosine:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn the_learning_rate_rises_to_the_peak_and_never_rises_again(
+        warmup in 0u64..50, more in 1u64..500, share in 0.0f64..=1.0, linear: bool,
+    ) {
+        let schedule = if linear { Schedule::Linear } else { Schedule::Cosine };
+        let (optimizer, steps) = (optimizer(schedule, warmup, share), warmup + more);
+        let factors: Vec<_> = (0..=steps).map(|step| optimizer.lr_factor_at(step, steps)).collect();
+        prop_assert!(factors.iter().all(|&f| f > 0.0 - 1e-12 && f <= 1.0));
+        let (rising, falling) = factors.split_at(warmup as usize);
+        prop_assert!(rising.is_sorted());
+        prop_assert!(falling.is_sorted_by(|a, b| *a >= *b - 1e-12));
+        prop_assert_eq!(falling[0], 1.0);
+        prop_assert!((factors[steps as usize] - share).abs() < 1e-12);
+    }
+}
