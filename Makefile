@@ -1,0 +1,37 @@
+# Each target sets up what it needs; done once, that costs a moment and no network. The environment is setup/env.sh's.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test build demo test clean distclean
+# setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
+.NOTPARALLEL:
+
+ENV := . setup/env.sh;
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1 · \2/p' $(MAKEFILE_LIST) | column -t -s '·'
+
+setup:  ## system packages, libtorch, the texts and the base model
+	@setup/system.sh
+	@setup/packages.py build
+
+setup-test: setup  ## besides, the Python environment that the tests compare against
+	@setup/packages.py test
+
+build: setup  ## both programs, in target/release
+	@$(ENV) cargo build --release --locked --workspace
+
+demo: build  ## the whole road on real text in about 500 languages
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" demo configs/demo.yaml
+
+test: setup-test build  ## everything CI runs: formatting, lints, tests
+	@$(ENV) cargo fmt --all --check
+	@$(ENV) cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	@$(ENV) cargo test --release --locked --workspace
+
+clean:  ## removes what was built; runs and fetched packages stay
+	@cargo clean
+
+distclean: clean  ## besides, removes what set-up fetched
+	@rm -rf -- .panglot
