@@ -122,7 +122,8 @@ def fetch(pin, pins):
 
 
 def download_npm(pin, partial):
-    run(pin, ["npm", "pack", "--silent", "--ignore-scripts", "--fetch-retries=1", f"{pin.name}@{pin.version}"], partial)
+    run(pin, ["npm", "pack", "--silent", "--ignore-scripts", "--fetch-retries=2", "--fetch-retry-mintimeout=1000",
+              "--fetch-retry-maxtimeout=2000", f"{pin.name}@{pin.version}"], partial)
     return the_file(pin, partial)
 
 
@@ -235,6 +236,7 @@ def make_environment(pins):
 
 def run(pin, command, folder):
     """Runs a client quietly; where it fails, its last words become part of the one sentence."""
+    client = "pip" if "pip" in command else Path(command[0]).name
     what = f"{pin.name} {pin.version} could not be fetched" if pin else "The Python environment could not be made"
     try:
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -244,7 +246,7 @@ def run(pin, command, folder):
     if done.returncode != 0:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()] or lines or [f"exit status {done.returncode}"]
-        raise Stop(f"{what} ({Path(command[0]).name}: {errors[-1].rstrip('.')}); check the network and its proxy settings, "
+        raise Stop(f"{what} ({client}: {errors[-1].removeprefix('ERROR: ').rstrip('.')}); check the network and its proxy settings, "
                    "then run the same make command again: what is already there stays.")
 
 
