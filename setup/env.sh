@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The environment of the build and of the programs, in one place. For a shell: `. setup/env.sh` (Bash).
 # Sets variables only: it fetches nothing, writes nothing, and may be read any number of times.
 

@@ -55,18 +55,18 @@ install() {
         as_root=(sudo)
     fi
     echo "Installing by apt: $*"
-    local began=$SECONDS log
-    log="$(mktemp)"
+    local began=$SECONDS
+    log="$(mktemp)"     # not local: the trap still needs it when the function is over
     trap 'rm -f -- "$log"' EXIT
     local apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300)
     # Debian images often come without package lists, and old lists name files that are gone.
-    "${apt[@]}" update > "$log" 2>&1 || apt_failed "$log"
-    "${apt[@]}" install --yes --no-install-recommends "$@" > "$log" 2>&1 < /dev/null || apt_failed "$log"
+    "${apt[@]}" update > "$log" 2>&1 || apt_failed
+    "${apt[@]}" install --yes --no-install-recommends "$@" > "$log" 2>&1 < /dev/null || apt_failed
     echo "  installed in $((SECONDS - began)) s"
 }
 
 apt_failed() {
-    tail -n 5 "$1" >&2
+    tail -n 5 "$log" >&2
     stop "apt-get failed (its last words are above): check the network and /etc/apt, then run make again."
 }
 
