@@ -1,0 +1,391 @@
+//! `config.json` of a LLaMA-family model, in the forms that `transformers` 4 and 5 write. What we would compute wrongly is
+//! refused here, so that everything behind may trust the sizes.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+/// Sizes and constants of a LLaMA-family model, by the names of Hugging Face's `config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelConfig {
+    /// Rows of the embedding and head matrices; a tokenizer may have fewer pieces.
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    pub max_position_embeddings: usize,
+    pub tie_word_embeddings: bool,
+    pub bos_token_id: Option<u32>,
+    /// The first one where a model names several.
+    pub eos_token_id: Option<u32>,
+}
+
+impl ModelConfig {
+    /// Reads `config.json` in `dir`.
+    ///
+    /// # Errors
+    /// When it cannot be read, or describes a model that this program would compute wrongly.
+    pub fn open(dir: &Path) -> Result<ModelConfig> {
+        let path = dir.join("config.json");
+        let text = std::fs::read(&path).with_context(|| {
+            format!(
+                "{} cannot be read; a model folder holds config.json as `transformers` writes it",
+                path.display()
+            )
+        })?;
+        let value: Value = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+        let object = value
+            .as_object()
+            .with_context(|| format!("{} is not a JSON object", path.display()))?;
+        ModelConfig::from_json(object).with_context(|| path.display().to_string())
+    }
+
+    /// Reads the fields of a `config.json`. Absent fields take the values that `transformers` gives them.
+    pub fn from_json(object: &Map<String, Value>) -> Result<ModelConfig> {
+        let fields = Fields(object);
+        fields.must_be("model_type", &["llama"], "llama")?;
+        fields.must_be("hidden_act", &["silu", "swish"], "silu")?;
+        for bias in ["attention_bias", "mlp_bias"] {
+            ensure!(
+                !fields.bool(bias, false)?,
+                "{bias} = true, but this program computes LLaMA's linears without biases; use a model without them"
+            );
+        }
+        ensure!(
+            fields.count("pretraining_tp", Some(1))? == 1,
+            "pretraining_tp = {} splits matrices in a way this program does not compute; set it to 1 in config.json \
+             (the weights are the same)",
+            object["pretraining_tp"]
+        );
+        ensure!(
+            !object.contains_key("quantization_config"),
+            "quantization_config is present, but this program reads f32, bf16 and f16 weights; \
+             save the model dequantised (`model.dequantize().save_pretrained(…)`)"
+        );
+        let hidden_size = fields.count("hidden_size", None)?;
+        let num_attention_heads = fields.count("num_attention_heads", None)?;
+        let num_key_value_heads = fields.count("num_key_value_heads", Some(num_attention_heads))?;
+        let head_dim = match fields.present("head_dim") {
+            Some(_) => fields.count("head_dim", None)?,
+            None => {
+                ensure!(
+                    hidden_size.is_multiple_of(num_attention_heads),
+                    "hidden_size = {hidden_size} is not a multiple of num_attention_heads = {num_attention_heads}, \
+                     and head_dim is not given; add head_dim"
+                );
+                hidden_size / num_attention_heads
+            }
+        };
+        ensure!(
+            num_attention_heads.is_multiple_of(num_key_value_heads),
+            "num_attention_heads = {num_attention_heads} is not a multiple of num_key_value_heads = \
+             {num_key_value_heads}, so key/value heads cannot be shared evenly; check config.json against the weights"
+        );
+        ensure!(
+            head_dim.is_multiple_of(2),
+            "head_dim = {head_dim} is odd, but rotary positions turn pairs of elements; check config.json"
+        );
+        Ok(ModelConfig {
+            vocab_size: fields.count("vocab_size", None)?,
+            hidden_size,
+            intermediate_size: fields.count("intermediate_size", None)?,
+            num_hidden_layers: fields.count("num_hidden_layers", None)?,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            rms_norm_eps: fields.positive("rms_norm_eps", Some(1e-6))?,
+            rope_theta: rope_theta(&fields)?,
+            max_position_embeddings: fields.count("max_position_embeddings", Some(2048))?,
+            tie_word_embeddings: fields.bool("tie_word_embeddings", false)?,
+            bos_token_id: fields.token("bos_token_id")?,
+            eos_token_id: fields.token("eos_token_id")?,
+        })
+    }
+
+    /// `config.json` as both `transformers` 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) read it.
+    /// `dtype` is that of the stored weights: "float32", "bfloat16" or "float16".
+    pub fn to_json(&self, dtype: &str) -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": null,
+            "rope_parameters": { "rope_type": "default", "rope_theta": self.rope_theta },
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_bias": false,
+            "attention_dropout": 0.0,
+            "mlp_bias": false,
+            "pretraining_tp": 1,
+            "initializer_range": 0.02,
+            "use_cache": true,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "torch_dtype": dtype,
+            "dtype": dtype,
+        })
+    }
+
+    /// Writes `config.json` into `dir`, synced; see [`ModelConfig::to_json`].
+    pub fn write(&self, dir: &Path, dtype: &str) -> Result<()> {
+        super::folder::write_json(&dir.join("config.json"), &self.to_json(dtype))
+    }
+
+    /// Every parameter by Hugging Face's name with its shape, in the model's order. A tied head is not listed.
+    pub fn parameter_shapes(&self) -> Vec<(String, Vec<i64>)> {
+        let [vocabulary, dim, feed_forward] =
+            [self.vocab_size, self.hidden_size, self.intermediate_size].map(|size| size as i64);
+        let q = (self.num_attention_heads * self.head_dim) as i64;
+        let kv = (self.num_key_value_heads * self.head_dim) as i64;
+        let mut all = vec![("model.embed_tokens.weight".to_string(), vec![vocabulary, dim])];
+        for layer in 0..self.num_hidden_layers {
+            let shapes = [
+                ("input_layernorm", vec![dim]),
+                ("self_attn.q_proj", vec![q, dim]),
+                ("self_attn.k_proj", vec![kv, dim]),
+                ("self_attn.v_proj", vec![kv, dim]),
+                ("self_attn.o_proj", vec![dim, q]),
+                ("post_attention_layernorm", vec![dim]),
+                ("mlp.gate_proj", vec![feed_forward, dim]),
+                ("mlp.up_proj", vec![feed_forward, dim]),
+                ("mlp.down_proj", vec![dim, feed_forward]),
+            ];
+            all.extend(shapes.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
+        }
+        all.push(("model.norm.weight".to_string(), vec![dim]));
+        if !self.tie_word_embeddings {
+            all.push(("lm_head.weight".to_string(), vec![vocabulary, dim]));
+        }
+        all
+    }
+}
+
+/// RoPE's base, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+fn rope_theta(fields: &Fields) -> Result<f64> {
+    let mut theta = fields
+        .present("rope_theta")
+        .map(|_| fields.positive("rope_theta", None))
+        .transpose()?;
+    for form in ["rope_parameters", "rope_scaling"] {
+        let Some(value) = fields.present(form) else { continue };
+        let rope = Fields(
+            value
+                .as_object()
+                .with_context(|| format!("{form} = {value} is not an object"))?,
+        );
+        let kind = rope
+            .present("rope_type")
+            .or(rope.present("type"))
+            .cloned()
+            .unwrap_or(json!("default"));
+        ensure!(
+            kind == "default",
+            "{form}.rope_type = {kind}, but this program computes unscaled rotary positions only; \
+             use a model whose rope_type is \"default\""
+        );
+        if rope.present("rope_theta").is_some() {
+            let inner = rope.positive("rope_theta", None)?;
+            ensure!(
+                theta.is_none_or(|outer| outer == inner),
+                "rope_theta is {} at the top of the file and {inner} in {form}; make them agree",
+                theta.unwrap_or_default()
+            );
+            theta = Some(inner);
+        }
+    }
+    let share = fields
+        .present("partial_rotary_factor")
+        .and_then(Value::as_f64)
+        .unwrap_or(1.0);
+    ensure!(
+        share == 1.0,
+        "partial_rotary_factor = {share}, but this program turns whole heads; use a model where it is 1"
+    );
+    Ok(theta.unwrap_or(10_000.0))
+}
+
+/// Typed access to a JSON object; null counts as absent.
+struct Fields<'a>(&'a Map<String, Value>);
+
+impl<'a> Fields<'a> {
+    fn present(&self, name: &str) -> Option<&'a Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    fn must_be(&self, name: &str, known: &[&str], default: &str) -> Result<()> {
+        let value = self.present(name).cloned().unwrap_or(json!(default));
+        ensure!(
+            value.as_str().is_some_and(|text| known.contains(&text)),
+            "{name} = {value}, but this program computes {name} = {known:?} only; \
+             use a LLaMA-family model with it"
+        );
+        Ok(())
+    }
+
+    fn bool(&self, name: &str, default: bool) -> Result<bool> {
+        self.present(name)
+            .map_or(Ok(default), |value| must(name, value, value.as_bool(), "true or false"))
+    }
+
+    /// A positive whole number.
+    fn count(&self, name: &str, default: Option<usize>) -> Result<usize> {
+        match (self.present(name), default) {
+            (Some(value), _) => {
+                let count = value
+                    .as_u64()
+                    .and_then(|count| usize::try_from(count).ok())
+                    .filter(|&count| count > 0);
+                // Larger sizes than these exist in no model, and would overflow where they are multiplied.
+                must(
+                    name,
+                    value,
+                    count.filter(|&count| count < 1 << 31),
+                    "a whole number from 1 to 2147483647",
+                )
+            }
+            (None, Some(default)) => Ok(default),
+            (None, None) => bail!("{name} is missing; copy it from the model's published config.json"),
+        }
+    }
+
+    fn positive(&self, name: &str, default: Option<f64>) -> Result<f64> {
+        match (self.present(name), default) {
+            (Some(value), _) => must(
+                name,
+                value,
+                value.as_f64().filter(|v| v.is_finite() && *v > 0.0),
+                "a number above 0",
+            ),
+            (None, Some(default)) => Ok(default),
+            (None, None) => bail!("{name} is missing; copy it from the model's published config.json"),
+        }
+    }
+
+    fn token(&self, name: &str) -> Result<Option<u32>> {
+        let first = |value: &'a Value| match value {
+            Value::Array(several) => several.first(),
+            one => Some(one),
+        };
+        let Some(value) = self.present(name).and_then(first) else {
+            return Ok(None);
+        };
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        must(name, value, id, "a token's number, or a list of them").map(Some)
+    }
+}
+
+fn must<T>(name: &str, value: &Value, read: Option<T>, rule: &str) -> Result<T> {
+    read.with_context(|| format!("{name} = {value} is not {rule}; correct it in config.json"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn llama() -> Value {
+        json!({ "model_type": "llama", "vocab_size": 40, "hidden_size": 8, "intermediate_size": 12,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "silu", "rms_norm_eps": 1e-5 })
+    }
+
+    fn read(changes: Value) -> Result<ModelConfig> {
+        let mut value = llama();
+        let object = value.as_object_mut().unwrap();
+        object.extend(changes.as_object().unwrap().clone());
+        ModelConfig::from_json(object)
+    }
+
+    #[test]
+    fn both_forms_of_rope_are_read() {
+        assert_eq!(read(json!({})).unwrap().rope_theta, 10_000.0);
+        let forms = [
+            json!({ "rope_theta": 5e5 }),
+            json!({ "rope_theta": 5e5, "rope_scaling": null }),
+            json!({ "rope_parameters": { "rope_type": "default", "rope_theta": 5e5 } }),
+            json!({ "rope_theta": 5e5, "rope_parameters": { "rope_type": "default", "rope_theta": 5e5 } }),
+        ];
+        for form in forms {
+            assert_eq!(read(form.clone()).unwrap().rope_theta, 5e5, "{form}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let config = read(
+            json!({ "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": true,
+            "bos_token_id": 1, "eos_token_id": [2, 3], "rope_theta": 123_456.5 }),
+        )
+        .unwrap();
+        assert_eq!(config.eos_token_id, Some(2));
+        let written = config.to_json("bfloat16");
+        assert_eq!(ModelConfig::from_json(written.as_object().unwrap()).unwrap(), config);
+    }
+
+    #[test]
+    fn shapes_are_those_of_the_architecture() {
+        let shapes = |changes| read(changes).unwrap().parameter_shapes();
+        let untied = shapes(json!({ "num_key_value_heads": 2, "head_dim": 6 }));
+        assert_eq!(untied.len(), 3 + 2 * 9);
+        let shape = |name: &str| untied.iter().find(|(n, _)| n == name).unwrap().1.clone();
+        assert_eq!(shape("model.layers.1.self_attn.q_proj.weight"), [24, 8]);
+        assert_eq!(shape("model.layers.1.self_attn.v_proj.weight"), [12, 8]);
+        assert_eq!(shape("model.layers.0.self_attn.o_proj.weight"), [8, 24]);
+        assert_eq!(shape("lm_head.weight"), [40, 8]);
+        assert!(
+            !shapes(json!({ "tie_word_embeddings": true }))
+                .iter()
+                .any(|(name, _)| name == "lm_head.weight")
+        );
+    }
+
+    #[test]
+    fn what_would_be_computed_wrongly_is_refused() {
+        let wrong = [
+            (json!({ "model_type": "gpt2" }), "model_type = \"gpt2\""),
+            (json!({ "hidden_act": "gelu" }), "hidden_act = \"gelu\""),
+            (json!({ "attention_bias": true }), "attention_bias = true"),
+            (json!({ "mlp_bias": true }), "mlp_bias = true"),
+            (
+                json!({ "rope_scaling": { "type": "linear", "factor": 2 } }),
+                "rope_scaling.rope_type = \"linear\"",
+            ),
+            (
+                json!({ "rope_parameters": { "rope_type": "llama3", "rope_theta": 1e4 } }),
+                "rope_type = \"llama3\"",
+            ),
+            (
+                json!({ "rope_theta": 1e4, "rope_parameters": { "rope_theta": 2e4 } }),
+                "make them agree",
+            ),
+            (json!({ "num_key_value_heads": 3 }), "num_key_value_heads = 3"),
+            (json!({ "hidden_size": 9 }), "hidden_size = 9 is not a multiple"),
+            (json!({ "head_dim": 3 }), "head_dim = 3 is odd"),
+            (json!({ "num_hidden_layers": 0 }), "num_hidden_layers = 0"),
+            (json!({ "vocab_size": null }), "vocab_size is missing"),
+            (json!({ "vocab_size": -5 }), "vocab_size = -5"),
+            (json!({ "rms_norm_eps": "small" }), "rms_norm_eps = \"small\""),
+            (json!({ "quantization_config": {} }), "quantization_config is present"),
+            (json!({ "pretraining_tp": 2 }), "pretraining_tp = 2"),
+            (json!({ "partial_rotary_factor": 0.5 }), "partial_rotary_factor = 0.5"),
+        ];
+        for (changes, sentence) in wrong {
+            let said = format!("{:#}", read(changes.clone()).unwrap_err());
+            assert!(said.contains(sentence), "{changes}: {said}");
+        }
+    }
+}
