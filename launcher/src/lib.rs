@@ -1,4 +1,14 @@
-//! What the command line and the workers share: places, events, exit codes.
+//! What the command line and the workers share (places, events, exit codes), and what the command line is made of:
+//! prepared stages, supervision of workers, evaluations, reports.
 
+pub mod evaluation;
 pub mod events;
 pub mod exit;
+pub mod files;
+pub mod place;
+pub mod report;
+pub mod stages;
+pub mod supervise;
+pub mod text;
+pub mod view;
+pub mod worker;

@@ -1,1 +1,158 @@
-fn main() {}
+//! `panglot`: the command line. Small and quick to start; everything that needs libtorch happens in `panglot-worker`.
+
+mod commands;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use commands::{App, Failed};
+use launcher::{exit, supervise};
+
+/// Teaches a LLaMA-family model hundreds of languages.
+#[derive(Debug, Parser)]
+#[command(name = "panglot", version, max_term_width = 110, after_help = EXAMPLES, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Print the result as JSON on standard output, and nothing else there
+    #[arg(long, global = true)]
+    json: bool,
+    /// The panglot-worker to run, if not the one beside this program
+    #[arg(long, global = true, value_name = "FILE", env = "PANGLOT_WORKER")]
+    worker: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  panglot demo                                  the whole road on real text, in minutes
+  panglot plan configs/mala500-7b.yaml          what a config means, checked; starts nothing
+  panglot prepare configs/demo.yaml             corpus, model, vocabulary, tokens: what is missing or stale
+  panglot train configs/demo.yaml -n 2          on two ranks; the same line again resumes
+  panglot train configs/tiny.yaml train.steps=5 a key of the config, for this time
+  panglot report configs/demo.yaml              one page to look at: runs/demo/report.html";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make the corpus: documents by language, cleaned, deduplicated, some held out
+    Corpus(commands::stage::Args),
+    /// Make the base model's folder: from a GGUF file, or random weights
+    #[command(subcommand)]
+    Model(commands::model::Command),
+    /// Learn new pieces and extend the base tokenizer
+    Vocab(commands::stage::Args),
+    /// Tokenise the corpus into shards (Megatron's indexed format)
+    Tokenize(commands::stage::Args),
+    /// Make all four of the above, each unless it is there and its inputs are unchanged
+    Prepare(commands::stage::Args),
+    /// Train, or go on training from the newest checkpoint; prepares first what is missing
+    Train(commands::train::Args),
+    /// Measure bits per byte of held-out text, language by language
+    Eval(commands::eval::Args),
+    /// Write the newest checkpoint as a merged model and as a PEFT adapter
+    Export(commands::export::Args),
+    /// Show what a config means, every value and what follows from it; starts nothing
+    Plan(commands::plan::Args),
+    /// Draw a run as one self-contained HTML page
+    Report(commands::report::Args),
+    /// Walk the whole road on real text, interruption and resume included
+    Demo(commands::demo::Args),
+    #[command(name = supervise::TETHER, hide = true)]
+    Tether {
+        parent: i32,
+        program: PathBuf,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let app = App {
+        json: cli.json,
+        worker: cli.worker,
+    };
+    let done = match cli.command {
+        Command::Corpus(args) => commands::stage::corpus(&app, &args),
+        Command::Model(command) => commands::model::run(&app, &command),
+        Command::Vocab(args) => commands::stage::vocab(&app, &args),
+        Command::Tokenize(args) => commands::stage::tokenize(&app, &args),
+        Command::Prepare(args) => commands::stage::prepare(&app, &args),
+        Command::Train(args) => commands::train::run(&app, &args),
+        Command::Eval(args) => commands::eval::run(&app, &args),
+        Command::Export(args) => commands::export::run(&app, &args),
+        Command::Plan(args) => commands::plan::run(&app, &args),
+        Command::Report(args) => commands::report::run(&app, &args),
+        Command::Demo(args) => commands::demo::run(&app, &args),
+        Command::Tether { parent, program, args } => {
+            let error = supervise::tether(parent, &program, &args);
+            Err(anyhow::anyhow!(
+                "cannot start {}: {error}; is it installed and on the PATH?",
+                program.display()
+            ))
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::from(exit::FINISHED as u8),
+        Err(error) => ExitCode::from(report(&error) as u8),
+    }
+}
+
+/// Prints what went wrong, unless the worker has; gives the code to leave with.
+fn report(error: &anyhow::Error) -> i32 {
+    if let Some(failed) = error.downcast_ref::<Failed>() {
+        eprintln!("panglot: {error}");
+        return failed.code;
+    }
+    eprintln!("panglot: {error:#}");
+    let is = |kind: fn(&std::io::Error) -> bool| error.chain().any(|cause| cause.downcast_ref().is_some_and(kind));
+    // A file that is not there was named wrongly; one that cannot be read or written is the machine's matter.
+    let files = is(|error| error.kind() != std::io::ErrorKind::NotFound) && !error.is::<configs::ConfigError>();
+    if files { exit::IO } else { exit::USER }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::commands::ConfigArgs;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_examples_in_the_help_parse() {
+        for line in EXAMPLES.lines().skip(1) {
+            let words: Vec<_> = line.trim().split("  ").next().unwrap().split_whitespace().collect();
+            // One example is longer than its column.
+            let end = words.iter().position(|word| *word == "a").unwrap_or(words.len());
+            Cli::try_parse_from(&words[..end]).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn overrides_follow_the_config() {
+        let cli = Cli::try_parse_from([
+            "panglot",
+            "train",
+            "c.yaml",
+            "-n",
+            "2",
+            "train.steps=5",
+            "seed=3",
+            "--json",
+        ])
+        .unwrap();
+        let Command::Train(args) = cli.command else {
+            panic!("train")
+        };
+        let ConfigArgs { config, overrides } = &args.config;
+        assert_eq!((config.to_str(), args.ranks, cli.json), (Some("c.yaml"), Some(2), true));
+        assert_eq!(overrides, &["train.steps=5", "seed=3"]);
+    }
+}

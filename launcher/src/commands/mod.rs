@@ -1,0 +1,129 @@
+//! One file a subcommand; here what they share.
+
+pub mod demo;
+pub mod eval;
+pub mod export;
+pub mod model;
+pub mod plan;
+pub mod report;
+pub mod stage;
+pub mod train;
+
+use std::path::{Path, PathBuf};
+
+use configs::Plan;
+use nix::sys::signal::Signal;
+use serde::Serialize;
+
+use launcher::events::Event;
+use launcher::exit;
+use launcher::supervise::{Ended, supervise};
+use launcher::view::View;
+use launcher::worker::{Job, Worker};
+
+/// What holds for every subcommand.
+pub struct App {
+    pub json: bool,
+    pub worker: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct ConfigArgs {
+    /// The config, a YAML file
+    pub config: PathBuf,
+    /// Settings for this time only, such as train.steps=5
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+impl ConfigArgs {
+    pub fn load(&self) -> anyhow::Result<Plan> {
+        Ok(configs::load(&self.config, &self.overrides)?)
+    }
+
+    pub fn load_with(&self, more: Option<String>) -> anyhow::Result<Plan> {
+        let overrides: Vec<_> = self.overrides.iter().cloned().chain(more).collect();
+        Ok(configs::load(&self.config, &overrides)?)
+    }
+}
+
+/// A worker ended with another code than 0; it has said why on standard error.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} ended with exit code {code}: {}", meaning(*code))]
+pub struct Failed {
+    pub what: &'static str,
+    pub code: i32,
+}
+
+fn meaning(code: i32) -> &'static str {
+    match code {
+        exit::USER => "the config or its files do not fit, see above",
+        exit::IO => "files could not be read or written, see above",
+        exit::MORE_TIME => "a checkpoint is written; the same command goes on from it",
+        exit::PEER => "a rank was lost; the same command goes on from the newest checkpoint",
+        127 => "the program could not be started",
+        129.. => "it was ended by a signal; the same command goes on from the newest checkpoint",
+        _ => "see above; the run's logs have more",
+    }
+}
+
+impl App {
+    pub fn worker(&self) -> anyhow::Result<Worker> {
+        Ok(Worker::find(self.worker.as_deref())?)
+    }
+
+    /// The result: for a program if `--json`, else for a person.
+    pub fn print(&self, result: &impl Serialize, for_people: impl FnOnce() -> String) -> anyhow::Result<()> {
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(result)?);
+        } else {
+            println!("{}", for_people());
+        }
+        Ok(())
+    }
+}
+
+/// Runs a job to its end under `view`; any exit code but 0 is an error.
+pub fn finish(what: &'static str, job: &Job, view: &mut View) -> anyhow::Result<Ended> {
+    let ended = watch(job, view, &mut |_| None)?;
+    if ended.code == exit::FINISHED {
+        Ok(ended)
+    } else {
+        Err(Failed { what, code: ended.code }.into())
+    }
+}
+
+/// Runs a job to its end under `view`, whatever its exit code; `also` may answer events with signals.
+pub fn watch(job: &Job, view: &mut View, also: &mut dyn FnMut(&Event) -> Option<Signal>) -> anyhow::Result<Ended> {
+    let ended = supervise(job, &mut |event| {
+        view.show(event);
+        also(event)
+    });
+    view.finish();
+    Ok(ended?)
+}
+
+/// Where a run leaves its parts.
+pub struct RunFolder<'a>(pub &'a Path);
+
+impl RunFolder<'_> {
+    pub fn plan(&self) -> PathBuf {
+        self.0.join("plan.json")
+    }
+
+    pub fn evaluation(&self, name: &str) -> PathBuf {
+        self.0.join("evaluations").join(format!("{name}.json"))
+    }
+
+    pub fn merged(&self) -> PathBuf {
+        self.0.join("exports/merged")
+    }
+
+    pub fn adapter(&self) -> PathBuf {
+        self.0.join("exports/adapter")
+    }
+
+    pub fn report(&self) -> PathBuf {
+        self.0.join("report.html")
+    }
+}

@@ -1,0 +1,103 @@
+//! `panglot train`: prepares what is missing, then runs the ranks. The worker resumes by itself from the newest checkpoint.
+
+use std::path::Path;
+
+use configs::Plan;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::{App, ConfigArgs, Failed, RunFolder, stage, watch};
+use launcher::events::Event;
+use launcher::place::{Place, PlaceError};
+use launcher::stages::STAGES;
+use launcher::supervise::Ended;
+use launcher::view::View;
+use launcher::{exit, files, text};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Ranks on this machine, instead of the config's launch.ranks
+    #[arg(short = 'n', long, value_name = "N")]
+    pub ranks: Option<usize>,
+}
+
+pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
+    let place = Place::detect();
+    let ended = match place {
+        // Somebody has started us once a rank already: the world is theirs to choose, and this is one rank of it.
+        Ok(place) if place.is_rank_of_many() => {
+            let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
+            as_one_rank(app, &plan, &place)?
+        }
+        place => {
+            let plan = args.config.load_with(args.ranks.map(|n| format!("launch.ranks={n}")))?;
+            match place {
+                // In the batch shell, mpirun finds the allocation's nodes itself; one rank alone was not meant.
+                Err(PlaceError::BatchShell { .. }) if plan.launch.ranks > 1 => {}
+                place => drop(place?),
+            }
+            stage::make(app, &plan, &STAGES, false)?;
+            train(app, &plan, &mut |_| None)?
+        }
+    };
+    if ended.code != exit::FINISHED {
+        return Err(Failed {
+            what: "training",
+            code: ended.code,
+        }
+        .into());
+    }
+    match ended.result {
+        Some(result) => app.print(&result, || finished(&args.config.config, &result)),
+        None => Ok(()),
+    }
+}
+
+/// Runs all ranks from here, to their end whatever it is.
+pub fn train(app: &App, plan: &Plan, also: &mut dyn FnMut(&Event) -> Option<Signal>) -> anyhow::Result<Ended> {
+    let worker = app.worker()?;
+    let args = vec!["train".into(), "--plan".into(), write_plan(plan)?];
+    let job = worker.job(plan.launch.ranks, plan.launch.threads_per_rank, args);
+    let mut view = View::new();
+    view.say(&format!(
+        "{} on {}: {} steps × {} rows × {} tokens",
+        plan.name,
+        text::counted(plan.launch.ranks, "rank"),
+        text::count(plan.train.steps),
+        text::count(plan.train.rows_per_step),
+        text::count(plan.train.sequence_length),
+    ));
+    watch(&job, &mut view, also)
+}
+
+/// Nothing is prepared here: a thousand ranks would all do it. Every rank writes the same plan, each by a rename.
+fn as_one_rank(app: &App, plan: &Plan, place: &Place) -> anyhow::Result<Ended> {
+    for stage in STAGES {
+        stage.require(plan)?;
+    }
+    let args = vec!["train".into(), "--plan".into(), write_plan(plan)?];
+    let job = app.worker()?.alone(plan.launch.threads_per_rank, args);
+    let mut view = View::new();
+    if place.rank == 0 {
+        view.say(&format!(
+            "{} on {}; this is {place}",
+            plan.name,
+            text::counted(place.world, "rank")
+        ));
+    }
+    watch(&job, &mut view, &mut |_| None)
+}
+
+fn write_plan(plan: &Plan) -> anyhow::Result<std::ffi::OsString> {
+    let file = RunFolder(&plan.folders.run).plan();
+    files::write_json(&file, plan)?;
+    Ok(file.into())
+}
+
+fn finished(config: &Path, result: &Value) -> String {
+    let config = config.display();
+    let result = serde_json::to_string_pretty(result).unwrap_or_default();
+    format!("{result}\nNext: panglot export {config}; panglot eval {config}; panglot report {config}")
+}

@@ -1,0 +1,58 @@
+//! Files that others read: finished or invisible.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Writes beside, syncs, renames. The process's number keeps ranks that write the same file apart.
+pub fn write_atomically(file: &Path, content: &[u8]) -> anyhow::Result<()> {
+    let write = || -> io::Result<()> {
+        let folder = file.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(folder)?;
+        let partial = beside(file, &format!("{}.partial", std::process::id()));
+        let mut out = File::create(&partial)?;
+        out.write_all(content)?;
+        out.sync_all()?;
+        fs::rename(&partial, file)?;
+        File::open(folder)?.sync_all()
+    };
+    write().with_context(|| format!("cannot write {}", file.display()))
+}
+
+pub fn write_json(file: &Path, value: &impl Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_vec_pretty(value)?;
+    text.push(b'\n');
+    write_atomically(file, &text)
+}
+
+pub fn read_json<T: DeserializeOwned>(file: &Path) -> anyhow::Result<T> {
+    let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is not what it should be", file.display()))
+}
+
+/// `runs/demo` with `old` → `runs/demo.old`: on the same file system, so that a rename is enough.
+pub fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".");
+    name.push(suffix);
+    path.with_file_name(name)
+}
+
+/// As the user would type it: relative to the working directory where it lies inside.
+pub fn shown(path: &Path) -> String {
+    let here = std::env::current_dir().unwrap_or_default();
+    path.strip_prefix(&here).unwrap_or(path).display().to_string()
+}
+
+pub fn remove_folder(folder: &Path) -> anyhow::Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,428 @@
+//! Where this process stands among the ranks of a run. The only file that reads the environment, the command line's own
+//! options apart: one function decides, in a fixed order, and refuses what is contradictory instead of choosing.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    pub rank: usize,
+    pub world: usize,
+    /// Rank among this node's ranks: picks the device.
+    pub local_rank: usize,
+    /// Ranks on this node; all of them where nobody tells, so that cores are never promised twice.
+    pub local_world: usize,
+    /// The host's name.
+    pub node: String,
+    pub family: Family,
+}
+
+/// Who told us. In the order in which they are believed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Family {
+    /// RANK, WORLD_SIZE, LOCAL_RANK: set by hand or by torchrun.
+    Explicit,
+    OpenMpi,
+    Slurm,
+    /// MPICH's Hydra, Intel MPI, and srun --mpi=pmi2.
+    Pmi,
+    Pals,
+    Flux,
+    /// Nobody: one process.
+    Alone,
+}
+
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlaceError {
+    #[error("{name} = {value:?} is not a whole number; a launcher sets it, so unset it or start through the launcher")]
+    NotANumber { name: &'static str, value: String },
+    #[error("{set} is set but {missing} is not; set both, or unset {set}")]
+    Incomplete { set: &'static str, missing: &'static str },
+    #[error("rank {rank} is not below the world size {world} ({family}); check who sets them")]
+    OutOfRange { rank: usize, world: usize, family: Family },
+    #[error(
+        "two launchers disagree: {a} says rank {} of {}, {b} says rank {} of {}; start the ranks through one of them, or unset \
+         the variables of the other",
+        of_a.0, of_a.1, of_b.0, of_b.1
+    )]
+    Disagree {
+        a: Family,
+        of_a: (usize, usize),
+        b: Family,
+        of_b: (usize, usize),
+    },
+    #[error(
+        "SLURM_JOB_ID = {job} with {tasks} tasks, but no step: you are in the batch shell, and this would be one rank alone; \
+         put `srun` before the command"
+    )]
+    BatchShell { job: String, tasks: usize },
+}
+
+impl Place {
+    pub fn detect() -> Result<Place, PlaceError> {
+        let host = nix::unistd::gethostname().unwrap_or_default();
+        Place::from_variables(|name| std::env::var(name).ok(), &host.to_string_lossy())
+    }
+
+    /// `detect` over any source of variables.
+    pub fn from_variables(variable: impl Fn(&str) -> Option<String>, host: &str) -> Result<Place, PlaceError> {
+        let variables = Variables(&variable);
+        let found: Vec<Told> = [explicit, open_mpi, slurm, pmi, pals, flux]
+            .iter()
+            .filter_map(|family| family(&variables).transpose())
+            .collect::<Result<_, _>>()?;
+        let Some(first) = found.first() else {
+            return alone(&variables, host);
+        };
+        for other in &found[1..] {
+            // mpirun starts its daemons on other nodes by srun, so its ranks there see Slurm's numbers of the daemons.
+            if first.family == Family::OpenMpi && other.family == Family::Slurm {
+                continue;
+            }
+            if (first.rank, first.world) != (other.rank, other.world) {
+                return Err(PlaceError::Disagree {
+                    a: first.family,
+                    of_a: (first.rank, first.world),
+                    b: other.family,
+                    of_b: (other.rank, other.world),
+                });
+            }
+        }
+        if first.rank >= first.world {
+            return Err(PlaceError::OutOfRange {
+                rank: first.rank,
+                world: first.world,
+                family: first.family,
+            });
+        }
+        Ok(Place {
+            rank: first.rank,
+            world: first.world,
+            local_rank: first.local_rank,
+            // Of those that agree, the first to know it.
+            local_world: found.iter().find_map(|told| told.local_world).unwrap_or(first.world),
+            node: host.to_owned(),
+            family: first.family,
+        })
+    }
+
+    /// Started as one of several ranks by somebody else: starting more ranks from here would be wrong.
+    pub fn is_rank_of_many(&self) -> bool {
+        self.world > 1
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::Explicit => "RANK/WORLD_SIZE",
+            Family::OpenMpi => "Open MPI (OMPI_COMM_WORLD_*)",
+            Family::Slurm => "Slurm (SLURM_PROCID)",
+            Family::Pmi => "PMI (PMI_RANK)",
+            Family::Pals => "PALS (PALS_RANKID)",
+            Family::Flux => "Flux (FLUX_TASK_RANK)",
+            Family::Alone => "nobody",
+        })
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.family == Family::Alone {
+            return f.write_str("one process");
+        }
+        let Place {
+            rank,
+            world,
+            local_rank,
+            local_world,
+            node,
+            family,
+        } = self;
+        write!(
+            f,
+            "rank {rank} of {world}, {local_rank} of {local_world} on {node}, told by {family}"
+        )
+    }
+}
+
+/// What one family of variables says.
+struct Told {
+    rank: usize,
+    world: usize,
+    local_rank: usize,
+    local_world: Option<usize>,
+    family: Family,
+}
+
+type Found = Result<Option<Told>, PlaceError>;
+
+struct Variables<'a>(&'a dyn Fn(&str) -> Option<String>);
+
+impl Variables<'_> {
+    fn number(&self, name: &'static str) -> Result<Option<usize>, PlaceError> {
+        match (self.0)(name) {
+            None => Ok(None),
+            Some(value) => match value.trim().parse() {
+                Ok(number) => Ok(Some(number)),
+                Err(_) => Err(PlaceError::NotANumber { name, value }),
+            },
+        }
+    }
+
+    /// What must be there once `set` is.
+    fn with(&self, set: &'static str, missing: &'static str) -> Result<usize, PlaceError> {
+        self.number(missing)?.ok_or(PlaceError::Incomplete { set, missing })
+    }
+
+    /// A family with its rank, size and local rank in these variables.
+    fn family(&self, family: Family, rank: &'static str, world: &'static str, local: &'static str) -> Found {
+        let Some(value) = self.number(rank)? else {
+            return Ok(None);
+        };
+        let (world, local_rank) = (self.with(rank, world)?, self.with(rank, local)?);
+        Ok(Some(Told {
+            rank: value,
+            world,
+            local_rank,
+            local_world: None,
+            family,
+        }))
+    }
+}
+
+fn explicit(variables: &Variables) -> Found {
+    let Some(told) = variables.family(Family::Explicit, "RANK", "WORLD_SIZE", "LOCAL_RANK")? else {
+        return Ok(None);
+    };
+    Ok(Some(Told {
+        local_world: variables.number("LOCAL_WORLD_SIZE")?,
+        ..told
+    }))
+}
+
+/// Before Slurm: in sbatch + mpirun, SLURM_PROCID is 0 for everyone.
+fn open_mpi(variables: &Variables) -> Found {
+    let (rank, size) = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE");
+    let Some(told) = variables.family(Family::OpenMpi, rank, size, "OMPI_COMM_WORLD_LOCAL_RANK")? else {
+        return Ok(None);
+    };
+    Ok(Some(Told {
+        local_world: variables.number("OMPI_COMM_WORLD_LOCAL_SIZE")?,
+        ..told
+    }))
+}
+
+/// Only inside a step: the batch shell has SLURM_PROCID too.
+fn slurm(variables: &Variables) -> Found {
+    if (variables.0)("SLURM_STEP_ID").is_none() {
+        return Ok(None);
+    }
+    let world = if variables.number("SLURM_STEP_NUM_TASKS")?.is_some() {
+        "SLURM_STEP_NUM_TASKS"
+    } else {
+        "SLURM_NTASKS"
+    };
+    let Some(told) = variables.family(Family::Slurm, "SLURM_PROCID", world, "SLURM_LOCALID")? else {
+        return Ok(None);
+    };
+    let node = variables.number("SLURM_NODEID")?;
+    let per_node = (variables.0)("SLURM_STEP_TASKS_PER_NODE");
+    let local_world = node.zip(per_node).and_then(|(node, list)| tasks_on_node(&list, node));
+    Ok(Some(Told { local_world, ..told }))
+}
+
+fn pmi(variables: &Variables) -> Found {
+    let Some(rank) = variables.number("PMI_RANK")? else {
+        return Ok(None);
+    };
+    let world = variables.with("PMI_RANK", "PMI_SIZE")?;
+    // Only Hydra sets a local rank of PMI's; srun --mpi=pmi2 and PALS have their own.
+    let local = ["MPI_LOCALRANKID", "SLURM_LOCALID", "PALS_LOCAL_RANKID"];
+    let local = local
+        .iter()
+        .find_map(|&name| variables.number(name).transpose())
+        .transpose()?;
+    let local_rank = match local {
+        Some(local) => local,
+        None if world == 1 => 0,
+        None => {
+            return Err(PlaceError::Incomplete {
+                set: "PMI_RANK",
+                missing: "MPI_LOCALRANKID",
+            });
+        }
+    };
+    let local_world = variables.number("MPI_LOCALNRANKS")?;
+    Ok(Some(Told {
+        rank,
+        world,
+        local_rank,
+        local_world,
+        family: Family::Pmi,
+    }))
+}
+
+fn pals(variables: &Variables) -> Found {
+    variables.family(Family::Pals, "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID")
+}
+
+fn flux(variables: &Variables) -> Found {
+    variables.family(Family::Flux, "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID")
+}
+
+fn alone(variables: &Variables, host: &str) -> Result<Place, PlaceError> {
+    let tasks = variables.number("SLURM_NTASKS")?.unwrap_or(1);
+    match (variables.0)("SLURM_JOB_ID") {
+        Some(job) if tasks > 1 => Err(PlaceError::BatchShell { job, tasks }),
+        _ => {
+            let node = host.to_owned();
+            Ok(Place {
+                rank: 0,
+                world: 1,
+                local_rank: 0,
+                local_world: 1,
+                node,
+                family: Family::Alone,
+            })
+        }
+    }
+}
+
+/// The entry for `node` in Slurm's "2(x3),1".
+fn tasks_on_node(list: &str, node: usize) -> Option<usize> {
+    let mut before = 0;
+    for run in list.split(',') {
+        let (tasks, times) = match run.split_once("(x") {
+            Some((tasks, times)) => (tasks, times.strip_suffix(')')?.parse().ok()?),
+            None => (run, 1),
+        };
+        before += times;
+        if node < before {
+            return tasks.parse().ok();
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXPLICIT: &str = "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1";
+    const OPEN_MPI: &str =
+        "OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=2";
+    const STEP: &str = "SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=1 SLURM_NODEID=1 \
+                        SLURM_STEP_TASKS_PER_NODE=2(x2)";
+
+    fn place(variables: &str) -> Result<Place, PlaceError> {
+        let table: Vec<_> = variables
+            .split_whitespace()
+            .map(|pair| pair.split_once('=').unwrap())
+            .collect();
+        Place::from_variables(
+            |name| {
+                table
+                    .iter()
+                    .find(|(known, _)| *known == name)
+                    .map(|(_, v)| (*v).to_owned())
+            },
+            "n1",
+        )
+    }
+
+    fn check(variables: &str, family: Family, rank_world_local: (usize, usize, usize), local_world: usize) {
+        let found = place(variables).unwrap_or_else(|error| panic!("{variables}: {error}"));
+        assert_eq!(found.family, family, "{variables}");
+        assert_eq!(
+            (found.rank, found.world, found.local_rank),
+            rank_world_local,
+            "{variables}"
+        );
+        assert_eq!(
+            (found.node.as_str(), found.local_world),
+            ("n1", local_world),
+            "{variables}"
+        );
+    }
+
+    #[test]
+    fn each_launcher_is_understood() {
+        let here = (3, 4, 1);
+        check(EXPLICIT, Family::Explicit, here, 4);
+        check(OPEN_MPI, Family::OpenMpi, here, 2);
+        check(STEP, Family::Slurm, here, 2);
+        check(
+            "PMI_RANK=3 PMI_SIZE=4 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2",
+            Family::Pmi,
+            here,
+            2,
+        );
+        check(
+            "PALS_RANKID=3 PMI_SIZE=4 PALS_LOCAL_RANKID=1 PALS_NODEID=5",
+            Family::Pals,
+            here,
+            4,
+        );
+        check(
+            "FLUX_TASK_RANK=3 FLUX_JOB_SIZE=4 FLUX_TASK_LOCAL_ID=1",
+            Family::Flux,
+            here,
+            4,
+        );
+        check("", Family::Alone, (0, 1, 0), 1);
+    }
+
+    #[test]
+    fn the_first_family_wins_where_they_agree_and_the_others_fill_in() {
+        check(&format!("{STEP} {EXPLICIT}"), Family::Explicit, (3, 4, 1), 2);
+        check(&format!("{STEP} PMI_RANK=3 PMI_SIZE=4"), Family::Slurm, (3, 4, 1), 2);
+    }
+
+    #[test]
+    fn under_mpirun_slurm_speaks_of_something_else() {
+        let sbatch = "SLURM_JOB_ID=7 SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_LOCALID=0";
+        check(&format!("{sbatch} {OPEN_MPI}"), Family::OpenMpi, (3, 4, 1), 2);
+        let daemon = "SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_LOCALID=0";
+        check(&format!("{daemon} {OPEN_MPI}"), Family::OpenMpi, (3, 4, 1), 2);
+    }
+
+    #[test]
+    fn what_is_contradictory_is_refused() {
+        let refused = |variables: &str| place(variables).unwrap_err().to_string();
+        assert_eq!(
+            refused(&format!("{STEP} RANK=0 WORLD_SIZE=1 LOCAL_RANK=0")),
+            "two launchers disagree: RANK/WORLD_SIZE says rank 0 of 1, Slurm (SLURM_PROCID) says rank 3 of 4; start the ranks \
+             through one of them, or unset the variables of the other"
+        );
+        assert_eq!(
+            refused("RANK=1"),
+            "RANK is set but WORLD_SIZE is not; set both, or unset RANK"
+        );
+        assert!(refused("RANK=one").starts_with("RANK = \"one\" is not a whole number"));
+        assert!(refused("RANK=4 WORLD_SIZE=4 LOCAL_RANK=0").starts_with("rank 4 is not below the world size 4"));
+        assert!(refused("SLURM_JOB_ID=7 SLURM_PROCID=0 SLURM_NTASKS=4").contains("you are in the batch shell"));
+    }
+
+    #[test]
+    fn a_batch_shell_of_one_task_is_one_process() {
+        check(
+            "SLURM_JOB_ID=7 SLURM_PROCID=0 SLURM_NTASKS=1",
+            Family::Alone,
+            (0, 1, 0),
+            1,
+        );
+    }
+
+    #[test]
+    fn slurm_s_short_list_of_tasks_is_read() {
+        let on = |list, node| tasks_on_node(list, node);
+        assert_eq!(
+            [on("2(x3),1", 0), on("2(x3),1", 2), on("2(x3),1", 3), on("2(x3),1", 4)],
+            [Some(2), Some(2), Some(1), None]
+        );
+        assert_eq!([on("4", 0), on("x", 0), on("2(x", 0)], [Some(4), None, None]);
+    }
+}

@@ -1,0 +1,336 @@
+//! The page's charts as inline SVG. Colours are CSS classes, so that they follow the reader's light or dark setting.
+
+use std::fmt::Write;
+
+use super::{Language, Run};
+use crate::evaluation::{Change, Comparison};
+use crate::events::StepMetrics;
+use crate::text;
+
+const WIDTH: f64 = 960.0;
+
+/// Maps values to pixels, and knows round values to mark.
+struct Axis {
+    low: f64,
+    high: f64,
+    from: f64,
+    to: f64,
+    /// Between marks.
+    step: f64,
+}
+
+impl Axis {
+    /// From `low` to `high`, widened to round marks.
+    fn round(low: f64, high: f64, from: f64, to: f64) -> Axis {
+        let high = if high > low { high } else { low + 1.0 };
+        let step = round_step(high - low);
+        Axis {
+            low: (low / step).floor() * step,
+            high: (high / step).ceil() * step,
+            from,
+            to,
+            step,
+        }
+    }
+
+    /// Exactly from `low` to `high`.
+    fn exact(low: f64, high: f64, from: f64, to: f64) -> Axis {
+        Axis {
+            low,
+            high,
+            from,
+            to,
+            step: round_step(high - low),
+        }
+    }
+
+    fn at(&self, value: f64) -> f64 {
+        self.from + (value - self.low) / (self.high - self.low) * (self.to - self.from)
+    }
+
+    fn marks(&self) -> Vec<f64> {
+        let count = ((self.high - self.low) / self.step).round() as usize;
+        (0..=count).map(|i| self.low + i as f64 * self.step).collect()
+    }
+
+    /// As many decimals as the marks differ in.
+    fn label(&self, value: f64) -> String {
+        let decimals = (-self.step.log10()).ceil().max(0.0) as usize;
+        format!("{value:.decimals$}")
+    }
+}
+
+/// 1, 2 or 5 times a power of ten; about six of them in `span`.
+fn round_step(span: f64) -> f64 {
+    let rough = span / 6.0;
+    let power = 10f64.powf(rough.log10().floor());
+    [1.0, 2.0, 5.0]
+        .into_iter()
+        .map(|factor| factor * power)
+        .find(|step| *step >= rough)
+        .unwrap_or(10.0 * power)
+}
+
+/// Text that is safe inside an element.
+pub fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+}
+
+fn svg(height: f64, label: &str, content: &str) -> String {
+    format!(
+        "<svg viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{}\">\n{content}</svg>\n",
+        escape(label)
+    )
+}
+
+fn line(out: &mut String, class: &str, (x1, y1): (f64, f64), (x2, y2): (f64, f64)) {
+    let _ = writeln!(
+        out,
+        "<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>"
+    );
+}
+
+fn dot(out: &mut String, class: &str, (x, y): (f64, f64), radius: f64) {
+    let _ = writeln!(
+        out,
+        "<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{radius}\"/>"
+    );
+}
+
+fn words(out: &mut String, class: &str, (x, y): (f64, f64), text: &str) {
+    let _ = writeln!(
+        out,
+        "<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>",
+        escape(text)
+    );
+}
+
+fn path(out: &mut String, class: &str, points: impl Iterator<Item = (f64, f64)>) {
+    let points: Vec<_> = points.map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+    let _ = writeln!(out, "<polyline class=\"{class}\" points=\"{}\"/>", points.join(" "));
+}
+
+/// Horizontal grid lines with their values at the left.
+fn grid(out: &mut String, y: &Axis, left: f64, right: f64, unit: &str) {
+    for mark in y.marks() {
+        let height = y.at(mark);
+        line(out, "grid", (left, height), (right, height));
+        words(
+            out,
+            "mark end",
+            (left - 6.0, height + 3.5),
+            &format!("{}{unit}", y.label(mark)),
+        );
+    }
+}
+
+/// Loss of every step, and its running mean.
+pub fn loss(steps: &[StepMetrics]) -> String {
+    let (left, right, top, bottom) = (52.0, WIDTH - 12.0, 10.0, 250.0);
+    let finite: Vec<_> = steps.iter().filter(|step| step.loss.is_finite()).collect();
+    let (low, high) = bounds(finite.iter().map(|step| step.loss));
+    let y = Axis::round(low, high, bottom, top);
+    let last = steps.last().map_or(1, |step| step.steps.max(2));
+    let x = Axis::exact(0.0, (last - 1) as f64, left, right);
+    let mut out = String::new();
+    grid(&mut out, &y, left, right, "");
+    let every = round_step(last as f64).max(1.0) as u64;
+    for step in (0..last).step_by(every as usize) {
+        words(
+            &mut out,
+            "mark middle",
+            (x.at(step as f64), bottom + 18.0),
+            &text::count(step),
+        );
+    }
+    words(&mut out, "mark end", (right, bottom + 34.0), "step");
+    for step in &finite {
+        dot(&mut out, "faint", (x.at(step.step as f64), y.at(step.loss)), 2.2);
+    }
+    path(
+        &mut out,
+        "line",
+        running_mean(&finite).map(|(step, mean)| (x.at(step as f64), y.at(mean))),
+    );
+    svg(bottom + 42.0, "Loss by step", &out)
+}
+
+/// Over about a twentieth of the run: single steps see few languages and jump.
+fn running_mean(steps: &[&StepMetrics]) -> impl Iterator<Item = (u64, f64)> {
+    let keep = 1.0 - 1.0 / (steps.len() as f64 / 20.0).max(2.0);
+    // The weight of what was seen divides, so that the first steps are not drawn towards 0.
+    let (mut sum, mut weight) = (0.0, 0.0);
+    steps.iter().map(move |step| {
+        (sum, weight) = (keep * sum + step.loss, keep * weight + 1.0);
+        (step.step, sum / weight)
+    })
+}
+
+/// Planned share of rows as an area, realised as dots, languages by planned share.
+pub fn shares<'a>(languages: impl Iterator<Item = (&'a String, &'a Language)>) -> String {
+    let (left, right, top, bottom) = (64.0, WIDTH - 12.0, 10.0, 230.0);
+    let mut languages: Vec<_> = languages.filter(|(_, l)| l.planned > 0.0 || l.realised > 0.0).collect();
+    languages.sort_by(|a, b| b.1.planned.total_cmp(&a.1.planned));
+    let high = languages
+        .iter()
+        .map(|(_, l)| l.planned.max(l.realised))
+        .fold(0.0, f64::max);
+    let y = Axis::round(0.0, 100.0 * high, bottom, top);
+    let x = Axis::exact(0.0, languages.len().max(1) as f64, left, right);
+    let mut out = String::new();
+    grid(&mut out, &y, left, right, " %");
+    let middle = |i: usize| x.at(i as f64 + 0.5);
+    let corners = languages.iter().enumerate().flat_map(|(i, (_, l))| {
+        [
+            (x.at(i as f64), y.at(100.0 * l.planned)),
+            (x.at(i as f64 + 1.0), y.at(100.0 * l.planned)),
+        ]
+    });
+    path(
+        &mut out,
+        "area",
+        std::iter::once((left, bottom))
+            .chain(corners)
+            .chain(std::iter::once((right, bottom))),
+    );
+    for (i, (name, language)) in languages.iter().enumerate() {
+        let title = format!(
+            "{name}: planned {:.3} %, realised {:.3} %",
+            100.0 * language.planned,
+            100.0 * language.realised
+        );
+        let _ = write!(out, "<g><title>{}</title>", escape(&title));
+        dot(&mut out, "dot", (middle(i), y.at(100.0 * language.realised)), 2.0);
+        out.push_str("</g>");
+    }
+    words(
+        &mut out,
+        "mark end",
+        (right, bottom + 18.0),
+        "languages, by planned share",
+    );
+    svg(bottom + 26.0, "Share of rows by language, planned and realised", &out)
+}
+
+/// Every language's change as one bar: the whole at a glance.
+pub fn overview(comparison: &Comparison) -> String {
+    let (left, right, top, bottom) = (52.0, WIDTH - 12.0, 10.0, 220.0);
+    let (low, high) = bounds(comparison.changes.iter().map(Change::delta).chain([0.0]));
+    let y = Axis::round(low, high, bottom, top);
+    let x = Axis::exact(0.0, comparison.changes.len() as f64, left, right);
+    let mut out = String::new();
+    grid(&mut out, &y, left, right, "");
+    let width = (x.at(1.0) - x.at(0.0)).max(0.6) * 0.8;
+    for (i, change) in comparison.changes.iter().enumerate() {
+        let (a, b) = (y.at(0.0), y.at(change.delta()));
+        let _ = writeln!(
+            out,
+            "<rect class=\"{}\" x=\"{:.2}\" y=\"{:.1}\" width=\"{width:.2}\" height=\"{:.1}\"><title>{} {:+.3}</title></rect>",
+            class(change),
+            x.at(i as f64),
+            a.min(b),
+            (a - b).abs(),
+            escape(&change.language),
+            change.delta(),
+        );
+    }
+    line(&mut out, "zero", (left, y.at(0.0)), (right, y.at(0.0)));
+    words(
+        &mut out,
+        "mark end",
+        (right, bottom + 18.0),
+        "languages, by change in bits per byte",
+    );
+    svg(bottom + 26.0, "Change of bits per byte by language", &out)
+}
+
+/// One row a language: before (hollow) and after (filled) in bits per byte.
+pub fn languages(run: &Run, comparison: &Comparison) -> String {
+    const ROW: f64 = 16.0;
+    let (left, right, top) = (300.0, WIDTH - 70.0, 30.0);
+    let (_, high) = bounds(
+        comparison
+            .changes
+            .iter()
+            .flat_map(|change| [change.before, change.after]),
+    );
+    let x = Axis::round(0.0, high, left, right);
+    let bottom = top + ROW * comparison.changes.len() as f64;
+    let mut out = String::new();
+    for mark in x.marks() {
+        line(&mut out, "grid", (x.at(mark), top - 6.0), (x.at(mark), bottom));
+        for height in [top - 12.0, bottom + 14.0] {
+            words(&mut out, "mark middle", (x.at(mark), height), &x.label(mark));
+        }
+    }
+    for (i, change) in comparison.changes.iter().enumerate() {
+        let y = top + ROW * (i as f64 + 0.5);
+        let name = run
+            .languages
+            .get(&change.language)
+            .map_or("", |language| language.name.as_str());
+        let label = format!("{}  {}", shortened(name, 32), change.language);
+        words(&mut out, "label end", (left - 10.0, y + 3.5), label.trim());
+        line(
+            &mut out,
+            class(change),
+            (x.at(change.before), y),
+            (x.at(change.after), y),
+        );
+        dot(&mut out, "before", (x.at(change.before), y), 3.0);
+        dot(&mut out, class(change), (x.at(change.after), y), 3.6);
+        words(
+            &mut out,
+            "label end",
+            (WIDTH - 8.0, y + 3.5),
+            &text::change(change.before, change.after),
+        );
+    }
+    svg(bottom + 24.0, "Bits per byte by language, before and after", &out)
+}
+
+fn class(change: &Change) -> &'static str {
+    if change.improved() { "better" } else { "worse" }
+}
+
+pub fn shortened(text: &str, length: usize) -> String {
+    if text.chars().count() <= length {
+        text.to_owned()
+    } else {
+        text.chars().take(length - 1).chain(['…']).collect()
+    }
+}
+
+fn bounds(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
+        (low.min(v), high.max(v))
+    });
+    if low <= high { (low, high) } else { (0.0, 1.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn axes_mark_round_values_around_the_data() {
+        let labels = |low, high| {
+            let axis = Axis::round(low, high, 0.0, 100.0);
+            axis.marks()
+                .into_iter()
+                .map(|mark| axis.label(mark))
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        assert_eq!(labels(0.0, 6.2), "0 2 4 6 8");
+        assert_eq!(
+            labels(2.3, 2.3),
+            "2.2 2.4 2.6 2.8 3.0 3.2 3.4",
+            "one value alone gets an axis too"
+        );
+        assert_eq!(labels(-0.031, 0.004), "-0.04 -0.03 -0.02 -0.01 0.00 0.01");
+    }
+}

@@ -1,0 +1,146 @@
+//! How panglot-worker is found and started: alone, or as the ranks of one mpirun. Arguments are vectors; no shell is near.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::Uid;
+
+/// A program to run and supervise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Job {
+    pub program: PathBuf,
+    pub args: Vec<OsString>,
+    pub env: Vec<(&'static str, String)>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Worker {
+    program: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("no panglot-worker at {}; build it (cargo build --release -p trainer) or name it with --worker FILE", looked_at.display())]
+pub struct WorkerMissing {
+    looked_at: PathBuf,
+}
+
+impl Worker {
+    /// The one that is named, or the one beside this very program.
+    pub fn find(named: Option<&Path>) -> Result<Worker, WorkerMissing> {
+        let program = match named {
+            Some(file) => std::path::absolute(file).unwrap_or_else(|_| file.to_owned()),
+            None => std::env::current_exe()
+                .unwrap_or_default()
+                .with_file_name("panglot-worker"),
+        };
+        if program.is_file() {
+            Ok(Worker { program })
+        } else {
+            Err(WorkerMissing { looked_at: program })
+        }
+    }
+
+    /// `ranks` processes: one needs no mpirun. Without `threads`, the cores are shared among them.
+    pub fn job(&self, ranks: usize, threads: Option<usize>, args: Vec<OsString>) -> Job {
+        match ranks {
+            1 => self.alone(threads, args),
+            n => mpirun(&self.program, n, threads, args, cores(), Uid::effective().is_root()),
+        }
+    }
+
+    /// One process, as the one rank or as a rank that somebody else has started.
+    pub fn alone(&self, threads: Option<usize>, args: Vec<OsString>) -> Job {
+        Job {
+            program: self.program.clone(),
+            args,
+            env: threads.map_or_else(Vec::new, thread_variables),
+        }
+    }
+}
+
+/// On this machine, or on the machines of the allocation that mpirun finds itself in.
+fn mpirun(worker: &Path, n: usize, threads: Option<usize>, args: Vec<OsString>, cores: usize, root: bool) -> Job {
+    let threads = threads.unwrap_or((cores / n).max(1));
+    let mut line: Vec<OsString> = vec!["-n".into(), n.to_string().into()];
+    // Threads do the pinning they want; bound to one core, a rank's threads would share it.
+    line.extend(["--bind-to", "none"].map(OsString::from));
+    if n > cores {
+        line.push("--oversubscribe".into());
+    }
+    if root {
+        line.push("--allow-run-as-root".into());
+    }
+    let env = thread_variables(threads);
+    for (name, _) in &env {
+        // To other nodes too.
+        line.extend(["-x", name].map(OsString::from));
+    }
+    line.push(worker.into());
+    line.extend(args);
+    Job {
+        program: "mpirun".into(),
+        args: line,
+        env,
+    }
+}
+
+/// libtorch's and rayon's threads.
+fn thread_variables(threads: usize) -> Vec<(&'static str, String)> {
+    ["OMP_NUM_THREADS", "RAYON_NUM_THREADS"]
+        .map(|name| (name, threads.to_string()))
+        .to_vec()
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(n: usize, threads: Option<usize>, cores: usize, root: bool) -> String {
+        let job = mpirun(
+            Path::new("/bin/panglot-worker"),
+            n,
+            threads,
+            vec!["train".into()],
+            cores,
+            root,
+        );
+        let args: Vec<_> = job.args.iter().map(|arg| arg.to_str().unwrap()).collect();
+        format!(
+            "{}={} {} {}",
+            job.env[0].0,
+            job.env[0].1,
+            job.program.display(),
+            args.join(" ")
+        )
+    }
+
+    #[test]
+    fn mpirun_s_line_fits_the_machine() {
+        let variables = "-x OMP_NUM_THREADS -x RAYON_NUM_THREADS";
+        assert_eq!(
+            line(2, None, 8, false),
+            format!("OMP_NUM_THREADS=4 mpirun -n 2 --bind-to none {variables} /bin/panglot-worker train")
+        );
+        assert_eq!(
+            line(3, None, 2, true),
+            format!(
+                "OMP_NUM_THREADS=1 mpirun -n 3 --bind-to none --oversubscribe --allow-run-as-root {variables} \
+                 /bin/panglot-worker train"
+            )
+        );
+        assert!(line(2, Some(3), 8, false).starts_with("OMP_NUM_THREADS=3 "));
+    }
+
+    #[test]
+    fn a_missing_worker_is_told_with_the_remedy() {
+        let error = Worker::find(Some(Path::new("/no/worker"))).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "no panglot-worker at /no/worker; build it (cargo build --release -p trainer) or name it with --worker FILE"
+        );
+    }
+}

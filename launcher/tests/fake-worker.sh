@@ -1,0 +1,38 @@
+#!/bin/sh
+# Stands in for panglot-worker: behaves as the plan's name says.
+plan=
+for word in "$@"; do
+    case $previous in --plan) plan=$word ;; esac
+    previous=$word
+done
+name=$(sed -n 's/^  "name": "\(.*\)",$/\1/p' "$plan")
+run=$(dirname "$plan")
+case $name in
+finishes)
+    echo '{"event":"phase","name":"pretending"}'
+    echo 'a library chatters'
+    echo '{"event":"note","text":"resumed from step 7"}'
+    echo '{"event":"done","result":{"steps":20}}'
+    ;;
+exits-with-*) exit "${name#exits-with-}" ;;
+waits-for-a-signal)
+    trap 'echo "{\"event\":\"note\",\"text\":\"got TERM\"}"; exit 75' TERM
+    trap 'echo "{\"event\":\"note\",\"text\":\"got USR1\"}"; exit 76' USR1
+    echo '{"event":"note","text":"ready"}'
+    while :; do sleep 0.05; done
+    ;;
+ignores-term)
+    trap '' TERM
+    echo '{"event":"note","text":"ready"}'
+    while :; do sleep 0.05; done
+    ;;
+leaves-a-stray)
+    # In a session of its own, as a rank that has lost its mpirun; it holds our standard output open.
+    setsid sh -c 'echo $$ > "$0/stray"; exec sleep 1000' "$run" &
+    while [ ! -s "$run/stray" ]; do sleep 0.01; done
+    ;;
+outlives)
+    echo $$ > "$run/worker"
+    exec sleep 1000
+    ;;
+esac
