@@ -3,7 +3,11 @@
 
 fn main() {
     println!("cargo::rerun-if-env-changed=PANGLOT_RPATH");
-    for folder in std::env::var("PANGLOT_RPATH").unwrap_or_default().split(':').filter(|folder| !folder.is_empty()) {
+    for folder in std::env::var("PANGLOT_RPATH")
+        .unwrap_or_default()
+        .split(':')
+        .filter(|folder| !folder.is_empty())
+    {
         println!("cargo::rustc-link-arg=-Wl,-rpath,{folder}");
     }
 }

@@ -1,1 +1,14 @@
-//! trainer
+//! Model, step, checkpoint, evaluation and export. Begin with [`step`].
+
+pub mod batch;
+pub mod checkpoint;
+pub mod evaluate;
+pub mod export;
+pub mod gguf;
+pub mod hf;
+pub mod model;
+pub mod random;
+pub mod scratch;
+pub mod step;
+pub mod tensorboard;
+pub mod train;

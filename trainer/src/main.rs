@@ -1,1 +1,214 @@
-fn main() {}
+//! `panglot-worker`: one process a rank. Started by `panglot`, or by `mpirun` or `srun` with the same line.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use configs::Plan;
+use launcher::events::Event;
+use launcher::exit;
+use launcher::place::Place;
+use sharding::Comm;
+use trainer::train::End;
+
+#[derive(Parser)]
+#[command(name = "panglot-worker", version, about = "One rank of Panglot; `panglot` starts it")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a Hugging Face folder from a GGUF file.
+    ImportGguf {
+        #[arg(long)]
+        gguf: PathBuf,
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Make a model with random weights, as the plan says.
+    InitModel {
+        #[arg(long)]
+        plan: PathBuf,
+    },
+    /// Train, from the newest checkpoint if there is one.
+    Train {
+        #[arg(long)]
+        plan: PathBuf,
+    },
+    /// Score the held-out documents with the model in a Hugging Face folder.
+    Eval {
+        #[arg(long)]
+        plan: PathBuf,
+        #[arg(long)]
+        model: PathBuf,
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Write the newest checkpoint as a merged model and as a PEFT adapter.
+    Export {
+        #[arg(long)]
+        plan: PathBuf,
+        #[arg(long)]
+        merged: PathBuf,
+        #[arg(long)]
+        adapter: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    // A panic is a bug; it must end this process at once, or its peers would wait for it in a collective.
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        print(info);
+        std::process::exit(exit::INTERNAL);
+    }));
+    let arguments = Arguments::parse();
+    let code = match start(arguments.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("panglot-worker: {error:#}");
+            code_of(&error)
+        }
+    };
+    ExitCode::from(u8::try_from(code).expect("exit codes are small"))
+}
+
+/// Finds this process's place, joins its peers and runs the command. Once the ranks have met, an error on one ends all.
+fn start(command: Command) -> Result<i32> {
+    let place = Place::detect()?;
+    let plan = match &command {
+        Command::ImportGguf { .. } => None,
+        Command::InitModel { plan }
+        | Command::Train { plan }
+        | Command::Eval { plan, .. }
+        | Command::Export { plan, .. } => Some(read_plan(plan)?),
+    };
+    let threads = plan.as_ref().and_then(|plan| plan.launch.threads_per_rank);
+    set_threads(threads.unwrap_or_else(|| cores().div_ceil(place.local_world).max(1)))?;
+    let comm = sharding::join(place.world)?;
+    if let Some(plan) = &plan {
+        log_to(&plan.folders.run.join("logs").join(format!("rank-{}.log", place.rank)))?;
+    }
+    match run(command, plan.as_ref(), comm.as_ref()) {
+        Ok(code) => Ok(code),
+        Err(error) if comm.world() > 1 => {
+            eprintln!(
+                "panglot-worker: rank {} of {} on {}: {error:#}",
+                place.rank, place.world, place.node
+            );
+            tracing::error!("{error:#}");
+            comm.abort(code_of(&error))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm) -> Result<i32> {
+    let plan = || plan.expect("every command but import-gguf reads a plan");
+    let progress = &mut |done: u64, total: u64| {
+        Event::Progress {
+            done,
+            total,
+            unit: "bytes".into(),
+        }
+        .emit()
+    };
+    let done = |result: serde_json::Value| {
+        if comm.rank() == 0 {
+            Event::Done { result }.emit();
+        }
+        Ok(exit::FINISHED)
+    };
+    match command {
+        Command::ImportGguf { gguf, out } => {
+            let config = trainer::gguf::import(&gguf, &out, progress)?;
+            done(serde_json::to_value(config)?)
+        }
+        Command::InitModel { .. } => {
+            let config = trainer::scratch::init(plan(), &plan().folders.base_model)?;
+            done(serde_json::to_value(config)?)
+        }
+        Command::Train { .. } => match trainer::train::train(plan(), comm)? {
+            End::Finished => done(serde_json::json!({ "run": plan().folders.run, "steps": plan().train.steps })),
+            End::WantsMoreTime => Ok(exit::MORE_TIME),
+        },
+        Command::Eval { model, out, .. } => {
+            let report = serde_json::to_value(trainer::evaluate::evaluate(plan(), &model, comm)?)?;
+            if comm.rank() == 0 {
+                write_finished(&out, &serde_json::to_vec_pretty(&report)?)?;
+            }
+            done(report)
+        }
+        Command::Export { merged, adapter, .. } => {
+            done(trainer::export::export_newest(plan(), comm, &merged, &adapter)?)
+        }
+    }
+}
+
+fn read_plan(path: &Path) -> Result<Plan> {
+    let text = std::fs::read(path).with_context(|| path.display().to_string())?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is not a plan of this version", path.display()))
+}
+
+/// Written beside and renamed: whoever sees the file sees all of it.
+fn write_finished(path: &Path, contents: &[u8]) -> Result<()> {
+    let beside = path.with_extension("partial");
+    let folder = path.parent().context("the result needs a folder")?;
+    std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(&beside, contents))
+        .and_then(|()| std::fs::rename(&beside, path))
+        .with_context(|| path.display().to_string())
+}
+
+fn set_threads(threads: usize) -> Result<()> {
+    tch::set_num_threads(i32::try_from(threads).context("threads")?);
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .context("starting the worker's threads")
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Everything goes to the rank's own log; warnings also to standard error.
+fn log_to(path: &Path) -> Result<()> {
+    use tracing_subscriber::prelude::*;
+    let folder = path.parent().context("a log lies in a folder")?;
+    std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .with_context(|| path.display().to_string())?;
+    let to_file = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .with_writer(std::sync::Mutex::new(file));
+    let to_stderr = tracing_subscriber::fmt::layer()
+        .without_time()
+        .with_writer(std::io::stderr)
+        .with_filter(tracing_subscriber::filter::LevelFilter::WARN);
+    let to_file = to_file.with_filter(tracing_subscriber::filter::LevelFilter::INFO);
+    tracing_subscriber::registry().with(to_file).with(to_stderr).init();
+    Ok(())
+}
+
+/// What a job script may conclude: files at fault, peers at fault, or the user.
+fn code_of(error: &anyhow::Error) -> i32 {
+    let has = |is: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(is);
+    if has(|cause| cause.is::<sharding::Error>()) {
+        exit::PEER
+    } else if has(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|e| e.kind() != std::io::ErrorKind::NotFound)
+    }) {
+        exit::IO
+    } else {
+        exit::USER
+    }
+}

@@ -1,0 +1,255 @@
+//! Negative log-likelihood of held-out text, language by language, for any Hugging Face folder with its own tokenizer.
+//!
+//! A document is scored as a whole: its start token, if the plan names one, is context only, and every token after it is a
+//! target. Bits per byte divide by the bytes of the text, so that models with different tokenizers compare.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use configs::{Evaluation, Plan};
+use corpus::{Corpus, Language, Split, Tokenizer};
+use launcher::events::Event;
+use serde::{Deserialize, Serialize};
+use sharding::Comm;
+use tch::{Kind, Tensor};
+
+use crate::hf::{ModelConfig, Weights};
+use crate::model::{IGNORE, Model, Trains};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
+    pub model: String,
+    pub precision: configs::Precision,
+    pub languages: Vec<LanguageScore>,
+    /// Mean over languages, each counted once.
+    pub macro_bits_per_byte: f64,
+    pub macro_nats_per_document: f64,
+    /// Targets scored.
+    pub tokens: u64,
+    pub seconds: f64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LanguageScore {
+    pub language: Language,
+    pub documents: u64,
+    pub bytes: u64,
+    pub characters: u64,
+    /// Targets.
+    pub tokens: u64,
+    /// Σ −ln p over the targets.
+    pub nats: f64,
+    pub bits_per_byte: f64,
+}
+
+/// A stretch of one document that fits the model; the first `context` positions were scored in the window before.
+struct Window {
+    language: usize,
+    ids: Vec<i64>,
+    context: usize,
+}
+
+/// Scores the held-out documents with the model in `folder`. Every rank returns the same report.
+pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Report> {
+    let started = Instant::now();
+    let rank_0 = comm.rank() == 0;
+    let say = |name: &str| rank_0.then(|| Event::Phase { name: name.into() }.emit());
+    say("reading held-out documents");
+    let corpus = Corpus::open(&plan.folders.corpus)?;
+    let tokenizer = Tokenizer::open(folder)?;
+    let (mut scores, windows) = windows(plan, &corpus, &tokenizer)?;
+    ensure!(
+        !windows.is_empty(),
+        "the corpus {} has no held-out documents",
+        plan.folders.corpus.display()
+    );
+
+    say("loading the model");
+    let config = ModelConfig::open(folder)?;
+    let model = Model::load(
+        &config,
+        &Weights::open(folder)?,
+        kind(plan.train.precision),
+        &Trains::default(),
+    )
+    .with_context(|| format!("loading {}", folder.display()))?;
+    model.check_length(plan.evaluation.window, "evaluation.window")?;
+
+    say("scoring held-out documents");
+    let batches = batches(&windows, plan.evaluation.tokens_per_batch);
+    let total: u64 = windows.iter().map(|window| (window.ids.len() - 1) as u64).sum();
+    let mut nats = vec![0.0; scores.len()];
+    let mut done = 0;
+    for (index, batch) in batches.iter().enumerate() {
+        done += batch
+            .iter()
+            .map(|&window| (windows[window].ids.len() - 1) as u64)
+            .sum::<u64>();
+        if index % comm.world() != comm.rank() {
+            continue;
+        }
+        score(&model, &windows, batch, &mut nats);
+        if rank_0 {
+            Event::Progress {
+                done,
+                total,
+                unit: "tokens".into(),
+            }
+            .emit();
+        }
+    }
+    let nats = comm.sum(&nats)?;
+
+    for (score, nats) in scores.iter_mut().zip(nats) {
+        score.nats = nats;
+        score.bits_per_byte = nats / std::f64::consts::LN_2 / score.bytes as f64;
+    }
+    let mean = |of: &dyn Fn(&LanguageScore) -> f64| scores.iter().map(of).sum::<f64>() / scores.len() as f64;
+    Ok(Report {
+        model: folder.display().to_string(),
+        precision: plan.train.precision,
+        macro_bits_per_byte: mean(&|score| score.bits_per_byte),
+        macro_nats_per_document: mean(&|score| score.nats / score.documents as f64),
+        tokens: scores.iter().map(|score| score.tokens).sum(),
+        seconds: started.elapsed().as_secs_f64(),
+        languages: scores,
+    })
+}
+
+pub fn kind(precision: configs::Precision) -> Kind {
+    match precision {
+        configs::Precision::F32 => Kind::Float,
+        configs::Precision::Bf16 => Kind::BFloat16,
+    }
+}
+
+/// The documents to score, cut into windows, and an empty score for every language that has any.
+fn windows(plan: &Plan, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<(Vec<LanguageScore>, Vec<Window>)> {
+    let start = match &plan.corpus.document_start {
+        None => None,
+        Some(token) => Some(tokenizer.id(token).with_context(|| {
+            format!("corpus.document_start = {token} is not a piece of the model's tokenizer; name one of its special tokens")
+        })?),
+    };
+    let (mut scores, mut windows) = (Vec::new(), Vec::new());
+    for entry in &corpus.manifest().languages {
+        let mut documents = corpus.documents(&entry.language, Split::HeldOut)?;
+        documents.sort_by(|a, b| a.key.cmp(&b.key));
+        documents.truncate(plan.evaluation.documents_per_language.unwrap_or(usize::MAX));
+        let mut score = LanguageScore {
+            language: entry.language.clone(),
+            documents: 0,
+            bytes: 0,
+            characters: 0,
+            tokens: 0,
+            nats: 0.0,
+            bits_per_byte: 0.0,
+        };
+        for document in documents {
+            let encoded = tokenizer.encode(&document.text)?;
+            let ids: Vec<i64> = start.into_iter().chain(encoded).map(i64::from).collect();
+            if ids.len() < 2 {
+                continue;
+            }
+            score.documents += 1;
+            score.bytes += document.text.len() as u64;
+            score.characters += document.text.chars().count() as u64;
+            score.tokens += (ids.len() - 1) as u64;
+            windows.extend(cut(&plan.evaluation, scores.len(), &ids));
+        }
+        if score.documents > 0 {
+            scores.push(score);
+        }
+    }
+    Ok((scores, windows))
+}
+
+/// Windows of at most `window` tokens, each starting `stride` after the one before; every target is scored once, in the
+/// first window that holds it.
+fn cut(evaluation: &Evaluation, language: usize, ids: &[i64]) -> Vec<Window> {
+    let mut windows = Vec::new();
+    let mut start = 0;
+    let mut scored = 1;
+    while scored < ids.len() {
+        let end = (start + evaluation.window).min(ids.len());
+        windows.push(Window {
+            language,
+            ids: ids[start..end].to_vec(),
+            context: scored - start,
+        });
+        scored = end;
+        // The next target needs at least the token before it as context.
+        start = (start + evaluation.stride).min(scored - 1);
+    }
+    windows
+}
+
+/// Windows of similar length together, padded batches of at most `tokens_per_batch`; longest first, so that a shortage of
+/// memory shows at once.
+fn batches(windows: &[Window], tokens_per_batch: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..windows.len()).collect();
+    order.sort_by_key(|&window| (std::cmp::Reverse(windows[window].ids.len()), window));
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    for window in order {
+        match batches.last_mut() {
+            Some(batch) if (batch.len() + 1) * windows[batch[0]].ids.len() <= tokens_per_batch => batch.push(window),
+            _ => batches.push(vec![window]),
+        }
+    }
+    batches
+}
+
+/// Adds each window's nats to its language.
+fn score(model: &Model, windows: &[Window], batch: &[usize], nats: &mut [f64]) {
+    let length = windows[batch[0]].ids.len();
+    let shape = [batch.len() as i64, length as i64];
+    let (mut ids, mut targets) = (vec![0; batch.len() * length], vec![IGNORE; batch.len() * length]);
+    for (row, &window) in batch.iter().enumerate() {
+        let Window {
+            ids: window_ids,
+            context,
+            ..
+        } = &windows[window];
+        // Attention is causal: what stands behind a window cannot change its scores.
+        ids[row * length..][..window_ids.len()].copy_from_slice(window_ids);
+        let first = row * length + context - 1;
+        targets[first..][..window_ids.len() - context].copy_from_slice(&window_ids[*context..]);
+    }
+    let (ids_bt, targets_bt) = (
+        Tensor::from_slice(&ids).view(shape),
+        Tensor::from_slice(&targets).view(shape),
+    );
+    let nll_bt = model.head.nll(model.head_matrix(), &model.hidden(&ids_bt), &targets_bt);
+    let sums: Vec<f64> = Vec::try_from(nll_bt.sum_dim_intlist(-1, false, Kind::Double)).expect("one sum a row, in f64");
+    for (&window, sum) in batch.iter().zip(sums) {
+        nats[windows[window].language] += sum;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_target_is_scored_once_whatever_the_windows() {
+        let ids: Vec<i64> = (0..23).collect();
+        for (window, stride) in [(5, 5), (8, 3), (23, 1), (100, 50), (6, 5)] {
+            let evaluation = Evaluation {
+                documents_per_language: None,
+                window,
+                stride,
+                tokens_per_batch: 64,
+            };
+            let targets: Vec<i64> = cut(&evaluation, 0, &ids)
+                .iter()
+                .flat_map(|window| window.ids[window.context..].to_vec())
+                .collect();
+            assert_eq!(
+                targets,
+                (1..23).collect::<Vec<i64>>(),
+                "window {window}, stride {stride}"
+            );
+        }
+    }
+}

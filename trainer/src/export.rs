@@ -1,0 +1,284 @@
+//! What a run gives away: the merged model and the PEFT adapter, both loadable by `transformers` and PEFT as they are.
+//! Written whole or not at all, then read back and checked against the model in memory.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use configs::{FullModule, Lora, Plan};
+use serde_json::{Value, json};
+use sharding::Comm;
+use tch::{Kind, Tensor};
+
+use crate::checkpoint;
+use crate::hf::weights::{TensorFile, write_tensors};
+use crate::hf::{ModelConfig, NewFolder, SHARD_BYTES, Weights, write_weights};
+use crate::model::{Model, Trains};
+use crate::train;
+
+/// Writes the newest checkpoint's model to both folders and checks them. Without LoRA there is no adapter.
+pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path) -> Result<Value> {
+    let (mut trainer, identity) = train::build(plan, comm)?;
+    let folder = plan.folders.run.join("checkpoints");
+    let found = checkpoint::newest(&folder)?
+        .with_context(|| format!("{} holds no checkpoint to export; train first", folder.display()))?;
+    let different = checkpoint::differences(&found.manifest.identity, &identity);
+    ensure!(
+        different.is_empty(),
+        "{} was written by a run with other settings:\n  {}\nexport with the plan that trained it",
+        found.folder.display(),
+        different.join("\n  ")
+    );
+    let progress = checkpoint::load(&found.folder, &found.manifest, comm, &mut trainer.zero)?;
+    let mut result = json!({
+        "checkpoint": found.folder,
+        "step": progress.step,
+        "pieces": trainer.model.config.vocab_size,
+        "merged": merged,
+        "adapter": null,
+    });
+    if comm.rank() == 0 {
+        let model = &trainer.model;
+        let tokenizer = &plan.folders.vocabulary;
+        write_merged(merged, &model.config, &model.merged_weights(), model.kind, tokenizer)?;
+        let difference = logits_difference(model, merged)?;
+        result["logits_difference"] = json!(difference);
+        if let Some(lora) = &plan.train.lora {
+            let base = &plan.folders.base_model;
+            write_adapter(
+                adapter,
+                &Adapter::of(model, lora, &plan.train.full, base)?,
+                model.kind,
+                tokenizer,
+            )?;
+            result["adapter"] = json!(adapter);
+        }
+    }
+    comm.barrier()?;
+    Ok(result)
+}
+
+/// Writes a model folder from weights under Hugging Face's names, with the tokenizer's files, and verifies it.
+pub fn write_merged(
+    dir: &Path,
+    config: &ModelConfig,
+    weights: &[(String, Tensor)],
+    kind: Kind,
+    tokenizer: &Path,
+) -> Result<()> {
+    let folder = NewFolder::begin(dir)?;
+    folder.copy_tokenizer(tokenizer)?;
+    write_weights(&folder, config, kind, SHARD_BYTES, &mut |name, _| {
+        let found = weights.iter().find(|(known, _)| known == name);
+        found
+            .map(|(_, value)| value.shallow_clone())
+            .with_context(|| format!("the model to export has no {name}"))
+    })?;
+    let written = config.parameter_shapes().len();
+    ensure!(
+        weights.len() == written,
+        "the model to export has {} tensors but its config describes {written}; some would be left out",
+        weights.len()
+    );
+    let read = Weights::open_with(folder.path(), config)?;
+    for (name, value) in weights {
+        let same = read.tensor(name, &value.size(), kind)? == value.to_kind(kind);
+        ensure!(
+            same,
+            "{name} read back from {} differs from what was written; is the disk sound?",
+            dir.display()
+        );
+    }
+    folder.commit()
+}
+
+/// How far the exported model's logits are from `model`'s on a few tokens: ‖Δ‖ / ‖logits‖.
+///
+/// # Errors
+/// When it is more than merging can explain.
+fn logits_difference(model: &Model, merged: &Path) -> Result<f64> {
+    let exported = Model::load(
+        &ModelConfig::open(merged)?,
+        &Weights::open(merged)?,
+        model.kind,
+        &Trains::default(),
+    )?;
+    let time = 32.min(model.config.max_position_embeddings as i64);
+    let ids_bt = (Tensor::arange(4 * time, (Kind::Int64, tch::Device::Cpu)) * 7919)
+        .remainder(model.head.pieces)
+        .view([4, time]);
+    let logits = |model: &Model| {
+        model
+            .head
+            .whole_logits(model.head_matrix(), &model.hidden(&ids_bt))
+            .to_kind(Kind::Double)
+    };
+    let (ours, theirs) = (logits(model), logits(&exported));
+    let difference = (&theirs - &ours).norm().double_value(&[]) / ours.norm().double_value(&[]);
+    // f32: the order of sums through all layers. bf16: W + s·BA is rounded to 8 bits where we keep W and BA apart, and
+    // each layer rounds again; a wrong transpose or scale moves the logits by as much as they are.
+    let most = if model.kind == Kind::Float { 1e-4 } else { 0.05 };
+    ensure!(
+        difference <= most,
+        "the logits of {} differ from the trained model's by {difference:.2e} of their norm, more than merging can \
+         explain ({most:.0e}); this is a defect, do not use the export",
+        merged.display()
+    );
+    Ok(difference)
+}
+
+/// What a PEFT adapter folder holds.
+pub struct Adapter<'a> {
+    /// The folder it stands on; written into `adapter_config.json`.
+    pub base: &'a Path,
+    pub lora: &'a Lora,
+    /// (module path such as "model.layers.0.self_attn.q_proj", A \[r, in\], B \[out, r\]).
+    pub pairs: Vec<(String, Tensor, Tensor)>,
+    /// Whole matrices, trained or grown: "model.embed_tokens", "lm_head".
+    pub full: Vec<(&'static str, Tensor)>,
+    /// The base ties its head to its embedding.
+    pub tied: bool,
+    /// Rows of the vocabulary matrices; the base is resized to it where it has others.
+    pub pieces: i64,
+    /// Rows of the base's.
+    pub base_pieces: i64,
+}
+
+impl<'a> Adapter<'a> {
+    pub fn of(model: &Model, lora: &'a Lora, trained: &[FullModule], base: &'a Path) -> Result<Adapter<'a>> {
+        let base_pieces = ModelConfig::open(base)?.vocab_size as i64;
+        let pieces = model.head.pieces;
+        let grown = pieces != base_pieces;
+        let matrix = |weight: &crate::model::Weight| weight.value.narrow(0, 0, pieces).contiguous();
+        let tied = model.head_weight.is_none();
+        let mut full = Vec::new();
+        // A tied matrix is named in both places, since PEFT's copies of the two modules are separate.
+        if grown || trained.contains(&FullModule::EmbedTokens) {
+            full.push(("model.embed_tokens", matrix(&model.embedding)));
+        }
+        if grown || trained.contains(&FullModule::LmHead) {
+            full.push(("lm_head", matrix(model.head_matrix())));
+        }
+        Ok(Adapter {
+            base,
+            lora,
+            pairs: model.lora_pairs(),
+            full,
+            tied,
+            pieces,
+            base_pieces,
+        })
+    }
+
+    /// `adapter_config.json`.
+    fn config(&self) -> Value {
+        let modules: Vec<&str> = self
+            .full
+            .iter()
+            .map(|(path, _)| path.rsplit('.').next().expect("a path has a last part"))
+            .collect();
+        // A whole number is written as one: PEFT declares it an int.
+        let alpha = self.lora.alpha;
+        let alpha = if alpha.fract() == 0.0 {
+            json!(alpha as i64)
+        } else {
+            json!(alpha)
+        };
+        json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "r": self.lora.rank,
+            "lora_alpha": alpha,
+            "lora_dropout": self.lora.dropout,
+            "target_modules": self.lora.targets,
+            "modules_to_save": if modules.is_empty() { Value::Null } else { json!(modules) },
+            "ensure_weight_tying": self.tied && !modules.is_empty(),
+            "bias": "none",
+            "use_rslora": false,
+            "use_dora": false,
+            "fan_in_fan_out": false,
+            "init_lora_weights": true,
+            "inference_mode": true,
+        })
+    }
+
+    /// Under PEFT's names.
+    fn tensors(&self) -> Vec<(String, Tensor)> {
+        let pairs = self.pairs.iter().flat_map(|(path, a, b)| {
+            [("A", a), ("B", b)].map(|(end, value)| {
+                (
+                    format!("base_model.model.{path}.lora_{end}.weight"),
+                    value.shallow_clone(),
+                )
+            })
+        });
+        let full = self
+            .full
+            .iter()
+            .map(|(path, value)| (format!("base_model.model.{path}.weight"), value.shallow_clone()));
+        pairs.chain(full).collect()
+    }
+
+    /// How to load it.
+    fn readme(&self) -> String {
+        let base = serde_json::to_string(&self.base).expect("a path is text");
+        let resize = if self.pieces == self.base_pieces {
+            String::new()
+        } else {
+            format!("model.resize_token_embeddings({}, mean_resizing=False)\n", self.pieces)
+        };
+        format!(
+            "# LoRA adapter\n\n\
+             Rank {}, alpha {}, on {}.{}\n\n\
+             Load it with `transformers` and `peft`, from this folder:\n\n\
+             ```python\n\
+             from peft import PeftModel\n\
+             from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
+             tokenizer = AutoTokenizer.from_pretrained(\".\")\n\
+             model = AutoModelForCausalLM.from_pretrained({base}, dtype=\"auto\")\n\
+             {resize}\
+             model = PeftModel.from_pretrained(model, \".\")\n\
+             ```\n\n\
+             `model.merge_and_unload()` then gives the model without adapters; the merged folder beside this one is that.\n",
+            self.lora.rank,
+            self.lora.alpha,
+            self.lora.targets.join(", "),
+            match self.full.as_slice() {
+                [] => String::new(),
+                full => format!(
+                    " Whole matrices with {} rows: {}.",
+                    self.pieces,
+                    full.iter().map(|(path, _)| *path).collect::<Vec<_>>().join(", ")
+                ),
+            },
+        )
+    }
+}
+
+/// Writes an adapter folder and verifies it.
+pub fn write_adapter(dir: &Path, adapter: &Adapter, kind: Kind, tokenizer: &Path) -> Result<()> {
+    let folder = NewFolder::begin(dir)?;
+    folder.copy_tokenizer(tokenizer)?;
+    folder.write_json("adapter_config.json", &adapter.config())?;
+    folder.write("README.md", adapter.readme())?;
+    let tensors = adapter.tensors();
+    let shapes: Vec<(String, Vec<i64>)> = tensors
+        .iter()
+        .map(|(name, value)| (name.clone(), value.size()))
+        .collect();
+    let path = folder.path().join("adapter_model.safetensors");
+    let mut values = tensors.iter();
+    write_tensors(&path, &shapes, kind, &mut |_, _| {
+        Ok(values.next().expect("asked for each once, in order").1.shallow_clone())
+    })?;
+    let read = TensorFile::open(&path)?;
+    for (name, value) in &tensors {
+        let same = read.tensor(name)? == value.to_kind(kind);
+        ensure!(
+            same,
+            "{name} read back from {} differs from what was written; is the disk sound?",
+            dir.display()
+        );
+    }
+    folder.commit()
+}

@@ -1,0 +1,130 @@
+//! The last stage: final norm, vocabulary matrix and cross-entropy, chunk by chunk. Whole logits never exist.
+//! Axes: n target positions, v vocabulary, d dim.
+
+use tch::{Kind, Tensor};
+
+use super::Weight;
+use super::ops::{rms_norm, rms_norm_backward};
+
+/// f32 logits of one chunk take at most this much memory; larger chunks make larger GEMMs and fewer passes over d_weight.
+const CHUNK_BYTES: usize = 256 << 20;
+
+/// A position whose next token is not known or not to be learned.
+pub const IGNORE: i64 = -1;
+
+pub struct Head {
+    pub norm_d: Tensor,
+    pub epsilon: f64,
+    /// Pieces; rows of the matrix beyond it are padding and get no probability.
+    pub pieces: i64,
+}
+
+pub struct Loss {
+    /// Σ −ln p(target), nats, over this micro-batch's targets.
+    pub nll: f64,
+    pub d_hidden_btd: Tensor,
+}
+
+impl Head {
+    /// Loss and its gradients, scaled by 1 / `n_targets` (targets of the global batch). Adds to `weight`'s gradient.
+    pub fn loss(&self, weight: &mut Weight, hidden_btd: &Tensor, targets_bt: &Tensor, n_targets: f64) -> Loss {
+        let dim = *hidden_btd.size().last().expect("three axes");
+        let hidden_nd = hidden_btd.view([-1, dim]);
+        let positions = known_positions(targets_bt);
+        let targets_n = targets_bt.view([-1]).index_select(0, &positions);
+        let unnormed_nd = hidden_nd.index_select(0, &positions);
+        let normed_nd = rms_norm(&unnormed_nd, &self.norm_d, self.epsilon);
+        let weight_vd = weight.value.narrow(0, 0, self.pieces);
+        let mut nll = 0.0;
+        let mut d_normed = Vec::new();
+        for (start, length) in self.chunks(targets_n.numel()) {
+            let h_nd = normed_nd.narrow(0, start, length);
+            let targets = targets_n.narrow(0, start, length).unsqueeze(1);
+            let (mut logits_nv, logsumexp_n1) = self.logits(&h_nd, &weight_vd);
+            nll += sum_f64(&(&logsumexp_n1 - logits_nv.gather(1, &targets, false)));
+
+            // d_logits = softmax − onehot, in place; 1 / n_targets is applied to the small operands instead.
+            let mut d_logits_nv = logits_nv.g_sub_(&logsumexp_n1).exp_();
+            let minus_one = Tensor::full_like(&targets, -1.0).to_kind(Kind::Float);
+            let d_logits_nv = d_logits_nv.scatter_add_(1, &targets, &minus_one).to_kind(h_nd.kind());
+            d_normed.push(d_logits_nv.matmul(&weight_vd) * (1.0 / n_targets));
+            if let Some(grad) = &weight.grad {
+                add_product(
+                    &grad.narrow(0, 0, self.pieces),
+                    &d_logits_nv.tr(),
+                    &(h_nd * (1.0 / n_targets)),
+                );
+            }
+        }
+        let d_normed_nd = Tensor::cat(&d_normed, 0);
+        let d_unnormed_nd = rms_norm_backward(&unnormed_nd, &self.norm_d, self.epsilon, &d_normed_nd);
+        let d_hidden_nd = hidden_nd.zeros_like().index_copy(0, &positions, &d_unnormed_nd);
+        Loss {
+            nll,
+            d_hidden_btd: d_hidden_nd.view_as(hidden_btd),
+        }
+    }
+
+    /// −ln p(target) of every position, f32, 0 where the target is [`IGNORE`]; the shape of `targets_bt`.
+    pub fn nll(&self, weight: &Weight, hidden_btd: &Tensor, targets_bt: &Tensor) -> Tensor {
+        let dim = *hidden_btd.size().last().expect("three axes");
+        let positions = known_positions(targets_bt);
+        let targets_n = targets_bt.view([-1]).index_select(0, &positions);
+        let normed_nd = rms_norm(
+            &hidden_btd.view([-1, dim]).index_select(0, &positions),
+            &self.norm_d,
+            self.epsilon,
+        );
+        let weight_vd = weight.value.narrow(0, 0, self.pieces);
+        let chunks = self.chunks(targets_n.numel()).map(|(start, length)| {
+            let (logits_nv, logsumexp_n1) = self.logits(&normed_nd.narrow(0, start, length), &weight_vd);
+            let targets = targets_n.narrow(0, start, length).unsqueeze(1);
+            (logsumexp_n1 - logits_nv.gather(1, &targets, false)).squeeze_dim(1)
+        });
+        let nll_n = Tensor::cat(&chunks.collect::<Vec<_>>(), 0);
+        let zeros = Tensor::zeros([targets_bt.numel() as i64], (Kind::Float, hidden_btd.device()));
+        zeros.index_copy(0, &positions, &nll_n).view_as(targets_bt)
+    }
+
+    /// Whole logits [b, t, pieces]: for comparisons with other programs only.
+    pub fn whole_logits(&self, weight: &Weight, hidden_btd: &Tensor) -> Tensor {
+        let normed = rms_norm(hidden_btd, &self.norm_d, self.epsilon);
+        normed
+            .matmul(&weight.value.narrow(0, 0, self.pieces).tr())
+            .to_kind(Kind::Float)
+    }
+
+    /// f32 logits of a chunk, and their logsumexp.
+    fn logits(&self, h_nd: &Tensor, weight_vd: &Tensor) -> (Tensor, Tensor) {
+        let logits_nv = h_nd.matmul(&weight_vd.tr()).to_kind(Kind::Float);
+        let logsumexp_n1 = logits_nv.logsumexp(-1, true);
+        (logits_nv, logsumexp_n1)
+    }
+
+    /// (start, length) of equal chunks over `n` positions.
+    fn chunks(&self, n: usize) -> impl Iterator<Item = (i64, i64)> {
+        let most = (CHUNK_BYTES / (4 * self.pieces as usize)).max(1);
+        let length = n.div_ceil(n.div_ceil(most).max(1)).max(1);
+        (0..n)
+            .step_by(length)
+            .map(move |start| (start as i64, length.min(n - start) as i64))
+    }
+}
+
+/// `sum` += `a` · `b`, kept in f32 whatever the operands are.
+fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
+    let mut sum = sum.shallow_clone();
+    let _ = if a.kind() == sum.kind() {
+        sum.addmm_(a, b)
+    } else {
+        sum.g_add_(&a.matmul(b))
+    };
+}
+
+fn known_positions(targets_bt: &Tensor) -> Tensor {
+    targets_bt.view([-1]).not_equal(IGNORE).nonzero().view([-1])
+}
+
+fn sum_f64(tensor: &Tensor) -> f64 {
+    f64::try_from(tensor.sum(Kind::Double)).expect("a sum is one number")
+}

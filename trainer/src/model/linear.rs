@@ -1,0 +1,79 @@
+//! A linear map without bias, frozen, with an optional trained low-rank term beside it (LoRA).
+//! Source: Hu et al. 2021, "LoRA", equation 3.
+
+use tch::Tensor;
+
+use super::{DropoutRows, Weight};
+
+/// y = x Wᵀ + s · drop(x) Aᵀ Bᵀ, with s = α / r.
+pub struct Linear {
+    /// Path of the module, as Hugging Face names it: "model.layers.0.self_attn.q_proj".
+    pub path: String,
+    pub weight_oi: Tensor,
+    pub lora: Option<LoraPair>,
+}
+
+pub struct LoraPair {
+    pub a_ri: Weight,
+    pub b_or: Weight,
+    pub scale: f64,
+    /// Probability with which an input element of the low-rank term is dropped in training.
+    pub dropout: f64,
+}
+
+impl Linear {
+    pub fn forward(&self, x_ni: &Tensor, dropout: Option<&DropoutRows>) -> Tensor {
+        let mut y_no = x_ni.matmul(&self.weight_oi.tr());
+        if let Some(lora) = &self.lora {
+            let dropped = self.drop(lora, x_ni, dropout);
+            let low_nr = dropped.matmul(&lora.a_ri.value.tr()) * lora.scale;
+            let _ = y_no.addmm_(&low_nr, &lora.b_or.value.tr());
+        }
+        y_no
+    }
+
+    /// d_x; adds to the gradients of A and B. `x_ni` and `dropout` are those of the forward pass.
+    pub fn backward(&mut self, x_ni: &Tensor, dropout: Option<&DropoutRows>, d_y_no: &Tensor) -> Tensor {
+        let mut d_x_ni = d_y_no.matmul(&self.weight_oi);
+        let Some(lora) = &self.lora else { return d_x_ni };
+        let dropped = self.drop(lora, x_ni, dropout);
+        let low_nr = dropped.matmul(&lora.a_ri.value.tr());
+        let d_low_nr = d_y_no.matmul(&lora.b_or.value) * lora.scale;
+        match self.mask(lora, x_ni, dropout) {
+            Some(mask_ni) => d_x_ni += d_low_nr.matmul(&lora.a_ri.value) * mask_ni,
+            None => {
+                let _ = d_x_ni.addmm_(&d_low_nr, &lora.a_ri.value);
+            }
+        }
+        let (d_a_ri, d_b_or) = (d_low_nr.tr().matmul(&dropped), d_y_no.tr().matmul(&low_nr) * lora.scale);
+        let lora = self.lora.as_mut().expect("checked above");
+        lora.a_ri.accumulate(&d_a_ri);
+        lora.b_or.accumulate(&d_b_or);
+        d_x_ni
+    }
+
+    /// W + s·BA, in f32: what a model without LoRA needs to compute the same.
+    pub fn merged(&self) -> Tensor {
+        let weight = self.weight_oi.to_kind(tch::Kind::Float);
+        match &self.lora {
+            None => weight,
+            Some(lora) => {
+                let (a, b) = (
+                    lora.a_ri.value.to_kind(tch::Kind::Float),
+                    lora.b_or.value.to_kind(tch::Kind::Float),
+                );
+                weight + b.matmul(&a) * lora.scale
+            }
+        }
+    }
+
+    fn drop(&self, lora: &LoraPair, x_ni: &Tensor, dropout: Option<&DropoutRows>) -> Tensor {
+        self.mask(lora, x_ni, dropout)
+            .map_or_else(|| x_ni.shallow_clone(), |mask| x_ni * mask)
+    }
+
+    fn mask(&self, lora: &LoraPair, x_ni: &Tensor, dropout: Option<&DropoutRows>) -> Option<Tensor> {
+        let rows = dropout.filter(|_| lora.dropout > 0.0)?;
+        Some(rows.mask(&self.path, x_ni.size()[1] as usize, lora.dropout, x_ni.kind()))
+    }
+}

@@ -1,0 +1,238 @@
+//! The LLaMA family as a list of stages (embedding, layers, head), each with an explicit forward and backward.
+//! Knows nothing of ranks, files' places or schedules.
+
+mod attention;
+mod head;
+mod layer;
+mod linear;
+mod load;
+mod new_rows;
+pub mod ops;
+
+use configs::Recompute;
+use rayon::prelude::*;
+use sharding::{BucketSpec, ParamSpec, Zero};
+use tch::{Kind, Tensor};
+
+pub use head::{Head, IGNORE, Loss};
+pub use layer::{Layer, Saved};
+pub use linear::{Linear, LoraPair};
+pub use load::Trains;
+use ops::Rotary;
+
+use crate::hf::ModelConfig;
+use crate::random;
+
+/// Parameter groups: their learning rates differ.
+pub const GROUP_LORA: usize = 0;
+pub const GROUP_EMBEDDINGS: usize = 1;
+
+/// A tensor that may train.
+pub struct Weight {
+    /// As Hugging Face and PEFT name it, without prefixes of theirs.
+    pub name: String,
+    pub value: Tensor,
+    /// f32, the sum over micro-batches; there when the weight trains and is bound to its slice.
+    pub grad: Option<Tensor>,
+    /// The parameter group, when it trains.
+    pub group: Option<usize>,
+}
+
+impl Weight {
+    pub fn frozen(name: String, value: Tensor) -> Weight {
+        Weight {
+            name,
+            value,
+            grad: None,
+            group: None,
+        }
+    }
+
+    fn accumulate(&mut self, gradient: &Tensor) {
+        if let Some(grad) = &mut self.grad {
+            let _ = grad.g_add_(gradient);
+        }
+    }
+}
+
+pub struct Model {
+    pub config: ModelConfig,
+    /// embed_tokens; also the head's matrix when they are tied.
+    pub embedding: Weight,
+    pub layers: Vec<Layer>,
+    pub head: Head,
+    /// lm_head, when it is not the embedding itself.
+    pub head_weight: Option<Weight>,
+    pub rotary: Rotary,
+    pub kind: Kind,
+    pub buckets: Buckets,
+}
+
+/// Which gradient bucket each stage fills; none where nothing trains.
+#[derive(Clone, Debug, Default)]
+pub struct Buckets {
+    pub embedding: Option<usize>,
+    pub layers: Vec<Option<usize>>,
+    pub head: Option<usize>,
+}
+
+/// What stages need to know of the pass they are in.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    pub rotary: &'a Rotary,
+    pub recompute: Recompute,
+    /// `None`: nothing is dropped.
+    pub dropout: Option<&'a DropoutRows>,
+}
+
+/// Names the rows of a micro-batch, so that dropout is a function of (seed, step, row, module) and the same again in
+/// recomputation, after a resume and on any number of ranks.
+pub struct DropoutRows {
+    pub stream: random::Stream,
+    /// Global row numbers.
+    pub rows: Vec<u64>,
+    pub sequence_length: usize,
+}
+
+impl DropoutRows {
+    /// 0 with probability `p`, else 1 / (1 − p): [rows · sequence_length, width].
+    fn mask(&self, module: &str, width: usize, p: f64, kind: Kind) -> Tensor {
+        let per_row = self.sequence_length * width;
+        let threshold = (p * u64::MAX as f64) as u64;
+        let kept = (1.0 / (1.0 - p)) as f32;
+        let word = blake3::hash(module.as_bytes());
+        let module = u64::from_le_bytes(word.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
+        let mut mask = vec![0f32; self.rows.len() * per_row];
+        mask.par_chunks_mut(per_row).zip(&self.rows).for_each(|(mask, &row)| {
+            let stream = self.stream.fork(row).fork(module);
+            for (index, value) in mask.iter_mut().enumerate() {
+                *value = if stream.bits(index as u64) < threshold {
+                    0.0
+                } else {
+                    kept
+                };
+            }
+        });
+        Tensor::from_slice(&mask)
+            .view([(self.rows.len() * self.sequence_length) as i64, width as i64])
+            .to_kind(kind)
+    }
+}
+
+/// What a forward pass leaves: the last layer's output and what backward needs of each layer.
+pub struct Forward {
+    pub hidden_btd: Tensor,
+    pub saved: Vec<Saved>,
+}
+
+impl Model {
+    pub fn pass<'a>(&'a self, recompute: Recompute, dropout: Option<&'a DropoutRows>) -> Pass<'a> {
+        Pass {
+            rotary: &self.rotary,
+            recompute,
+            dropout,
+        }
+    }
+
+    /// Embedding and layers, without keeping anything for backward.
+    pub fn hidden(&self, ids_bt: &Tensor) -> Tensor {
+        let pass = self.pass(Recompute::Full, None);
+        let embedded = self.embed(ids_bt);
+        self.layers
+            .iter()
+            .fold(embedded, |x_btd, layer| layer.forward(x_btd, &pass).0)
+    }
+
+    pub fn embed(&self, ids_bt: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embedding.value, ids_bt, -1, false, false)
+    }
+
+    /// Adds d_x to the rows of the embedding that `ids_bt` named.
+    pub fn embed_backward(&mut self, ids_bt: &Tensor, d_x_btd: &Tensor) {
+        if let Some(grad) = &mut self.embedding.grad {
+            let dim = grad.size()[1];
+            let d_x_nd = d_x_btd.reshape([-1, dim]).to_kind(Kind::Float);
+            let _ = grad.index_add_(0, &ids_bt.view([-1]), &d_x_nd);
+        }
+    }
+
+    /// The head's loss on `hidden_btd`, through lm_head or the tied embedding.
+    pub fn head_loss(&mut self, hidden_btd: &Tensor, targets_bt: &Tensor, n_targets: f64) -> Loss {
+        let weight = self.head_weight.as_mut().unwrap_or(&mut self.embedding);
+        self.head.loss(weight, hidden_btd, targets_bt, n_targets)
+    }
+
+    pub fn head_matrix(&self) -> &Weight {
+        self.head_weight.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Everything that may train, stage by stage in registration order.
+    fn stages(&mut self) -> Vec<(String, Vec<&mut Weight>)> {
+        let mut stages = vec![("embedding".to_string(), vec![&mut self.embedding])];
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let pairs = layer
+                .linears_mut()
+                .into_iter()
+                .filter_map(|linear| linear.lora.as_mut());
+            stages.push((
+                format!("layers.{index}"),
+                pairs.flat_map(|pair| [&mut pair.a_ri, &mut pair.b_or]).collect(),
+            ));
+        }
+        stages.push(("head".to_string(), self.head_weight.iter_mut().collect()));
+        for (_, weights) in &mut stages {
+            weights.retain(|weight| weight.group.is_some());
+        }
+        stages
+    }
+
+    /// What trains, as buckets in registration order; also notes which stage fills which bucket.
+    pub fn register(&mut self) -> Vec<BucketSpec> {
+        let mut specs = Vec::new();
+        let mut filled = Vec::new();
+        for (name, weights) in self.stages() {
+            if weights.is_empty() {
+                filled.push(None);
+                continue;
+            }
+            filled.push(Some(specs.len()));
+            let param = |weight: &&mut Weight| ParamSpec {
+                name: weight.name.clone(),
+                shape: weight.value.size(),
+                group: weight.group.expect("only what trains is listed"),
+            };
+            specs.push(BucketSpec {
+                name,
+                params: weights.iter().map(param).collect(),
+            });
+        }
+        let head = filled.pop().expect("stages end with the head");
+        let embedding = filled.remove(0);
+        self.buckets = Buckets {
+            embedding,
+            layers: filled,
+            head,
+        };
+        specs
+    }
+
+    /// f32 values of what trains, in registration order.
+    pub fn initial_values(&mut self) -> Vec<Vec<Tensor>> {
+        let stages = self.stages().into_iter().filter(|(_, weights)| !weights.is_empty());
+        stages
+            .map(|(_, weights)| weights.iter().map(|weight| weight.value.to_kind(Kind::Float)).collect())
+            .collect()
+    }
+
+    /// Makes every trained weight a view of its slice's memory.
+    pub fn bind(&mut self, zero: &Zero) {
+        let stages = self.stages().into_iter().filter(|(_, weights)| !weights.is_empty());
+        for (bucket, (_, weights)) in stages.enumerate() {
+            for (param, weight) in weights.into_iter().enumerate() {
+                let trained = zero.trained(bucket, param);
+                weight.value = trained.value;
+                weight.grad = Some(trained.grad);
+            }
+        }
+    }
+}

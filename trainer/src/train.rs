@@ -1,0 +1,340 @@
+//! A training run from start or checkpoint to its last step: everything around the step and nothing of it.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use configs::Plan;
+use corpus::{Stream, TokenShards, Vocabulary};
+use launcher::events::{Event, StepMetrics};
+use sharding::{Comm, Stage, Zero};
+
+use crate::batch::{Batch, rows_of_step};
+use crate::checkpoint::{self, Identity, Progress};
+use crate::evaluate::kind;
+use crate::hf::{ModelConfig, Weights};
+use crate::model::{Model, Trains};
+use crate::step::{StepReport, Trainer, lr_by_group};
+use crate::tensorboard::EventWriter;
+
+/// This many steps in a row without a finite gradient end the run.
+const SKIPS_IN_A_ROW: u32 = 10;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Finished,
+    /// Asked to stop by SIGUSR1: a checkpoint is written, the rest is for the next job.
+    WantsMoreTime,
+}
+
+/// The model a plan trains, bound to its slices, and what a checkpoint must agree with.
+pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Result<(Trainer<'a>, Identity)> {
+    let base = &plan.folders.base_model;
+    let config = ModelConfig::open(base)?;
+    let weights = Weights::open(base)?;
+    let vocabulary = Vocabulary::open(&plan.folders.vocabulary)?;
+    let shards = TokenShards::open(&plan.folders.tokens)?;
+    ensure!(
+        shards.manifest().tokenizer_digest == vocabulary.digest,
+        "{} was tokenised with another tokenizer than {} holds; run `panglot tokenize` again",
+        plan.folders.tokens.display(),
+        plan.folders.vocabulary.display()
+    );
+    let identity = Identity {
+        plan: plan.clone(),
+        base_model: weights.digest(),
+        vocabulary: vocabulary.digest.clone(),
+        tokens: shards.manifest().digest.clone(),
+    };
+    let new_rows = plan.vocabulary.as_ref().map(|settings| (vocabulary, settings.new_rows));
+    let trains = Trains {
+        lora: plan.train.lora.clone(),
+        full: plan.train.full.clone(),
+        vocabulary: new_rows,
+        seed: plan.seed,
+    };
+    let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
+        .with_context(|| format!("loading {}", base.display()))?;
+    model.check_length(plan.train.sequence_length, "train.sequence_length")?;
+    let stage = if plan.train.zero == 0 {
+        Stage::Replicated
+    } else {
+        Stage::OptimizerState
+    };
+    let specs = model.register();
+    ensure!(
+        !specs.is_empty(),
+        "nothing trains: give train.lora, or name modules in train.full"
+    );
+    let mut initial = model.initial_values();
+    let zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
+        std::mem::replace(&mut initial[bucket][param], tch::Tensor::new())
+    })?;
+    model.bind(&zero);
+    Ok((
+        Trainer {
+            plan,
+            comm,
+            model,
+            zero,
+            step: 0,
+        },
+        identity,
+    ))
+}
+
+/// Trains until the plan's last step, from the newest checkpoint if there is one.
+pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
+    let rank_0 = comm.rank() == 0;
+    let say = |event: Event| rank_0.then(|| event.emit());
+    say(Event::Phase {
+        name: "loading model and data".into(),
+    });
+    let stop = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
+
+    let shards = TokenShards::open(&plan.folders.tokens)?;
+    let stream = Stream::new(shards, plan.seed, plan.sampling.alpha, plan.train.sequence_length)?;
+    let (mut trainer, identity) = build(plan, comm)?;
+    let folder = plan.folders.run.join("checkpoints");
+    let mut progress = resume(&folder, &mut trainer, &identity)?;
+    let mut log = if rank_0 {
+        Some(Log::open(&plan.folders.run, progress.step)?)
+    } else {
+        None
+    };
+
+    say(Event::Phase {
+        name: "training".into(),
+    });
+    let mut skipped_in_a_row = 0;
+    while trainer.step < plan.train.steps {
+        let started = Instant::now();
+        let step = trainer.step;
+        let rows_step = if plan.debug.overfit_one_batch { 0 } else { step };
+        let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world());
+        let report = trainer.train_step(&batch, stop.load(Ordering::Relaxed))?;
+        progress = Progress {
+            step: trainer.step,
+            targets_so_far: progress.targets_so_far + report.targets,
+        };
+        if plan.debug.check_ranks_equal {
+            check_ranks_equal(&trainer)?;
+        }
+        let resident = comm.max(&[resident_bytes() as f64])?[0] as u64;
+        if let Some(log) = &mut log {
+            let (rows, seconds) = (rows_of_step(&plan.train, rows_step), started.elapsed().as_secs_f64());
+            log.write(metrics(plan, &stream, rows, &report, progress, seconds, resident))?;
+        }
+
+        skipped_in_a_row = if report.verdict.finite { 0 } else { skipped_in_a_row + 1 };
+        if skipped_in_a_row == SKIPS_IN_A_ROW {
+            bail!(
+                "the loss or its gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, the last {step}; \
+                 lower the learning rates or clip with optimizer.max_grad_norm"
+            );
+        }
+        let done = trainer.step == plan.train.steps;
+        if done || report.stop || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
+            save(&folder, &trainer, &identity, progress)?;
+        }
+        if report.stop && !done {
+            say(Event::Note {
+                text: format!("stopped as asked after step {step}; the checkpoint is written"),
+            });
+            return Ok(End::WantsMoreTime);
+        }
+    }
+    Ok(End::Finished)
+}
+
+/// Rank 0 chooses the checkpoint and tells all; every rank reads its part.
+fn resume(folder: &Path, trainer: &mut Trainer, identity: &Identity) -> Result<Progress> {
+    let started = Instant::now();
+    let comm = trainer.comm;
+    let chosen = if comm.rank() == 0 {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        checkpoint::newest(folder)?
+    } else {
+        None
+    };
+    let step = chosen.as_ref().map_or(u64::MAX, |found| found.manifest.step);
+    let step = u64::from_le_bytes(comm.broadcast_bytes(&step.to_le_bytes())?.try_into().expect("8 bytes"));
+    if step == u64::MAX {
+        return Ok(Progress::default());
+    }
+    let path = folder.join(format!("step-{step:08}"));
+    let manifest = checkpoint::read_manifest(&path)?;
+    let different = checkpoint::differences(&manifest.identity, identity);
+    ensure!(
+        different.is_empty(),
+        "{} was written by a run with other settings:\n  {}\nrestore them, or choose another `folder` for a new run",
+        path.display(),
+        different.join("\n  ")
+    );
+    let progress = checkpoint::load(&path, &manifest, comm, &mut trainer.zero)?;
+    trainer.step = progress.step;
+    if let Some(found) = chosen {
+        for rejected in &found.rejected {
+            Event::Note {
+                text: format!("passed over a damaged checkpoint: {rejected}"),
+            }
+            .emit();
+        }
+        let [lr_lora, lr_embeddings] = lr_by_group(trainer.plan, step);
+        let text = format!(
+            "resumed from step {step} ({}), written by {} rank{}, read by {} in {:.1} s; next row {}, \
+             learning rates {lr_lora:.2e} (LoRA) and {lr_embeddings:.2e} (embeddings)",
+            found.folder.display(),
+            manifest.world,
+            if manifest.world == 1 { "" } else { "s" },
+            comm.world(),
+            started.elapsed().as_secs_f64(),
+            rows_of_step(&trainer.plan.train, step).start,
+        );
+        Event::Note { text }.emit();
+    }
+    Ok(progress)
+}
+
+fn save(folder: &Path, trainer: &Trainer, identity: &Identity, progress: Progress) -> Result<()> {
+    let started = Instant::now();
+    let path = checkpoint::save(folder, trainer.comm, &trainer.zero, identity, progress)?;
+    if trainer.comm.rank() == 0 {
+        checkpoint::prune(folder, trainer.plan.checkpoint.keep)?;
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(checkpoint = %path.display(), seconds, "checkpoint written");
+    }
+    Ok(())
+}
+
+/// Compares a digest of all replicated parameters over ranks.
+fn check_ranks_equal(trainer: &Trainer) -> Result<()> {
+    let mut hasher = blake3::Hasher::new();
+    for bucket in 0..trainer.zero.layout().buckets.len() {
+        hasher.update_rayon(sharding::memory::bytes(trainer.zero.params(bucket)));
+    }
+    let all = trainer.comm.all_gather_bytes(hasher.finalize().as_bytes())?;
+    let different: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();
+    ensure!(
+        different.is_empty(),
+        "after step {} the parameters of ranks {different:?} differ from rank 0's; memory or network is at fault",
+        trainer.step
+    );
+    Ok(())
+}
+
+fn metrics(
+    plan: &Plan,
+    stream: &Stream,
+    rows: Range<u64>,
+    report: &StepReport,
+    progress: Progress,
+    seconds: f64,
+    resident_bytes: u64,
+) -> StepMetrics {
+    let step = progress.step - 1;
+    let mut languages = std::collections::BTreeMap::new();
+    for row in rows.clone() {
+        *languages
+            .entry(stream.languages()[stream.row(row).language].to_string())
+            .or_insert(0) += 1;
+    }
+    let [lr_lora, lr_embeddings] = lr_by_group(plan, step);
+    StepMetrics {
+        step,
+        steps: plan.train.steps,
+        loss: report.loss,
+        grad_norm: report.verdict.grad_norm,
+        skipped: !report.verdict.finite,
+        lr_lora,
+        lr_embeddings,
+        targets: report.targets,
+        targets_so_far: progress.targets_so_far,
+        seconds,
+        tokens_per_second: (plan.train.rows_per_step * plan.train.sequence_length) as f64 / seconds,
+        resident_bytes,
+        rows_digest: stream.digest(rows.start, rows.end - rows.start),
+        languages,
+        unix_time: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs_f64(),
+    }
+}
+
+/// Rank 0's records of the run: `metrics.jsonl`, TensorBoard's events, and the launcher's ear.
+struct Log {
+    metrics: fs::File,
+    tensorboard: EventWriter,
+}
+
+impl Log {
+    /// Opens the run's records at `step`; lines of steps that will be taken again go.
+    fn open(run: &Path, step: u64) -> Result<Log> {
+        let path = run.join("metrics.jsonl");
+        keep_steps_before(&path, step)?;
+        let metrics = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .with_context(|| path.display().to_string())?;
+        Ok(Log {
+            metrics,
+            tensorboard: EventWriter::create(&run.join("tensorboard"))?,
+        })
+    }
+
+    fn write(&mut self, metrics: StepMetrics) -> Result<()> {
+        let mut line = serde_json::to_string(&metrics)?;
+        line.push('\n');
+        self.metrics
+            .write_all(line.as_bytes())
+            .context("writing metrics.jsonl")?;
+        let (step, time) = (metrics.step as i64, metrics.unix_time);
+        let scalars = [
+            ("loss", metrics.loss),
+            ("grad_norm", metrics.grad_norm),
+            ("lr/lora", metrics.lr_lora),
+            ("lr/embeddings", metrics.lr_embeddings),
+            ("tokens_per_second", metrics.tokens_per_second),
+            ("resident_gib", metrics.resident_bytes as f64 / (1u64 << 30) as f64),
+        ];
+        for (tag, value) in scalars {
+            self.tensorboard.scalar(tag, step, value as f32, time)?;
+        }
+        self.tensorboard.flush()?;
+        Event::Step(metrics).emit();
+        Ok(())
+    }
+}
+
+/// Steps after the checkpoint are taken again: their lines of the attempt before would be doubles.
+fn keep_steps_before(path: &PathBuf, step: u64) -> Result<()> {
+    let Ok(text) = fs::read_to_string(path) else {
+        return Ok(());
+    };
+    let early = |line: &&str| serde_json::from_str::<StepMetrics>(line).is_ok_and(|metrics| metrics.step < step);
+    let kept: String = text.lines().filter(early).flat_map(|line| [line, "\n"]).collect();
+    let beside = path.with_extension("jsonl.partial");
+    fs::write(&beside, kept)
+        .and_then(|()| fs::rename(&beside, path))
+        .with_context(|| path.display().to_string())
+}
+
+/// Resident memory of this process, bytes.
+fn resident_bytes() -> u64 {
+    let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = statm
+        .split_whitespace()
+        .nth(1)
+        .and_then(|pages| pages.parse().ok())
+        .unwrap_or(0);
+    pages * 4096
+}
