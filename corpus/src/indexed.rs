@@ -353,3 +353,145 @@ impl Mapped {
         u32::from_le_bytes(self.bytes()[at..at + 4].try_into().expect("four bytes"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Megatron's reader, from the description of the format: sizes, pointers, boundaries, then each document's tokens.
+    fn reference_read(prefix: &Path) -> Vec<Vec<i64>> {
+        let (bin, idx) = paths(prefix);
+        let (bin, idx) = (fs::read(bin).unwrap(), fs::read(idx).unwrap());
+        assert_eq!(&idx[..9], b"MMIDIDX\x00\x00");
+        let u64_at = |at: usize| u64::from_le_bytes(idx[at..at + 8].try_into().unwrap()) as usize;
+        let (width, n, boundaries) = (if idx[17] == 8 { 2 } else { 4 }, u64_at(18), u64_at(26));
+        assert_eq!(
+            (u64_at(9), boundaries, idx.len()),
+            (1, n + 1, 34 + 12 * n + 8 * (n + 1))
+        );
+        let sequence = |i: usize| {
+            let size = u32::from_le_bytes(idx[34 + 4 * i..][..4].try_into().unwrap()) as usize;
+            let bytes = &bin[u64_at(34 + 4 * n + 8 * i)..][..size * width];
+            bytes
+                .chunks(width)
+                .map(|b| b.iter().rev().fold(0, |id, byte| id << 8 | i64::from(*byte)))
+                .collect()
+        };
+        (0..n)
+            .inspect(|i| assert_eq!(u64_at(34 + 12 * n + 8 * i), *i))
+            .map(sequence)
+            .collect()
+    }
+
+    fn write(prefix: &Path, token_type: TokenType, documents: &[Vec<u32>]) {
+        let mut writer = IndexedWriter::create(prefix, token_type).unwrap();
+        documents
+            .iter()
+            .for_each(|tokens| writer.write_document(tokens).unwrap());
+        let digest = writer.finish().unwrap();
+        assert_eq!(Indexed::open(prefix).unwrap().digest(), digest);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn what_is_written_is_read(
+            documents in prop::collection::vec(prop::collection::vec(0u32..65_535, 0..20), 0..12), wide: bool,
+        ) {
+            let folder = tempfile::tempdir().unwrap();
+            let prefix = folder.path().join("some.tokens");
+            write(&prefix, if wide { TokenType::Int32 } else { TokenType::Uint16 }, &documents);
+            let expected: Vec<Vec<i64>> = documents.iter().map(|d| d.iter().map(|id| i64::from(*id)).collect()).collect();
+            prop_assert_eq!(&reference_read(&prefix), &expected);
+            let ours = Indexed::open(&prefix).unwrap();
+            prop_assert_eq!(ours.n_tokens() as usize, expected.iter().map(Vec::len).sum::<usize>());
+            for (document, expected) in (0..).zip(expected) {
+                let mut tokens = Vec::new();
+                ours.copy_tokens(ours.document(document).unwrap(), &mut tokens);
+                prop_assert_eq!(tokens, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn ids_are_as_narrow_as_the_vocabulary_allows() {
+        for (size, token_type) in [
+            (65_535, TokenType::Uint16),
+            (65_536, TokenType::Int32),
+            (260_164, TokenType::Int32),
+        ] {
+            assert_eq!(TokenType::for_size(size), token_type);
+        }
+    }
+
+    #[test]
+    fn a_damaged_index_says_what_is_wrong() {
+        let check = |damage: &dyn Fn(&mut Vec<u8>, &mut Vec<u8>), sentence: &str| {
+            let folder = tempfile::tempdir().unwrap();
+            let prefix = folder.path().join("tokens");
+            write(&prefix, TokenType::Uint16, &[vec![1, 2, 3], vec![4]]);
+            let (bin_path, idx_path) = paths(&prefix);
+            let (mut bin, mut idx) = (fs::read(&bin_path).unwrap(), fs::read(&idx_path).unwrap());
+            damage(&mut bin, &mut idx);
+            fs::write(&bin_path, bin).unwrap();
+            fs::write(&idx_path, idx).unwrap();
+            let said = Indexed::open(&prefix).err().unwrap().to_string();
+            assert!(said.contains(sentence), "{said}");
+        };
+        check(
+            &|_, idx| idx.truncate(20),
+            "too few for the header of 34: the file is truncated",
+        );
+        check(
+            &|_, idx| idx.truncate(60),
+            "take 82 bytes, the file has 60: it is truncated",
+        );
+        check(&|_, idx| idx.push(0), "the file has 83: it is altered");
+        check(&|_, idx| idx[0] = b'X', "does not begin with MMIDIDX");
+        check(&|_, idx| idx[9] = 2, "index version 2 is unknown, expected 1");
+        check(&|_, idx| idx[17] = 7, "token type 7 is not one that token ids have");
+        check(&|_, idx| idx[25] = 0xff, "it is truncated");
+        check(
+            &|bin, _| bin.truncate(5),
+            "the index says 8 bytes, the file has 5: it is truncated",
+        );
+        check(&|bin, _| bin.clear(), "the file has 0: it is truncated");
+        check(&|bin, _| bin.push(0), "the file has 9: it is altered");
+    }
+
+    #[test]
+    fn a_document_outside_of_the_file_is_an_error_and_no_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let prefix = folder.path().join("tokens");
+        write(&prefix, TokenType::Uint16, &[vec![1, 2, 3], vec![4]]);
+        let mut idx = fs::read(paths(&prefix).1).unwrap();
+        idx[34..38].copy_from_slice(&100i32.to_le_bytes());
+        fs::write(paths(&prefix).1, idx).unwrap();
+        let said = Indexed::open(&prefix).unwrap().document(0).unwrap_err().to_string();
+        assert!(said.contains("document 0 lies outside"), "{said}");
+    }
+
+    #[test]
+    fn a_document_of_several_sequences_is_read_as_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let prefix = folder.path().join("tokens");
+        write(&prefix, TokenType::Uint16, &[vec![1, 2, 3], vec![4], vec![5, 6]]);
+        let mut idx = fs::read(paths(&prefix).1).unwrap();
+        // Two documents: sequences 0 and 1, then 2.
+        idx[26..34].copy_from_slice(&3u64.to_le_bytes());
+        idx.truncate(34 + 36);
+        [0u64, 2, 3]
+            .iter()
+            .for_each(|boundary| idx.extend_from_slice(&boundary.to_le_bytes()));
+        fs::write(paths(&prefix).1, idx).unwrap();
+        let indexed = Indexed::open(&prefix).unwrap();
+        assert_eq!(
+            (indexed.document(0).unwrap(), indexed.document(1).unwrap()),
+            (0..4, 4..6)
+        );
+    }
+}

