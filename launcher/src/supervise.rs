@@ -44,9 +44,11 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
     let mut user = signal(SignalKind::user_defined1())?;
     let mut child = spawn(job)?;
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-    let group = Group(child.id());
+    let mut group = Group {
+        id: child.id(),
+        asked_to_end: None,
+    };
     let mut result = None;
-    let mut asked_to_end = 0;
     let mut listening = true;
     let status = loop {
         tokio::select! {
@@ -55,8 +57,8 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
                 None => listening = false,
             },
             status = child.wait() => break status?,
-            _ = terminate.recv() => group.forward(Signal::SIGTERM, &mut asked_to_end),
-            _ = interrupt.recv() => group.forward(Signal::SIGINT, &mut asked_to_end),
+            _ = terminate.recv() => group.forward(Signal::SIGTERM),
+            _ = interrupt.recv() => group.forward(Signal::SIGINT),
             _ = user.recv() => group.send(Some(Signal::SIGUSR1)),
         }
     };
@@ -64,7 +66,7 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
     group.end();
     drain(&mut lines, &mut result, watch).await?;
     Ok(Ended {
-        code: exit_code(status),
+        code: group.exit_code(status),
         result,
     })
 }
@@ -121,29 +123,43 @@ async fn drain(
 }
 
 /// The child's process group; its number is the child's.
-struct Group(Option<u32>);
+struct Group {
+    id: Option<u32>,
+    asked_to_end: Option<Signal>,
+}
 
 impl Group {
     /// To the child only: mpirun passes signals on to its ranks in its own way.
-    fn send(&self, signal: Option<Signal>) {
-        if let (Some(id), Some(signal)) = (self.0, signal) {
-            // It may have just ended, which is what the signal was for.
-            let _ = kill(Pid::from_raw(id as i32), signal);
+    fn send(&mut self, signal: Option<Signal>) {
+        let (Some(id), Some(signal)) = (self.id, signal) else {
+            return;
+        };
+        if matches!(signal, Signal::SIGTERM | Signal::SIGINT) {
+            self.asked_to_end = Some(signal);
         }
+        // It may have just ended, which is what the signal was for.
+        let _ = kill(Pid::from_raw(id as i32), signal);
     }
 
     /// Who asks twice means it.
-    fn forward(&self, signal: Signal, asked: &mut u32) {
-        *asked += 1;
-        if *asked == 1 {
+    fn forward(&mut self, signal: Signal) {
+        if self.asked_to_end.is_none() {
             self.send(Some(signal))
         } else {
             self.end()
         }
     }
 
+    /// mpirun says 1 whatever signal ended its ranks; who reads our code should learn which it was.
+    fn exit_code(&self, status: ExitStatus) -> i32 {
+        match (exit_code(status), self.asked_to_end) {
+            (1, Some(signal)) => 128 + signal as i32,
+            (code, _) => code,
+        }
+    }
+
     fn end(&self) {
-        if let Some(id) = self.0 {
+        if let Some(id) = self.id {
             let _ = killpg(Pid::from_raw(id as i32), Signal::SIGKILL);
         }
     }

@@ -61,7 +61,8 @@ impl Worker {
 /// On this machine, or on the machines of the allocation that mpirun finds itself in.
 fn mpirun(worker: &Path, n: usize, threads: Option<usize>, args: Vec<OsString>, cores: usize, root: bool) -> Job {
     let threads = threads.unwrap_or((cores / n).max(1));
-    let mut line: Vec<OsString> = vec!["-n".into(), n.to_string().into()];
+    // Quiet: its banner about an exit code says nothing that we do not say better.
+    let mut line: Vec<OsString> = vec!["--quiet".into(), "-n".into(), n.to_string().into()];
     // Threads do the pinning they want; bound to one core, a rank's threads would share it.
     line.extend(["--bind-to", "none"].map(OsString::from));
     if n > cores {
@@ -123,12 +124,12 @@ mod tests {
         let variables = "-x OMP_NUM_THREADS -x RAYON_NUM_THREADS";
         assert_eq!(
             line(2, None, 8, false),
-            format!("OMP_NUM_THREADS=4 mpirun -n 2 --bind-to none {variables} /bin/panglot-worker train")
+            format!("OMP_NUM_THREADS=4 mpirun --quiet -n 2 --bind-to none {variables} /bin/panglot-worker train")
         );
         assert_eq!(
             line(3, None, 2, true),
             format!(
-                "OMP_NUM_THREADS=1 mpirun -n 3 --bind-to none --oversubscribe --allow-run-as-root {variables} \
+                "OMP_NUM_THREADS=1 mpirun --quiet -n 3 --bind-to none --oversubscribe --allow-run-as-root {variables} \
                  /bin/panglot-worker train"
             )
         );

@@ -21,6 +21,11 @@ waits-for-a-signal)
     echo '{"event":"note","text":"ready"}'
     while :; do sleep 0.05; done
     ;;
+dies-as-under-mpirun)
+    trap 'exit 1' TERM
+    echo '{"event":"note","text":"ready"}'
+    while :; do sleep 0.05; done
+    ;;
 ignores-term)
     trap '' TERM
     echo '{"event":"note","text":"ready"}'

@@ -310,3 +310,12 @@ fn the_command_line_starts_at_once() {
     // The best of five: the machine may be busy with other tests.
     assert!(fastest.min().unwrap() < Duration::from_millis(50));
 }
+
+/// As mpirun does when a signal to it ends its ranks.
+#[test]
+fn a_run_that_a_signal_ended_says_so_by_its_code() {
+    let scene = Scene::new("dies-as-under-mpirun");
+    let running = scene.start();
+    running.send(Signal::SIGTERM);
+    assert_eq!(running.end().0, Some(128 + 15));
+}

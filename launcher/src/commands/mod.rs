@@ -62,6 +62,9 @@ fn meaning(code: i32) -> &'static str {
         exit::MORE_TIME => "a checkpoint is written; the same command goes on from it",
         exit::PEER => "a rank was lost; the same command goes on from the newest checkpoint",
         127 => "the program could not be started",
+        137 => {
+            "a rank was killed, for example because memory ran out; the same command goes on from the newest checkpoint"
+        }
         129.. => "it was ended by a signal; the same command goes on from the newest checkpoint",
         _ => "see above; the run's logs have more",
     }

@@ -4,7 +4,6 @@ use std::path::Path;
 
 use configs::Plan;
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
 use super::{App, ConfigArgs, Failed, RunFolder, stage, watch};
 use launcher::events::Event;
@@ -25,11 +24,12 @@ pub struct Args {
 
 pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let place = Place::detect();
-    let ended = match place {
+    let (plan, ended) = match place {
         // Somebody has started us once a rank already: the world is theirs to choose, and this is one rank of it.
         Ok(place) if place.is_rank_of_many() => {
             let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
-            as_one_rank(app, &plan, &place)?
+            let ended = as_one_rank(app, &plan, &place)?;
+            (plan, ended)
         }
         place => {
             let plan = args.config.load_with(args.ranks.map(|n| format!("launch.ranks={n}")))?;
@@ -39,7 +39,8 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
                 place => drop(place?),
             }
             stage::make(app, &plan, &STAGES, false)?;
-            train(app, &plan, &mut |_| None)?
+            let ended = train(app, &plan, &mut |_| None)?;
+            (plan, ended)
         }
     };
     if ended.code != exit::FINISHED {
@@ -50,7 +51,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         .into());
     }
     match ended.result {
-        Some(result) => app.print(&result, || finished(&args.config.config, &result)),
+        Some(result) => app.print(&result, || finished(&args.config.config, &plan)),
         None => Ok(()),
     }
 }
@@ -96,8 +97,11 @@ fn write_plan(plan: &Plan) -> anyhow::Result<std::ffi::OsString> {
     Ok(file.into())
 }
 
-fn finished(config: &Path, result: &Value) -> String {
-    let config = config.display();
-    let result = serde_json::to_string_pretty(result).unwrap_or_default();
-    format!("{result}\nNext: panglot export {config}; panglot eval {config}; panglot report {config}")
+fn finished(config: &Path, plan: &Plan) -> String {
+    let (config, run) = (config.display(), files::shown(&plan.folders.run));
+    format!(
+        "{} steps are taken; the run is in {run}\n\
+         Next: panglot export {config}; panglot eval {config}; panglot report {config}",
+        text::count(plan.train.steps)
+    )
 }
