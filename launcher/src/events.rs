@@ -3,7 +3,7 @@
 
 use std::io::Write;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -27,8 +27,10 @@ pub struct StepMetrics {
     pub step: u64,
     pub steps: u64,
     /// Nats per target token, mean over the global batch, before the update.
+    #[serde(deserialize_with = "number_or_nan")]
     pub loss: f64,
     /// Global L2 norm of the gradient before clipping.
+    #[serde(deserialize_with = "number_or_nan")]
     pub grad_norm: f64,
     /// The update was left out on every rank because the loss or the gradient was not finite.
     pub skipped: bool,
@@ -50,6 +52,11 @@ pub struct StepMetrics {
     pub unix_time: f64,
 }
 
+/// JSON has no NaN and no infinity: they are written as null, and a step that was skipped because of one must still be read.
+fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
 impl Event {
     /// Writes the event as one line and flushes it, so that a reader sees it now.
     pub fn emit(&self) {
@@ -57,5 +64,64 @@ impl Event {
         let mut out = std::io::stdout().lock();
         // A closed pipe means that nobody listens any more; the work goes on.
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(loss: f64) -> StepMetrics {
+        StepMetrics {
+            step: 3,
+            steps: 20,
+            loss,
+            grad_norm: 0.1 + 0.2,
+            skipped: !loss.is_finite(),
+            lr_lora: 1e-3,
+            lr_embeddings: 2e-3,
+            targets: 4080,
+            targets_so_far: 16_320,
+            seconds: 1.5,
+            tokens_per_second: 2730.0,
+            resident_bytes: 1 << 31,
+            rows_digest: "ab12".to_owned(),
+            languages: [("eng_Latn".to_owned(), 16)].into(),
+            unix_time: 1.7e9,
+        }
+    }
+
+    #[test]
+    fn events_survive_their_line() {
+        for event in [
+            Event::Phase {
+                name: "loading the base model".to_owned(),
+            },
+            Event::Progress {
+                done: 3,
+                total: 10,
+                unit: "tensors".to_owned(),
+            },
+            Event::Step(step(2.345_678_901_234_567)),
+            Event::Note {
+                text: "two\nlines and \"quotes\"".to_owned(),
+            },
+            Event::Done {
+                result: serde_json::json!({ "steps": 20 }),
+            },
+        ] {
+            let line = serde_json::to_string(&event).unwrap();
+            assert!(!line.contains('\n'), "one event, one line: {line}");
+            assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
+        }
+    }
+
+    #[test]
+    fn a_step_whose_loss_is_no_number_is_read_too() {
+        let line = serde_json::to_string(&Event::Step(step(f64::NAN))).unwrap();
+        let Event::Step(read) = serde_json::from_str(&line).unwrap() else {
+            panic!("{line}")
+        };
+        assert!(read.loss.is_nan() && read.skipped);
     }
 }

@@ -54,6 +54,15 @@ pub fn change(before: f64, after: f64) -> String {
     format!("{:+.1} %", 100.0 * (after - before) / before)
 }
 
+/// At most `length` characters, the last an ellipsis where some are left out.
+pub fn shortened(text: &str, length: usize) -> String {
+    if text.chars().count() <= length {
+        text.to_owned()
+    } else {
+        text.chars().take(length - 1).chain(['…']).collect()
+    }
+}
+
 /// Columns of a table: those whose header starts with `>` are aligned to the right, as numbers want.
 pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
@@ -101,6 +110,10 @@ mod tests {
         assert_eq!(
             [seconds(0.42), seconds(12.4), seconds(185.0), seconds(7620.0)],
             ["0.4 s", "12 s", "3 min 05 s", "2 h 07 min"]
+        );
+        assert_eq!(
+            [shortened("Quechua", 7), shortened("Quechua", 6)],
+            ["Quechua", "Quech…"]
         );
         assert_eq!([change(4.0, 3.0), change(2.0, 2.5)], ["-25.0 %", "+25.0 %"]);
     }

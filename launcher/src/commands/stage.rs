@@ -107,7 +107,7 @@ pub fn corpus_table(plan: &Plan) -> anyhow::Result<String> {
                 entry.duplicates,
             ];
             sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
-            let names = [entry.language.to_string(), shortened(&entry.name, 40)];
+            let names = [entry.language.to_string(), text::shortened(&entry.name, 40)];
             names.into_iter().chain(numbers.map(text::count)).collect()
         })
         .collect();
@@ -216,12 +216,4 @@ pub fn tokens_line(plan: &Plan) -> anyhow::Result<String> {
 /// Steps × rows × T.
 pub fn tokens_read(plan: &Plan) -> u64 {
     plan.train.steps * plan.train.rows_per_step as u64 * plan.train.sequence_length as u64
-}
-
-fn shortened(name: &str, length: usize) -> String {
-    if name.chars().count() <= length {
-        name.to_owned()
-    } else {
-        name.chars().take(length - 1).chain(['…']).collect()
-    }
 }

@@ -272,7 +272,7 @@ pub fn languages(run: &Run, comparison: &Comparison) -> String {
             .languages
             .get(&change.language)
             .map_or("", |language| language.name.as_str());
-        let label = format!("{}  {}", shortened(name, 32), change.language);
+        let label = format!("{}  {}", text::shortened(name, 32), change.language);
         words(&mut out, "label end", (left - 10.0, y + 3.5), label.trim());
         line(
             &mut out,
@@ -294,14 +294,6 @@ pub fn languages(run: &Run, comparison: &Comparison) -> String {
 
 fn class(change: &Change) -> &'static str {
     if change.improved() { "better" } else { "worse" }
-}
-
-pub fn shortened(text: &str, length: usize) -> String {
-    if text.chars().count() <= length {
-        text.to_owned()
-    } else {
-        text.chars().take(length - 1).chain(['…']).collect()
-    }
 }
 
 fn bounds(values: impl Iterator<Item = f64>) -> (f64, f64) {
