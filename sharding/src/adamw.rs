@@ -28,10 +28,17 @@ pub fn update(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &
     let decay = (1.0 - how.lr * how.weight_decay) as f32;
     let step_size = (how.lr / (1.0 - how.beta1.powf(t))) as f32;
     let v_correction = (1.0 / (1.0 - how.beta2.powf(t)).sqrt()) as f32;
-    let (beta1, beta2, epsilon, scale) =
-        (how.beta1 as f32, how.beta2 as f32, how.epsilon as f32, how.gradient_scale as f32);
+    let (beta1, beta2, epsilon, scale) = (
+        how.beta1 as f32,
+        how.beta2 as f32,
+        how.epsilon as f32,
+        how.gradient_scale as f32,
+    );
 
-    let chunks = theta.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK));
+    let chunks = theta
+        .par_chunks_mut(CHUNK)
+        .zip(m.par_chunks_mut(CHUNK))
+        .zip(v.par_chunks_mut(CHUNK));
     chunks.zip(g.par_chunks(CHUNK)).for_each(|(((theta, m), v), g)| {
         for (((theta, m), v), g) in theta.iter_mut().zip(m).zip(v).zip(g) {
             let g = g * scale;
@@ -46,8 +53,10 @@ pub fn update(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &
 /// Σ g² in f64.
 pub fn sum_of_squares(g: &[f32]) -> f64 {
     // Chunks are summed in order, so that the result does not depend on which thread was first.
-    let partial: Vec<f64> =
-        g.par_chunks(CHUNK).map(|chunk| chunk.iter().map(|&x| f64::from(x) * f64::from(x)).sum()).collect();
+    let partial: Vec<f64> = g
+        .par_chunks(CHUNK)
+        .map(|chunk| chunk.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
+        .collect();
     partial.iter().sum()
 }
 
@@ -69,7 +78,10 @@ mod tests {
         let (mut theta, mut m, mut v) = (vec![1.0f32, -2.0], vec![0.0; 2], vec![0.0; 2]);
         update(&how, &mut theta, &mut m, &mut v, &[3.0, -0.5]);
         // θ(1 − 0.1·0.5) ∓ 0.1
-        assert!((theta[0] - 0.85).abs() < 1e-6 && (theta[1] + 1.8).abs() < 1e-6, "{theta:?}");
+        assert!(
+            (theta[0] - 0.85).abs() < 1e-6 && (theta[1] + 1.8).abs() < 1e-6,
+            "{theta:?}"
+        );
         assert!((m[0] - 0.3).abs() < 1e-6 && (v[0] - 0.009).abs() < 1e-6);
     }
 

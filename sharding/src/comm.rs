@@ -71,7 +71,9 @@ pub trait Comm {
         let mut full = Tensor::zeros([(length * self.world()) as i64], (Kind::Uint8, Device::Cpu));
         self.all_gather(&Tensor::from_slice(mine), &mut full)?.wait()?;
         let bytes: Vec<u8> = Vec::try_from(&full)?;
-        Ok((0..self.world()).map(|rank| bytes[rank * length..(rank + 1) * length].to_vec()).collect())
+        Ok((0..self.world())
+            .map(|rank| bytes[rank * length..(rank + 1) * length].to_vec())
+            .collect())
     }
 
     /// Rank 0's `mine` on every rank; `mine` must be as long everywhere.

@@ -68,7 +68,14 @@ impl Layout {
                     .collect();
                 let slice_len = end.div_ceil(n_slices).next_multiple_of(ALIGNMENT);
                 let padded = slice_len * n_slices;
-                Bucket { name: spec.name.clone(), params: spec.params.clone(), ranges, numel: end, padded, slice_len }
+                Bucket {
+                    name: spec.name.clone(),
+                    params: spec.params.clone(),
+                    ranges,
+                    numel: end,
+                    padded,
+                    slice_len,
+                }
             })
             .collect();
         Layout { buckets, n_slices }
@@ -133,7 +140,11 @@ mod tests {
                 params: params
                     .into_iter()
                     .enumerate()
-                    .map(|(p, (shape, group))| ParamSpec { name: format!("p{p}"), shape, group })
+                    .map(|(p, (shape, group))| ParamSpec {
+                        name: format!("p{p}"),
+                        shape,
+                        group,
+                    })
                     .collect(),
             };
             buckets.into_iter().enumerate().map(name_params).collect()

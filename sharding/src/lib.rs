@@ -17,14 +17,18 @@ pub use zero::{Stage, Zero};
 /// What can go wrong between ranks.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{call} failed with MPI error {code}: a peer is gone or the network broke; look at the first rank that stopped")]
+    #[error(
+        "{call} failed with MPI error {code}: a peer is gone or the network broke; look at the first rank that stopped"
+    )]
     Mpi { call: &'static str, code: i32 },
     #[error(
         "{call} over {count} elements exceeds MPI's limit of {limit} a call; use more ranks or fewer trained parameters in one module",
         limit = i32::MAX
     )]
     TooManyElements { call: &'static str, count: usize },
-    #[error("the launcher started {placed} ranks but MPI sees {mpi}; start the workers with `mpirun` or `srun --mpi=pmix`")]
+    #[error(
+        "the launcher started {placed} ranks but MPI sees {mpi}; start the workers with `mpirun` or `srun --mpi=pmix`"
+    )]
     WorldMismatch { placed: usize, mpi: usize },
     #[error("{world} ranks were started but this worker was built without MPI; build it with the feature `mpi`")]
     NoMpi { world: usize },

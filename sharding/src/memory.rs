@@ -4,7 +4,10 @@
 use tch::{Device, Kind, Tensor};
 
 fn check(tensor: &Tensor) -> usize {
-    assert!(tensor.device() == Device::Cpu && tensor.is_contiguous(), "memory is read from contiguous CPU tensors only");
+    assert!(
+        tensor.device() == Device::Cpu && tensor.is_contiguous(),
+        "memory is read from contiguous CPU tensors only"
+    );
     tensor.numel()
 }
 

@@ -24,7 +24,10 @@ impl Mpi {
         if size != placed {
             return Err(Error::WorldMismatch { placed, mpi: size });
         }
-        Ok(Mpi { world, _universe: universe })
+        Ok(Mpi {
+            world,
+            _universe: universe,
+        })
     }
 
     /// Runs `call` with a fresh request and hands back its completion. `buffers` are kept alive until then.
@@ -47,7 +50,11 @@ impl Mpi {
 }
 
 fn check(call: &'static str, code: i32) -> Result<()> {
-    if code == 0 { Ok(()) } else { Err(Error::Mpi { call, code }) }
+    if code == 0 {
+        Ok(())
+    } else {
+        Err(Error::Mpi { call, code })
+    }
 }
 
 fn count(call: &'static str, elements: usize) -> Result<i32> {
@@ -84,20 +91,24 @@ impl Comm for Mpi {
         assert!(full.is_contiguous() && mine.is_contiguous());
         let each = count("reduce-scatter", mine.numel())?;
         let (from, to) = (full.data_ptr(), mine.data_ptr());
-        self.start("reduce-scatter", vec![full.shallow_clone(), mine.shallow_clone()], |request| {
-            // SAFETY: sizes checked above; both buffers are kept by the pending handle until completion.
-            unsafe {
-                ffi::MPI_Ireduce_scatter_block(
-                    from,
-                    to,
-                    each,
-                    ffi::RSMPI_FLOAT,
-                    ffi::RSMPI_SUM,
-                    ffi::RSMPI_COMM_WORLD,
-                    request,
-                )
-            }
-        })
+        self.start(
+            "reduce-scatter",
+            vec![full.shallow_clone(), mine.shallow_clone()],
+            |request| {
+                // SAFETY: sizes checked above; both buffers are kept by the pending handle until completion.
+                unsafe {
+                    ffi::MPI_Ireduce_scatter_block(
+                        from,
+                        to,
+                        each,
+                        ffi::RSMPI_FLOAT,
+                        ffi::RSMPI_SUM,
+                        ffi::RSMPI_COMM_WORLD,
+                        request,
+                    )
+                }
+            },
+        )
     }
 
     fn all_gather(&self, mine: &Tensor, full: &mut Tensor) -> Result<Pending> {
@@ -106,10 +117,14 @@ impl Comm for Mpi {
         assert!(full.is_contiguous() && mine.is_contiguous());
         let (each, kind) = (count("all-gather", mine.numel())?, datatype(mine.kind()));
         let (from, to) = (mine.data_ptr(), full.data_ptr());
-        self.start("all-gather", vec![full.shallow_clone(), mine.shallow_clone()], |request| {
-            // SAFETY: as in reduce_scatter.
-            unsafe { ffi::MPI_Iallgather(from, each, kind, to, each, kind, ffi::RSMPI_COMM_WORLD, request) }
-        })
+        self.start(
+            "all-gather",
+            vec![full.shallow_clone(), mine.shallow_clone()],
+            |request| {
+                // SAFETY: as in reduce_scatter.
+                unsafe { ffi::MPI_Iallgather(from, each, kind, to, each, kind, ffi::RSMPI_COMM_WORLD, request) }
+            },
+        )
     }
 
     fn all_reduce(&self, values: &mut Tensor, how: Reduce) -> Result<Pending> {

@@ -99,20 +99,47 @@ impl Zero {
             let master = zeros(bucket.padded, Kind::Float)?;
             for (p, (range, param)) in bucket.ranges.iter().zip(&bucket.params).enumerate() {
                 let value = initial(b, p);
-                assert_eq!(value.size(), param.shape, "{}: the initial value has the registered shape", param.name);
+                assert_eq!(
+                    value.size(),
+                    param.shape,
+                    "{}: the initial value has the registered shape",
+                    param.name
+                );
                 view(&master, range.clone()).f_copy_(&value.reshape([-1]))?;
             }
             let mut params = zeros(bucket.padded, kind)?;
             params.f_copy_(&master)?;
             let my_range = my_slice * bucket.slice_len..(my_slice + 1) * bucket.slice_len;
-            let theta = if n_slices == 1 { master } else { view(&master, my_range).copy() };
+            let theta = if n_slices == 1 {
+                master
+            } else {
+                view(&master, my_range).copy()
+            };
             let grads = zeros(bucket.padded, Kind::Float)?;
-            let grads_slice =
-                if n_slices == 1 { grads.shallow_clone() } else { zeros(bucket.slice_len, Kind::Float)? };
-            let slice = Slice { theta, m: zeros(bucket.slice_len, Kind::Float)?, v: zeros(bucket.slice_len, Kind::Float)? };
-            buckets.push(BucketState { params, grads, grads_slice, slice, reducing: None });
+            let grads_slice = if n_slices == 1 {
+                grads.shallow_clone()
+            } else {
+                zeros(bucket.slice_len, Kind::Float)?
+            };
+            let slice = Slice {
+                theta,
+                m: zeros(bucket.slice_len, Kind::Float)?,
+                v: zeros(bucket.slice_len, Kind::Float)?,
+            };
+            buckets.push(BucketState {
+                params,
+                grads,
+                grads_slice,
+                slice,
+                reducing: None,
+            });
         }
-        Ok(Zero { layout, my_slice, buckets, updates: 0 })
+        Ok(Zero {
+            layout,
+            my_slice,
+            buckets,
+            updates: 0,
+        })
     }
 
     pub fn layout(&self) -> &Layout {
@@ -157,14 +184,26 @@ impl Zero {
             state.reducing.take().expect("every bucket was reduced").wait()?;
         }
         // Unsharded gradients are whole on every rank: each rank counts its share once.
-        let share = if self.layout.n_slices > 1 { 1.0 } else { 1.0 / comm.world() as f64 };
-        let squares: f64 = self.buckets.iter().map(|state| adamw::sum_of_squares(f32s(&state.grads_slice))).sum();
+        let share = if self.layout.n_slices > 1 {
+            1.0
+        } else {
+            1.0 / comm.world() as f64
+        };
+        let squares: f64 = self
+            .buckets
+            .iter()
+            .map(|state| adamw::sum_of_squares(f32s(&state.grads_slice)))
+            .sum();
         let mut values = vec![squares * share];
         values.extend_from_slice(ride_along);
         let mut sums = comm.sum(&values)?;
         let squares = sums.remove(0);
         let finite = squares.is_finite() && sums.iter().all(|sum| sum.is_finite());
-        Ok(Verdict { grad_norm: squares.sqrt(), finite, sums })
+        Ok(Verdict {
+            grad_norm: squares.sqrt(),
+            finite,
+            sums,
+        })
     }
 
     /// One AdamW update of this rank's slices; `groups[g]` is the learning rate and so on of parameter group g.
@@ -175,7 +214,13 @@ impl Zero {
             let (theta, m, v) = (f32s_mut(theta), f32s_mut(m), f32s_mut(v));
             for (part, group) in bucket.groups_in_slice(self.my_slice) {
                 let range = || part.clone();
-                adamw::update(&groups[group], &mut theta[range()], &mut m[range()], &mut v[range()], &grads[range()]);
+                adamw::update(
+                    &groups[group],
+                    &mut theta[range()],
+                    &mut m[range()],
+                    &mut v[range()],
+                    &grads[range()],
+                );
             }
         }
         self.updates += 1;
@@ -197,12 +242,18 @@ impl Zero {
 
     /// This rank's slice of `bucket` and where it lies in the unpadded bucket.
     pub fn slice(&self, bucket: usize) -> (Range<usize>, &Slice) {
-        (self.layout.buckets[bucket].slice(self.my_slice), &self.buckets[bucket].slice)
+        (
+            self.layout.buckets[bucket].slice(self.my_slice),
+            &self.buckets[bucket].slice,
+        )
     }
 
     /// As [`Zero::slice`], to fill from a checkpoint; [`Zero::publish`] makes what was filled the model's.
     pub fn slice_mut(&mut self, bucket: usize) -> (Range<usize>, &mut Slice) {
-        (self.layout.buckets[bucket].slice(self.my_slice), &mut self.buckets[bucket].slice)
+        (
+            self.layout.buckets[bucket].slice(self.my_slice),
+            &mut self.buckets[bucket].slice,
+        )
     }
 
     /// The replicated parameters of `bucket`, flat and padded.
@@ -219,7 +270,11 @@ fn check_ranks_agree(comm: &dyn Comm, layout: &Layout) -> Result<()> {
     let mine = blake3::hash(layout.describe().as_bytes());
     let all = comm.all_gather_bytes(mine.as_bytes())?;
     let ranks: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();
-    if ranks.is_empty() { Ok(()) } else { Err(Error::LayoutMismatch { ranks }) }
+    if ranks.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::LayoutMismatch { ranks })
+    }
 }
 
 #[cfg(test)]
@@ -228,10 +283,20 @@ mod tests {
     use crate::ParamSpec;
 
     fn specs() -> Vec<BucketSpec> {
-        let param = |name: &str, shape: &[i64], group| ParamSpec { name: name.into(), shape: shape.to_vec(), group };
+        let param = |name: &str, shape: &[i64], group| ParamSpec {
+            name: name.into(),
+            shape: shape.to_vec(),
+            group,
+        };
         vec![
-            BucketSpec { name: "embedding".into(), params: vec![param("embed", &[7, 3], 0)] },
-            BucketSpec { name: "layer".into(), params: vec![param("a", &[2, 5], 1), param("b", &[4, 2], 1)] },
+            BucketSpec {
+                name: "embedding".into(),
+                params: vec![param("embed", &[7, 3], 0)],
+            },
+            BucketSpec {
+                name: "layer".into(),
+                params: vec![param("a", &[2, 5], 1), param("b", &[4, 2], 1)],
+            },
         ]
     }
 

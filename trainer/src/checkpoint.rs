@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use configs::Plan;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::{Dtype, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use sharding::memory::{bytes, f32s_mut};
 use sharding::zero::Slice;
@@ -382,6 +382,10 @@ fn write_synced(path: &Path, contents: &[u8]) -> Result<()> {
 fn commit(partial: &Path, target: &Path, manifest: &Manifest) -> Result<()> {
     write_synced(&partial.join(MANIFEST), &serde_json::to_vec_pretty(manifest)?)?;
     sync_folder(partial)?;
+    if target.exists() {
+        // Only a damaged checkpoint's steps are taken again. It makes room first; pruning removes it.
+        fs::rename(target, partial.with_extension("damaged.partial"))?;
+    }
     fs::rename(partial, target)?;
     sync_folder(target.parent().expect("checkpoints lie in a folder"))
 }
@@ -413,10 +417,9 @@ impl SliceFile {
             "{}: its header claims {length} bytes in a file of {size}",
             path.display()
         );
-        let mut buffer = (length).to_le_bytes().to_vec();
-        buffer.resize(8 + length as usize, 0);
-        file.read_exact(&mut buffer[8..]).with_context(in_file)?;
-        let (_, header) = SafeTensors::read_metadata(&buffer).with_context(in_file)?;
+        let mut header = vec![0; length as usize];
+        file.read_exact(&mut header).with_context(in_file)?;
+        let header = serde_json::from_slice(&header).with_context(in_file)?;
         Ok(SliceFile {
             file,
             path: path.into(),

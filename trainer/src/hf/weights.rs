@@ -254,7 +254,8 @@ fn dtype_of(kind: Kind) -> Result<(Dtype, &'static str)> {
         Kind::Float => (Dtype::F32, "float32"),
         Kind::BFloat16 => (Dtype::BF16, "bfloat16"),
         Kind::Half => (Dtype::F16, "float16"),
-        other => bail!("weights are written as float32, bfloat16 or float16, not {other:?}"),
+        Kind::Int64 => (Dtype::I64, "int64"),
+        other => bail!("tensors are written as float32, bfloat16, float16 or int64, not {other:?}"),
     })
 }
 
