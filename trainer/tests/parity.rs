@@ -209,6 +209,14 @@ fn exports_load_in_stock_transformers_and_peft_and_give_our_logits() {
             root.path().join(format!("{index}-adapter")),
         );
         export::write_merged(&merged, &model.config, &model.merged_weights(), Kind::Float, &tokenizer).unwrap();
+        export::logits_difference(&model, &base, &merged).unwrap();
+        if !grown {
+            let said = export::logits_difference(&model, &base, &base).unwrap_err().to_string();
+            assert!(
+                said.contains("do not use the export"),
+                "the untrained model passed for the export: {said}"
+            );
+        }
         let parts = Adapter::of(&model, &lora, full, &base).unwrap();
         export::write_adapter(&adapter, &parts, Kind::Float, &tokenizer).unwrap();
         let logits = model.head.whole_logits(model.head_matrix(), &model.hidden(&ids));
