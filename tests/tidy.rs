@@ -87,9 +87,14 @@ fn the_environment_is_read_in_one_place() {
 
 #[test]
 fn the_model_knows_no_ranks() {
-    let model = sources().into_iter().filter(|(path, _)| path.starts_with("trainer/src/model"));
+    let model = sources()
+        .into_iter()
+        .filter(|(path, _)| path.starts_with("trainer/src/model"));
     for (path, text) in model {
-        let code: String = text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect();
+        let code: String = text
+            .lines()
+            .map(|line| line.split("//").next().unwrap_or_default())
+            .collect();
         for word in ["Comm", "comm.", "world", ".rank()"] {
             assert!(!code.contains(word), "{} speaks of {word:?}", path.display());
         }

@@ -107,29 +107,20 @@ pub fn panglot(arguments: &[&str]) -> Command {
     command
 }
 
-/// The tiny config's corpus, model, vocabulary and tokens, made once a build folder. Other test programs may be making
-/// them at the same moment: each makes its own copy and the first to finish names it.
+/// The tiny config's corpus, model, vocabulary and tokens, in the build folder: made by the first test that asks, kept by
+/// `panglot prepare` while its inputs are unchanged. Cargo runs one test program at a time.
 pub fn prepared() -> PathBuf {
     static PREPARED: OnceLock<PathBuf> = OnceLock::new();
+    let prepare = || {
+        let folder = program("panglot").with_file_name("prepared-tiny");
+        succeed(panglot(&[
+            "prepare",
+            "configs/tiny.yaml",
+            &format!("folders.prepared={}", folder.display()),
+        ]));
+        folder
+    };
     PREPARED.get_or_init(prepare).clone()
-}
-
-fn prepare() -> PathBuf {
-    let build = program("panglot")
-        .parent()
-        .expect("a program lies in a folder")
-        .to_path_buf();
-    let folder = tempfile::Builder::new()
-        .prefix("prepared-tiny-")
-        .tempdir_in(build)
-        .expect("a folder")
-        .keep();
-    succeed(panglot(&[
-        "prepare",
-        "configs/tiny.yaml",
-        &format!("folders.prepared={}", folder.display()),
-    ]));
-    folder
 }
 
 /// Runs to the end; the output, if it ended well.

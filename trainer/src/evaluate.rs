@@ -7,41 +7,15 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use configs::{Evaluation, Plan};
-use corpus::{Corpus, Language, Split, Tokenizer};
+use configs::{Plan, Precision};
+use corpus::{Corpus, Split, Tokenizer};
+use launcher::evaluation::{Evaluation, LanguageResult};
 use launcher::events::Event;
-use serde::{Deserialize, Serialize};
 use sharding::Comm;
 use tch::{Kind, Tensor};
 
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{IGNORE, Model, Trains};
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Report {
-    pub model: String,
-    pub precision: configs::Precision,
-    pub languages: Vec<LanguageScore>,
-    /// Mean over languages, each counted once.
-    pub macro_bits_per_byte: f64,
-    pub macro_nats_per_document: f64,
-    /// Targets scored.
-    pub tokens: u64,
-    pub seconds: f64,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct LanguageScore {
-    pub language: Language,
-    pub documents: u64,
-    pub bytes: u64,
-    pub characters: u64,
-    /// Targets.
-    pub tokens: u64,
-    /// Σ −ln p over the targets.
-    pub nats: f64,
-    pub bits_per_byte: f64,
-}
 
 /// A stretch of one document that fits the model; the first `context` positions were scored in the window before.
 struct Window {
@@ -51,7 +25,7 @@ struct Window {
 }
 
 /// Scores the held-out documents with the model in `folder`. Every rank returns the same report.
-pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Report> {
+pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Evaluation> {
     let started = Instant::now();
     let rank_0 = comm.rank() == 0;
     let say = |name: &str| rank_0.then(|| Event::Phase { name: name.into() }.emit());
@@ -105,10 +79,10 @@ pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Report> {
         score.nats = nats;
         score.bits_per_byte = nats / std::f64::consts::LN_2 / score.bytes as f64;
     }
-    let mean = |of: &dyn Fn(&LanguageScore) -> f64| scores.iter().map(of).sum::<f64>() / scores.len() as f64;
-    Ok(Report {
+    let mean = |of: &dyn Fn(&LanguageResult) -> f64| scores.iter().map(of).sum::<f64>() / scores.len() as f64;
+    Ok(Evaluation {
         model: folder.display().to_string(),
-        precision: plan.train.precision,
+        precision: precision_name(plan.train.precision),
         macro_bits_per_byte: mean(&|score| score.bits_per_byte),
         macro_nats_per_document: mean(&|score| score.nats / score.documents as f64),
         tokens: scores.iter().map(|score| score.tokens).sum(),
@@ -117,15 +91,22 @@ pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Report> {
     })
 }
 
-pub fn kind(precision: configs::Precision) -> Kind {
+pub fn kind(precision: Precision) -> Kind {
     match precision {
-        configs::Precision::F32 => Kind::Float,
-        configs::Precision::Bf16 => Kind::BFloat16,
+        Precision::F32 => Kind::Float,
+        Precision::Bf16 => Kind::BFloat16,
+    }
+}
+
+fn precision_name(precision: Precision) -> String {
+    match precision {
+        Precision::F32 => "f32".into(),
+        Precision::Bf16 => "bf16".into(),
     }
 }
 
 /// The documents to score, cut into windows, and an empty score for every language that has any.
-fn windows(plan: &Plan, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<(Vec<LanguageScore>, Vec<Window>)> {
+fn windows(plan: &Plan, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<(Vec<LanguageResult>, Vec<Window>)> {
     let start = match &plan.corpus.document_start {
         None => None,
         Some(token) => Some(tokenizer.id(token).with_context(|| {
@@ -137,8 +118,8 @@ fn windows(plan: &Plan, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<(Vec<L
         let mut documents = corpus.documents(&entry.language, Split::HeldOut)?;
         documents.sort_by(|a, b| a.key.cmp(&b.key));
         documents.truncate(plan.evaluation.documents_per_language.unwrap_or(usize::MAX));
-        let mut score = LanguageScore {
-            language: entry.language.clone(),
+        let mut score = LanguageResult {
+            language: entry.language.to_string(),
             documents: 0,
             bytes: 0,
             characters: 0,
@@ -167,7 +148,7 @@ fn windows(plan: &Plan, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<(Vec<L
 
 /// Windows of at most `window` tokens, each starting `stride` after the one before; every target is scored once, in the
 /// first window that holds it.
-fn cut(evaluation: &Evaluation, language: usize, ids: &[i64]) -> Vec<Window> {
+fn cut(evaluation: &configs::Evaluation, language: usize, ids: &[i64]) -> Vec<Window> {
     let mut windows = Vec::new();
     let mut start = 0;
     let mut scored = 1;
@@ -235,7 +216,7 @@ mod tests {
     fn every_target_is_scored_once_whatever_the_windows() {
         let ids: Vec<i64> = (0..23).collect();
         for (window, stride) in [(5, 5), (8, 3), (23, 1), (100, 50), (6, 5)] {
-            let evaluation = Evaluation {
+            let evaluation = configs::Evaluation {
                 documents_per_language: None,
                 window,
                 stride,
