@@ -21,13 +21,9 @@ fn check(mut command: Command, sentence: &[&str]) {
     }
 }
 
+/// A config that is refused before anything is made or read.
 fn train(overrides: &[&str]) -> Command {
-    let folder = tempfile::tempdir().expect("a folder").keep();
-    let mut command = panglot(&[
-        "train",
-        "configs/tiny.yaml",
-        &format!("folders.run={}", folder.display()),
-    ]);
+    let mut command = panglot(&["train", "configs/tiny.yaml"]);
     command.args(overrides);
     command
 }

@@ -119,24 +119,14 @@ impl DropoutRows {
     }
 }
 
-/// What a forward pass leaves: the last layer's output and what backward needs of each layer.
-pub struct Forward {
-    pub hidden_btd: Tensor,
-    pub saved: Vec<Saved>,
-}
-
 impl Model {
-    pub fn pass<'a>(&'a self, recompute: Recompute, dropout: Option<&'a DropoutRows>) -> Pass<'a> {
-        Pass {
-            rotary: &self.rotary,
-            recompute,
-            dropout,
-        }
-    }
-
     /// Embedding and layers, without keeping anything for backward.
     pub fn hidden(&self, ids_bt: &Tensor) -> Tensor {
-        let pass = self.pass(Recompute::Full, None);
+        let pass = Pass {
+            rotary: &self.rotary,
+            recompute: Recompute::Full,
+            dropout: None,
+        };
         let embedded = self.embed(ids_bt);
         self.layers
             .iter()
@@ -156,12 +146,7 @@ impl Model {
         }
     }
 
-    /// The head's loss on `hidden_btd`, through lm_head or the tied embedding.
-    pub fn head_loss(&mut self, hidden_btd: &Tensor, targets_bt: &Tensor, n_targets: f64) -> Loss {
-        let weight = self.head_weight.as_mut().unwrap_or(&mut self.embedding);
-        self.head.loss(weight, hidden_btd, targets_bt, n_targets)
-    }
-
+    /// lm_head, or the embedding that stands for it.
     pub fn head_matrix(&self) -> &Weight {
         self.head_weight.as_ref().unwrap_or(&self.embedding)
     }
