@@ -33,3 +33,11 @@ export HF_HUB_OFFLINE=1
 if [[ $EUID -eq 0 ]]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
+
+# `panglot` by its name, once it is built.
+panglot_programs="${CARGO_TARGET_DIR:-$PANGLOT_ROOT/target}/release"
+case ":$PATH:" in
+    *":$panglot_programs:"*) ;;
+    *) export PATH="$panglot_programs:$PATH" ;;
+esac
+unset panglot_programs
