@@ -174,7 +174,7 @@ fn resume(folder: &Path, trainer: &mut Trainer, identity: &Identity) -> Result<P
     let different = checkpoint::differences(&manifest.identity, identity);
     ensure!(
         different.is_empty(),
-        "{} was written by a run with other settings:\n  {}\nrestore them, or choose another `folder` for a new run",
+        "{} was written by a run with other settings:\n  {}\nrestore them, or set another folders.run for a new run",
         path.display(),
         different.join("\n  ")
     );
