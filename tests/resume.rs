@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use whole_program_tests::{Run, succeed, text};
 
-const STEPS: u64 = 10;
-const SETTINGS: [&str; 2] = ["train.steps=10", "checkpoint.every_steps=3"];
+/// Some seconds of steps: a job takes about one second to die of SIGTERM, and must be half-way when it does.
+const STEPS: u64 = 40;
+const SETTINGS: [&str; 2] = ["train.steps=40", "checkpoint.every_steps=4"];
 
 fn undisturbed(ranks: &str) -> Run {
     let run = Run::new();
@@ -22,7 +23,7 @@ fn with_ranks(mut command: Command, ranks: &str) -> Command {
 /// Starts the run, waits until `step` has been taken, sends `signal` to the launcher and waits for its end.
 fn interrupted(run: &Run, ranks: &str, step: usize, signal: &str) -> std::process::ExitStatus {
     let mut command = with_ranks(run.train(&SETTINGS), ranks);
-    // Slow enough to be hit half-way.
+    // It changes no number, and slows the steps down.
     command.args(["debug.check_ranks_equal=true"]);
     let mut child = command
         .stdout(Stdio::null())
@@ -65,7 +66,7 @@ fn killed_and_resumed_equals_undisturbed_to_the_bit() {
     for ranks in ["1", "2"] {
         let whole = undisturbed(ranks);
         let run = Run::new();
-        let status = interrupted(&run, ranks, 4, "-TERM");
+        let status = interrupted(&run, ranks, 6, "-TERM");
         assert!(!status.success());
         let said = resumed(&run, ranks);
         assert!(said.contains("resumed from step "), "{said}");
@@ -94,10 +95,12 @@ fn a_checkpoint_of_two_ranks_is_read_by_three_and_by_one() {
     let whole = undisturbed("1");
     for reader in ["3", "1"] {
         let run = Run::new();
-        interrupted(&run, "2", 4, "-TERM");
+        interrupted(&run, "2", 6, "-TERM");
         resumed(&run, reader);
-        for (step, (a, b)) in whole.losses().iter().zip(run.losses()).enumerate() {
-            // The order of f32 sums differs between 2, 3 and 1 ranks; see ranks.rs.
+        assert_eq!(run.losses().len() as u64, STEPS);
+        // The order of f32 sums differs between 2, 3 and 1 ranks; see ranks.rs. Later steps are not compared: AdamW divides
+        // a gradient that is rounding alone by itself, and after some 35 steps such elements part the runs.
+        for (step, (a, b)) in whole.losses().iter().zip(run.losses()).enumerate().take(24) {
             assert!(
                 (a - b).abs() < 5e-5,
                 "step {step}: {a} undisturbed, {b} over 2 → {reader} ranks"
