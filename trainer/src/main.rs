@@ -138,7 +138,7 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm) -> Result<i32> {
         Command::Eval { model, out, .. } => {
             let report = serde_json::to_value(trainer::evaluate::evaluate(plan(), &model, comm)?)?;
             if comm.rank() == 0 {
-                write_finished(&out, &serde_json::to_vec_pretty(&report)?)?;
+                launcher::files::write_json(&out, &report)?;
             }
             done(report)
         }
@@ -151,16 +151,6 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm) -> Result<i32> {
 fn read_plan(path: &Path) -> Result<Plan> {
     let text = std::fs::read(path).with_context(|| path.display().to_string())?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not a plan of this version", path.display()))
-}
-
-/// Written beside and renamed: whoever sees the file sees all of it.
-fn write_finished(path: &Path, contents: &[u8]) -> Result<()> {
-    let beside = path.with_extension("partial");
-    let folder = path.parent().context("the result needs a folder")?;
-    std::fs::create_dir_all(folder)
-        .and_then(|()| std::fs::write(&beside, contents))
-        .and_then(|()| std::fs::rename(&beside, path))
-        .with_context(|| path.display().to_string())
 }
 
 fn set_threads(threads: usize) -> Result<()> {
