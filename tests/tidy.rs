@@ -65,7 +65,7 @@ fn unsafe_code_stays_behind_the_doors() {
     let doors = [
         "sharding/src/mpi.rs",
         "sharding/src/memory.rs",
-        "corpus/src/indexed.rs",
+        "corpus/src/tokens/indexed.rs",
         "trainer/src/hf/weights.rs",
     ];
     only_in(&doors, &["unsafe "]);

@@ -12,6 +12,9 @@ pub struct Document {
     /// Names the passage: `article-12`, the same in every language; `article-12/deu_1996` where a language has several translations.
     pub key: String,
     pub text: String,
+    /// Byte offset in `text` from which on the model learns to predict it; 0 in plain text. In an instruction it is where
+    /// the answer begins: what stands before is read, not learned.
+    pub loss_from: usize,
 }
 
 impl Document {

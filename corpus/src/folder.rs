@@ -97,6 +97,13 @@ struct Line<'a> {
     key: std::borrow::Cow<'a, str>,
     #[serde(borrow)]
     text: std::borrow::Cow<'a, str>,
+    /// Left out where it is 0, which is nearly everywhere.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    loss_from: usize,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 impl Corpus {
@@ -148,11 +155,12 @@ impl Corpus {
         lines
             .map(|line| {
                 let line: Line<'_> = serde_json::from_slice(line).map_err(Error::json(&path))?;
-                let (key, text) = (line.key.into_owned(), line.text.into_owned());
+                let (key, text, loss_from) = (line.key.into_owned(), line.text.into_owned(), line.loss_from);
                 Ok(Document {
                     language: language.clone(),
                     key,
                     text,
+                    loss_from,
                 })
             })
             .collect()
@@ -173,6 +181,7 @@ pub(crate) fn write_documents<'a>(
         let line = Line {
             key: document.key.as_str().into(),
             text: document.text.as_str().into(),
+            loss_from: document.loss_from,
         };
         serde_json::to_writer(&mut file, &line).expect("strings are JSON, and a Vec takes every byte");
         file.push(b'\n');

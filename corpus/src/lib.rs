@@ -8,35 +8,26 @@
 //! | [`tokenize`] | corpus, tokenizer | token shards in Megatron's indexed format, with a manifest of languages |
 //! | [`Stream`] | token shards, seed | `row(index)`, a pure function |
 
-mod continued_bpe;
 mod document;
 mod error;
 mod finished;
 mod folder;
-mod folders;
 mod import;
-mod indexed;
 mod language;
-mod llama_pieces;
-mod permutation;
-mod script;
-mod shards;
-mod shares;
 mod stream;
-mod tokenizer;
-mod udhr;
+mod tokens;
 mod vocabulary;
 
 pub use document::{Document, Split};
 pub use error::Error;
 pub use folder::{Corpus, CorpusManifest, Counts, LanguageEntry, Skipped};
 pub use import::{import_folders, import_udhr};
-pub use indexed::TokenType;
 pub use language::Language;
-pub use llama_pieces::write_llama_tokenizer;
-pub use shards::{LanguageTokens, TokenShards, TokensManifest, tokenize};
 pub use stream::{Row, Stream};
-pub use tokenizer::Tokenizer;
+pub use tokens::indexed::TokenType;
+pub use tokens::{LanguageTokens, TokenShards, TokensManifest, tokenize};
+pub use vocabulary::llama_pieces::write_llama_tokenizer;
+pub use vocabulary::tokenizer::Tokenizer;
 pub use vocabulary::{Fertility, NewPiece, Vocabulary, VocabularySettings, extend, fertility};
 
 /// What this crate's functions return.

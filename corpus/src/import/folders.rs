@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::import::{Source, SourceLanguage};
+use crate::import::{Sink, Source, SourceLanguage};
 use crate::{Document, Error, Language, Result, Skipped};
 
 /// A folder of language folders, listed but not yet read.
@@ -67,18 +67,10 @@ impl Source for Folders {
         &self.languages
     }
 
-    fn documents(&self, language: usize) -> Result<Vec<Document>> {
-        let mut texts = Vec::new();
-        for path in &self.files[language] {
-            read_texts(path, &mut texts)?;
-        }
+    fn read(&self, language: usize, sink: &mut dyn Sink) -> Result<()> {
+        let files = &self.files[language];
         let language = &self.languages[language].language;
-        let document = |text: String| Document {
-            language: language.clone(),
-            key: key_of(&text),
-            text,
-        };
-        Ok(texts.into_iter().map(document).collect())
+        files.iter().try_for_each(|path| read_texts(path, language, sink))
     }
 
     fn is_parallel(&self) -> bool {
@@ -111,33 +103,42 @@ impl Kind {
     }
 }
 
-/// Appends the documents of one file; empty lines are none.
-fn read_texts(path: &Path, texts: &mut Vec<String>) -> Result<()> {
+/// Hands on the documents of one file; empty lines are none.
+fn read_texts(path: &Path, language: &Language, sink: &mut dyn Sink) -> Result<()> {
+    let bytes = fs::read(path).map_err(Error::io("read", path))?;
+    for (line, bytes) in bytes.split(|byte| *byte == b'\n').enumerate() {
+        match text_of_line(path, line + 1, bytes) {
+            Ok(text) if text.is_empty() => {}
+            Ok(text) => sink.document(Document {
+                language: language.clone(),
+                key: key_of(&text),
+                text,
+                loss_from: 0,
+            })?,
+            Err(error) => sink.unreadable(error)?,
+        }
+    }
+    Ok(())
+}
+
+fn text_of_line(path: &Path, line: usize, bytes: &[u8]) -> Result<String> {
     #[derive(Deserialize)]
     struct Line {
         text: String,
     }
-    let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    for (line, bytes) in bytes.split(|byte| *byte == b'\n').enumerate() {
-        let line = line + 1;
-        let text = utf8(path, line, bytes)?.trim();
-        let text = match Kind::of(path) {
-            _ if text.is_empty() => continue,
-            Some(Kind::JsonLines) => {
-                let bad = |e: serde_json::Error| Error::BadJsonLine {
-                    path: path.to_path_buf(),
-                    line,
-                    reason: e.to_string(),
-                };
-                serde_json::from_str::<Line>(text).map_err(bad)?.text.trim().to_owned()
-            }
-            _ => text.to_owned(),
-        };
-        if !text.is_empty() {
-            texts.push(text);
+    let text = utf8(path, line, bytes)?.trim();
+    match Kind::of(path) {
+        Some(Kind::JsonLines) if !text.is_empty() => {
+            let bad = |e: serde_json::Error| Error::BadJsonLine {
+                path: path.to_path_buf(),
+                line,
+                reason: e.to_string(),
+            };
+            let line: Line = serde_json::from_str(text).map_err(bad)?;
+            Ok(line.text.trim().to_owned())
         }
+        _ => Ok(text.to_owned()),
     }
-    Ok(())
 }
 
 /// Text, or where it stops being UTF-8. `bytes` starts at `line`.

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 
 use crate::finished::replace_file;
-use crate::tokenizer::TOKENIZER;
+use crate::vocabulary::tokenizer::TOKENIZER;
 use crate::{Error, Result};
 
 const PACKAGE: &str = "llama-tokenizer-js 1.2.2";

