@@ -3,6 +3,8 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use whole_program_tests::{Run, succeed, text};
 
 /// Some seconds of steps: a job takes about one second to die of SIGTERM, and must be half-way when it does.
@@ -21,7 +23,7 @@ fn with_ranks(mut command: Command, ranks: &str) -> Command {
 }
 
 /// Starts the run, waits until `step` has been taken, sends `signal` to the launcher and waits for its end.
-fn interrupted(run: &Run, ranks: &str, step: usize, signal: &str) -> std::process::ExitStatus {
+fn interrupted(run: &Run, ranks: &str, step: usize, signal: Signal) -> std::process::ExitStatus {
     let mut command = with_ranks(run.train(&SETTINGS), ranks);
     // It changes no number, and slows the steps down.
     command.args(["debug.check_ranks_equal=true"]);
@@ -31,11 +33,8 @@ fn interrupted(run: &Run, ranks: &str, step: usize, signal: &str) -> std::proces
         .spawn()
         .expect("the program starts");
     wait_for_step(run, step, &mut child);
-    let sent = Command::new("kill")
-        .args([signal, &child.id().to_string()])
-        .status()
-        .expect("kill is there");
-    assert!(sent.success());
+    let pid = Pid::from_raw(child.id().try_into().expect("a process number"));
+    kill(pid, signal).expect("the program is there");
     let status = child.wait().expect("the program ends");
     let last = run.metrics().len() as u64;
     assert!(last < STEPS, "the signal came in time, after {last} steps");
@@ -66,7 +65,7 @@ fn killed_and_resumed_equals_undisturbed_to_the_bit() {
     for ranks in ["1", "2"] {
         let whole = undisturbed(ranks);
         let run = Run::new();
-        let status = interrupted(&run, ranks, 6, "-TERM");
+        let status = interrupted(&run, ranks, 6, Signal::SIGTERM);
         assert!(!status.success());
         let said = resumed(&run, ranks);
         assert!(said.contains("resumed from step "), "{said}");
@@ -79,7 +78,7 @@ fn killed_and_resumed_equals_undisturbed_to_the_bit() {
 fn asked_to_stop_it_saves_that_step_and_says_that_it_wants_more_time() {
     let whole = undisturbed("2");
     let run = Run::new();
-    let status = interrupted(&run, "2", 3, "-USR1");
+    let status = interrupted(&run, "2", 3, Signal::SIGUSR1);
     assert_eq!(status.code(), Some(75));
     let steps_before = run.metrics().len();
     let said = resumed(&run, "2");
@@ -95,7 +94,7 @@ fn a_checkpoint_of_two_ranks_is_read_by_three_and_by_one() {
     let whole = undisturbed("1");
     for reader in ["3", "1"] {
         let run = Run::new();
-        interrupted(&run, "2", 6, "-TERM");
+        interrupted(&run, "2", 6, Signal::SIGTERM);
         resumed(&run, reader);
         assert_eq!(run.losses().len() as u64, STEPS);
         // The order of f32 sums differs between 2, 3 and 1 ranks; see ranks.rs. Later steps are not compared: AdamW divides
