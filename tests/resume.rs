@@ -145,7 +145,7 @@ fn another_learning_rate_is_another_run_and_refused() {
         .expect("starts");
     assert_eq!(output.status.code(), Some(2));
     assert!(
-        text(&output).contains("optimizer.lr_lora: 0.005 → 0.001"),
+        text(&output).contains("optimizer.groups.lora.lr: 0.005 → 0.001"),
         "{}",
         text(&output)
     );

@@ -1,6 +1,7 @@
 //! From the config as typed to the plan: every rule, once. A broken rule is a sentence with the value, the rule and the
 //! next move; all of them are collected, so that one look mends the config.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf, absolute};
 
 use crate::plan::*;
@@ -20,11 +21,16 @@ pub const LORA_TARGETS: [&str; 7] = [
 pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     let mut rules = Rules::default();
     let model = model(&raw.model, &mut rules);
+    // What is typed of the optimizer is checked against what is typed of training; each key's complaint comes once.
+    let full = full_modules(&raw.train.full, &mut Rules::default());
+    let folders = folders(&raw, &mut rules);
+    let optimizer = optimizer(raw.optimizer, &raw.train, &full, &mut rules);
+    let train = train(raw.train, &mut rules);
     let plan = Plan {
-        folders: folders(&raw, &mut rules),
+        folders,
         corpus: corpus(raw.corpus, &mut rules),
-        optimizer: optimizer(raw.optimizer, &raw.train, &mut rules),
-        train: train(raw.train, &mut rules),
+        optimizer,
+        train,
         name: raw.name,
         seed: raw.seed,
         // A placeholder where a rule is broken already; the plan is not handed out then.
@@ -262,13 +268,9 @@ fn train(raw: raw::Train, rules: &mut Rules) -> Train {
          in full"
             .to_owned()
     });
-    for (i, module) in raw.full.iter().enumerate() {
-        rules.require(!raw.full[..i].contains(module), || {
-            format!("train.full names {module:?} twice; name each module once")
-        });
-    }
+    let full = full_modules(&raw.full, rules);
     if let Some(lora) = &raw.lora {
-        check_lora(lora, rules);
+        check_lora(lora, &full, rules);
     }
     Train {
         steps: raw.steps,
@@ -279,11 +281,29 @@ fn train(raw: raw::Train, rules: &mut Rules) -> Train {
         recompute: raw.recompute,
         zero: raw.zero,
         lora: raw.lora,
-        full: raw.full,
+        full,
     }
 }
 
-fn check_lora(lora: &Lora, rules: &mut Rules) {
+/// In the order of [`FullModule::ALL`], whatever the order in the config.
+fn full_modules(typed: &[String], rules: &mut Rules) -> Vec<FullModule> {
+    if typed == ["all"] {
+        return FullModule::ALL.to_vec();
+    }
+    for (i, name) in typed.iter().enumerate() {
+        rules.require(FullModule::ALL.iter().any(|module| module.name() == name), || {
+            let known = FullModule::ALL.map(FullModule::name).join(", ");
+            format!("train.full names `{name}`, which no LLaMA model has; known: {known}; or [all] alone for every parameter")
+        });
+        rules.require(!typed[..i].contains(name), || {
+            format!("train.full names {name} twice; name each module once")
+        });
+    }
+    let named = |module: &FullModule| typed.iter().any(|name| name == module.name());
+    FullModule::ALL.into_iter().filter(named).collect()
+}
+
+fn check_lora(lora: &Lora, full: &[FullModule], rules: &mut Rules) {
     rules.at_least("train.lora.rank", lora.rank, 1);
     rules.require(lora.alpha > 0.0, || {
         format!(
@@ -311,25 +331,15 @@ fn check_lora(lora: &Lora, rules: &mut Rules) {
         rules.require(!lora.targets[..i].contains(target), || {
             format!("train.lora.targets names `{target}` twice; name each layer once")
         });
+        rules.require(!full.iter().any(|module| module.name() == target), || {
+            format!("`{target}` is in train.lora.targets and in train.full: what trains in full needs no LoRA; name it in one")
+        });
     }
 }
 
-fn optimizer(raw: raw::Optimizer, train: &raw::Train, rules: &mut Rules) -> Optimizer {
-    let mut rate = |key: &str, typed: Option<f64>, trains: bool, of: &str| {
-        rules.require(typed.is_some() || !trains, || {
-            format!("optimizer.{key} is missing, and {of} trains; add it")
-        });
-        rules.require(trains || typed.is_none(), || {
-            format!("optimizer.{key} is set, but {of} names nothing that trains; remove it, or fill {of}")
-        });
-        let rate = typed.unwrap_or(0.0);
-        rules.require(!trains || typed.is_none() || (rate > 0.0 && rate < 1.0), || {
-            format!("optimizer.{key} = {rate} is not a learning rate between 0 and 1; try 3e-4")
-        });
-        rate
-    };
-    let lr_lora = rate("lr_lora", raw.lr_lora, train.lora.is_some(), "train.lora");
-    let lr_embeddings = rate("lr_embeddings", raw.lr_embeddings, !train.full.is_empty(), "train.full");
+/// `full` is `train.full`, read.
+fn optimizer(raw: raw::Optimizer, train: &raw::Train, full: &[FullModule], rules: &mut Rules) -> Optimizer {
+    let groups = groups(&raw, train, full, rules);
     for (key, beta, usual) in [("beta1", raw.beta1, 0.9), ("beta2", raw.beta2, 0.999)] {
         rules.require((0.0..1.0).contains(&beta), || {
             format!("optimizer.{key} = {beta} is not a decay, 0 ≤ {key} < 1; try {usual}")
@@ -339,12 +349,6 @@ fn optimizer(raw: raw::Optimizer, train: &raw::Train, rules: &mut Rules) -> Opti
         format!(
             "optimizer.epsilon = {} must be above 0, or a row without gradient divides by zero; try 1e-8",
             raw.epsilon
-        )
-    });
-    rules.require(raw.weight_decay >= 0.0, || {
-        format!(
-            "optimizer.weight_decay = {} is negative; try 0.1, or 0 for none",
-            raw.weight_decay
         )
     });
     if let Some(norm) = raw.max_grad_norm {
@@ -369,17 +373,93 @@ fn optimizer(raw: raw::Optimizer, train: &raw::Train, rules: &mut Rules) -> Opti
         || format!("optimizer.final_lr_share = {final_lr_share} means nothing with schedule: constant; remove it"),
     );
     Optimizer {
-        lr_lora,
-        lr_embeddings,
+        groups,
         beta1: raw.beta1,
         beta2: raw.beta2,
         epsilon: raw.epsilon,
-        weight_decay: raw.weight_decay,
         max_grad_norm: raw.max_grad_norm,
         warmup_steps: raw.warmup_steps,
         schedule: raw.schedule,
         final_lr_share,
     }
+}
+
+/// Learning rate and weight decay of every group that trains.
+fn groups(raw: &raw::Optimizer, train: &raw::Train, full: &[FullModule], rules: &mut Rules) -> BTreeMap<Group, Rates> {
+    let trains = |group: Group| match group {
+        Group::Lora => train.lora.is_some(),
+        _ => full.iter().any(|module| module.group() == group),
+    };
+    let own = raw.groups.clone().unwrap_or_default();
+    for (typed, key, of, groups) in [
+        (raw.lr_lora, "lr_lora", "train.lora", &[Group::Lora][..]),
+        (
+            raw.lr_embeddings,
+            "lr_embeddings",
+            "train.full",
+            &[Group::Embeddings, Group::Head],
+        ),
+        (raw.lr_body, "lr_body", "train.full", &[Group::Body, Group::Norms]),
+    ] {
+        let any = groups.iter().any(|group| trains(*group));
+        let all_have_own = groups
+            .iter()
+            .filter(|group| trains(**group))
+            .all(|group| own.get(group).is_some_and(|own| own.lr.is_some()));
+        rules.require(typed.is_some() || !any || all_have_own, || {
+            format!("optimizer.{key} is missing, and {of} trains; add it")
+        });
+        rules.require(any || typed.is_none(), || {
+            format!("optimizer.{key} is set, but {of} names nothing that goes by it; remove it, or fill {of}")
+        });
+        rules.require(!any || typed.is_none_or(|lr| lr > 0.0 && lr < 1.0), || {
+            format!(
+                "optimizer.{key} = {} is not a learning rate between 0 and 1; try 3e-4",
+                typed.unwrap_or(0.0)
+            )
+        });
+    }
+    let decay = |key: String, decay: f64, rules: &mut Rules| {
+        rules.require(decay >= 0.0, || {
+            format!("optimizer.{key} = {decay} is negative; try 0.1, or 0 for none")
+        });
+    };
+    decay("weight_decay".into(), raw.weight_decay, rules);
+    for (group, own) in &own {
+        let name = group.name();
+        rules.require(trains(*group), || {
+            format!("optimizer.groups.{name} is set, but nothing of this group trains; remove it, or add to train.full or train.lora")
+        });
+        rules.require(own.lr.is_none_or(|lr| (0.0..1.0).contains(&lr)), || {
+            format!(
+                "optimizer.groups.{name}.lr = {} is not a learning rate, 0 ≤ lr < 1; try 3e-4",
+                own.lr.unwrap_or(0.0)
+            )
+        });
+        if let Some(own) = own.weight_decay {
+            decay(format!("groups.{name}.weight_decay"), own, rules);
+        }
+    }
+    let rates = |group: Group| {
+        let own = own.get(&group).copied().unwrap_or_default();
+        let (lr, weight_decay) = match group {
+            Group::Lora => (raw.lr_lora, raw.weight_decay),
+            Group::Embeddings | Group::Head => (raw.lr_embeddings, raw.weight_decay),
+            Group::Body => (raw.lr_body, raw.weight_decay),
+            // A scale that decays towards zero is no regulariser; `transformers` leaves norms out as well.
+            Group::Norms => (raw.lr_body, 0.0),
+        };
+        Rates {
+            // A placeholder where the rule above is broken; the plan is not handed out then.
+            lr: own.lr.or(lr).unwrap_or(0.0),
+            weight_decay: own.weight_decay.unwrap_or(weight_decay),
+        }
+    };
+    Group::ALL
+        .into_iter()
+        .filter(|group| trains(*group))
+        .map(|group| (group, rates(group)))
+        .collect()
 }
 
 fn check_vocabulary(plan: &Plan, rules: &mut Rules) {

@@ -1,6 +1,7 @@
 //! The plan: a config after every check and derivation. Made once by [`crate::load`], never changed after,
 //! handed to the workers as JSON and kept in every checkpoint.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -182,22 +183,107 @@ pub struct Lora {
     pub targets: Vec<String>,
 }
 
+/// A kind of module that trains in full, in every layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FullModule {
     EmbedTokens,
     LmHead,
+    QProj,
+    KProj,
+    VProj,
+    OProj,
+    GateProj,
+    UpProj,
+    DownProj,
+    /// Every RMSNorm's weight, the last one's too.
+    Norms,
 }
 
-/// AdamW (Loshchilov and Hutter 2019), learning rates by group.
+impl FullModule {
+    pub const ALL: [FullModule; 10] = [
+        FullModule::EmbedTokens,
+        FullModule::LmHead,
+        FullModule::QProj,
+        FullModule::KProj,
+        FullModule::VProj,
+        FullModule::OProj,
+        FullModule::GateProj,
+        FullModule::UpProj,
+        FullModule::DownProj,
+        FullModule::Norms,
+    ];
+
+    /// As the config spells it, which is Hugging Face's name of the module except for `norms`.
+    pub fn name(self) -> &'static str {
+        match self {
+            FullModule::EmbedTokens => "embed_tokens",
+            FullModule::LmHead => "lm_head",
+            FullModule::QProj => "q_proj",
+            FullModule::KProj => "k_proj",
+            FullModule::VProj => "v_proj",
+            FullModule::OProj => "o_proj",
+            FullModule::GateProj => "gate_proj",
+            FullModule::UpProj => "up_proj",
+            FullModule::DownProj => "down_proj",
+            FullModule::Norms => "norms",
+        }
+    }
+
+    pub fn group(self) -> Group {
+        match self {
+            FullModule::EmbedTokens => Group::Embeddings,
+            FullModule::LmHead => Group::Head,
+            FullModule::Norms => Group::Norms,
+            _ => Group::Body,
+        }
+    }
+}
+
+/// Parameters that share a learning rate and a weight decay. A head tied to the embedding is one matrix with it, and in
+/// the embedding's group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Group {
+    Lora,
+    Embeddings,
+    Head,
+    /// Matrices of the layers, trained in full.
+    Body,
+    Norms,
+}
+
+impl Group {
+    pub const ALL: [Group; 5] = [Group::Lora, Group::Embeddings, Group::Head, Group::Body, Group::Norms];
+
+    /// As the config spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Group::Lora => "lora",
+            Group::Embeddings => "embeddings",
+            Group::Head => "head",
+            Group::Body => "body",
+            Group::Norms => "norms",
+        }
+    }
+}
+
+/// What AdamW does to one group.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    /// At the peak of the schedule.
+    pub lr: f64,
+    pub weight_decay: f64,
+}
+
+/// AdamW (Loshchilov and Hutter 2019), learning rate and weight decay by group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Optimizer {
-    pub lr_lora: f64,
-    pub lr_embeddings: f64,
+    /// The groups that train, and no others.
+    pub groups: BTreeMap<Group, Rates>,
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,
-    pub weight_decay: f64,
     /// `None`: gradients are not clipped.
     pub max_grad_norm: Option<f64>,
     pub warmup_steps: u64,

@@ -2,13 +2,14 @@
 //! whose meaning of `None` stands beside it; no other default exists. Sections that run as they are typed are the plan's
 //! own. No rule is checked here, see `check.rs`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Checkpoint, Evaluation, FullModule, Launch, Lora, Precision, Recompute, Sampling, Schedule, Shape, Vocabulary,
+    Checkpoint, Evaluation, Group, Launch, Lora, Precision, Recompute, Sampling, Schedule, Shape, Vocabulary,
 };
 
 #[derive(Debug, Deserialize)]
@@ -112,7 +113,8 @@ pub struct Train {
     pub zero: u8,
     /// None: the body has no LoRA and stays as it is.
     pub lora: Option<Lora>,
-    pub full: Vec<FullModule>,
+    /// Names of [`FullModule`](crate::FullModule), or `all`.
+    pub full: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -120,8 +122,12 @@ pub struct Train {
 pub struct Optimizer {
     /// Needed where `train.lora` is, and only there.
     pub lr_lora: Option<f64>,
-    /// Needed where `train.full` names a module, and only there.
+    /// Of embed_tokens and lm_head; needed where `train.full` names one of them, and only there.
     pub lr_embeddings: Option<f64>,
+    /// Of the layers' matrices and of norms; needed where `train.full` names some, and only there.
+    pub lr_body: Option<f64>,
+    /// None: every group goes by the lines above and `weight_decay`, but norms do not decay.
+    pub groups: Option<BTreeMap<Group, GroupRates>>,
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,
@@ -132,6 +138,14 @@ pub struct Optimizer {
     pub schedule: Schedule,
     /// None: the schedule ends at 0.
     pub final_lr_share: Option<f64>,
+}
+
+/// What one group has of its own.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupRates {
+    pub lr: Option<f64>,
+    pub weight_decay: Option<f64>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use configs::{Model, NewRows, Optimizer, Plan, Schedule, load};
+use configs::{FullModule, Group, Model, NewRows, Optimizer, Plan, Schedule, load};
 use proptest::prelude::*;
 
 fn here() -> &'static Path {
@@ -91,6 +91,67 @@ fn an_override_changes_one_value_and_is_checked_like_the_file() {
     assert!(sentence("train.steps").contains("an override reads section.key=value"));
     assert!(sentence("train.steps.more=5").contains("`more` is inside a plain value"));
     assert!(sentence("launch.ranks=5").contains("is not a multiple of 10 (5 ranks × 2 micro_rows); try 20"));
+}
+
+#[test]
+fn each_group_has_a_rate_and_a_decay() {
+    let whole = [
+        "train.lora=null",
+        "optimizer.lr_lora=null",
+        "train.full=[all]",
+        "optimizer.lr_body=1e-4",
+        "optimizer.weight_decay=0.1",
+    ];
+    let plan = tiny(&whole).unwrap();
+    assert_eq!(plan.train.full, FullModule::ALL);
+    let rates = |plan: &Plan, group| {
+        plan.optimizer
+            .groups
+            .get(&group)
+            .map(|rates| (rates.lr, rates.weight_decay))
+    };
+    assert_eq!(rates(&plan, Group::Lora), None);
+    assert_eq!(rates(&plan, Group::Head), Some((5e-3, 0.1)));
+    assert_eq!(rates(&plan, Group::Body), Some((1e-4, 0.1)));
+    assert_eq!(rates(&plan, Group::Norms), Some((1e-4, 0.0)), "norms do not decay");
+
+    let and = |more: &'static str| tiny(&[&whole[..], &[more]].concat());
+    let plan = and("optimizer.groups={norms: {lr: 2e-4, weight_decay: 0.2}, head: {weight_decay: 0}}").unwrap();
+    assert_eq!(rates(&plan, Group::Norms), Some((2e-4, 0.2)));
+    assert_eq!(rates(&plan, Group::Head), Some((5e-3, 0.0)));
+
+    for (more, sentence) in [
+        (
+            "optimizer.groups={lora: {lr: 1e-3}}",
+            "optimizer.groups.lora is set, but nothing of this group trains",
+        ),
+        (
+            "optimizer.groups={norms: {weight_decay: -1}}",
+            "optimizer.groups.norms.weight_decay = -1 is negative",
+        ),
+        (
+            "optimizer.groups={body: {lr: 2}}",
+            "optimizer.groups.body.lr = 2 is not a learning rate",
+        ),
+        (
+            "optimizer.lr_body=null",
+            "optimizer.lr_body is missing, and train.full trains",
+        ),
+        (
+            "train.full=[embed_tokens, k_projection]",
+            "train.full names `k_projection`, which no LLaMA model has; known: embed_tokens",
+        ),
+        ("train.full=[embed_tokens, all]", "train.full names `all`"),
+        ("train.full=[norms, norms]", "train.full names norms twice"),
+    ] {
+        let said = and(more).unwrap_err();
+        assert!(said.contains(sentence), "{more}: {said}");
+    }
+    let said = tiny(&["train.full=[embed_tokens, q_proj]", "optimizer.lr_body=1e-4"]).unwrap_err();
+    assert!(
+        said.contains("`q_proj` is in train.lora.targets and in train.full"),
+        "{said}"
+    );
 }
 
 #[test]

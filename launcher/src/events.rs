@@ -1,8 +1,10 @@
 //! What a worker tells the launcher: one JSON object a line on its standard output, from rank 0 only.
 //! Everything meant for people goes to standard error and to the run's logs.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 
+use configs::Group;
 use serde::{Deserialize, Deserializer, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,8 +36,8 @@ pub struct StepMetrics {
     pub grad_norm: f64,
     /// The update was left out on every rank because the loss or the gradient was not finite.
     pub skipped: bool,
-    pub lr_lora: f64,
-    pub lr_embeddings: f64,
+    /// Learning rate by parameter group, of those that train.
+    pub lr: BTreeMap<Group, f64>,
     /// Target tokens of the global batch.
     pub targets: u64,
     /// Target tokens since the run's first step.
@@ -48,7 +50,7 @@ pub struct StepMetrics {
     /// Digest of the global batch's rows, to compare runs by eye.
     pub rows_digest: String,
     /// Rows by language in this step's global batch.
-    pub languages: std::collections::BTreeMap<String, u32>,
+    pub languages: BTreeMap<String, u32>,
     pub unix_time: f64,
 }
 
@@ -78,8 +80,7 @@ mod tests {
             loss,
             grad_norm: 0.1 + 0.2,
             skipped: !loss.is_finite(),
-            lr_lora: 1e-3,
-            lr_embeddings: 2e-3,
+            lr: [(Group::Lora, 1e-3), (Group::Embeddings, 2e-3)].into(),
             targets: 4080,
             targets_so_far: 16_320,
             seconds: 1.5,

@@ -31,11 +31,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 STEPS, ROWS = 10, 2
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+ALL_MODULES = ["embed_tokens", "lm_head", *ALL_LINEARS, "norms"]
 LORA = {"rank": 8, "alpha": 16.0}
 # Weight decay, unequal learning rates and a clip that is always active: each would show if left out or misplaced.
 OPTIMIZER = {
     "lr_lora": 2e-3,
     "lr_embeddings": 1e-3,
+    "lr_body": 1.5e-3,
     "beta1": 0.9,
     "beta2": 0.99,
     "epsilon": 1e-8,
@@ -64,11 +67,19 @@ def main():
     mha = tiny(arguments.out, "tiny-mha", heads=4, kv_heads=4, tied=False, head_dim=16)
     # head_dim is not hidden / heads here.
     gqa = tiny(arguments.out, "tiny-gqa", heads=8, kv_heads=2, tied=True, head_dim=16)
+    # Frequencies on either side of the blend and in it: 2π·(1 … 5000^(7/8)) positions a turn, in a context of 32.
+    llama3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 0.25, "high_freq_factor": 2.0,
+              "original_max_position_embeddings": 32}
+    scaled = tiny(arguments.out, "tiny-llama3", heads=4, kv_heads=2, tied=False, head_dim=16, rope=llama3)
     cases = [
         case(arguments.out, "tiny-mha-qv", mha, ["q_proj", "v_proj"], time=24),
         case(arguments.out, "tiny-mha-all", mha, ALL_LINEARS, time=24),
         case(arguments.out, "tiny-gqa-qv", gqa, ["q_proj", "v_proj"], time=24),
         case(arguments.out, "tiny-gqa-all", gqa, ALL_LINEARS, time=24),
+        case(arguments.out, "tiny-mha-full", mha, [], time=24, full=ALL_MODULES),
+        case(arguments.out, "tiny-gqa-full", gqa, [], time=24, full=ALL_MODULES),
+        case(arguments.out, "tiny-gqa-mixed", gqa, ["q_proj", "down_proj"], time=24, full=["v_proj", "norms"]),
+        case(arguments.out, "tiny-llama3-all", scaled, ALL_LINEARS, time=48),
         case(arguments.out, "pretrained-all", arguments.pretrained, ALL_LINEARS, time=32),
     ]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -76,7 +87,10 @@ def main():
         json.dump({"versions": versions, "lora": LORA, "optimizer": OPTIMIZER, "cases": cases}, file, indent=1)
 
 
-def tiny(out, name, heads, kv_heads, tied, head_dim):
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+
+
+def tiny(out, name, heads, kv_heads, tied, head_dim, rope=DEFAULT_ROPE):
     """A model whose every parameter, norms too, is random and matters. Returns its folder."""
     generator = torch.Generator().manual_seed(len(name) + heads)
     config = LlamaConfig(
@@ -88,7 +102,7 @@ def tiny(out, name, heads, kv_heads, tied, head_dim):
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        rope_parameters=rope,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
     )
@@ -102,7 +116,7 @@ def tiny(out, name, heads, kv_heads, tied, head_dim):
     return folder
 
 
-def case(out, name, folder, targets, time):
+def case(out, name, folder, targets, time, full=("embed_tokens", "lm_head")):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     model.config.use_cache = False
@@ -114,16 +128,18 @@ def case(out, name, folder, targets, time):
         base_loss = cross_entropy(base.logits, ids[0]).item()
         tensors["base_logits"] = base.logits.clone()
 
-    lora = LoraConfig(
-        r=LORA["rank"],
-        lora_alpha=LORA["alpha"],
-        lora_dropout=0.0,
-        target_modules=targets,
-        modules_to_save=["embed_tokens", "lm_head"],
-        ensure_weight_tying=tied,  # one matrix, trained once
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, lora)
+    whole = [module for name in full for module in (NORMS if name == "norms" else [name])]
+    if targets:
+        lora = LoraConfig(
+            r=LORA["rank"],
+            lora_alpha=LORA["alpha"],
+            lora_dropout=0.0,
+            target_modules=targets,
+            modules_to_save=whole,
+            ensure_weight_tying=tied and "lm_head" in whole,  # one matrix, trained once
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
     trained = {ours(name): p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -133,12 +149,9 @@ def case(out, name, folder, targets, time):
                 parameter.copy_(noise * (parameter.shape[1] ** -0.5 if "lora_A" in key else 0.02))
                 tensors[f"start.{key}"] = parameter.clone()
 
-    groups = [
-        {"params": [p for key, p in trained.items() if "lora_" in key], "lr": OPTIMIZER["lr_lora"]},
-        {"params": [p for key, p in trained.items() if "lora_" not in key], "lr": OPTIMIZER["lr_embeddings"]},
-    ]
+    groups = [{"params": [p], **rates(key)} for key, p in trained.items()]
     betas = (OPTIMIZER["beta1"], OPTIMIZER["beta2"])
-    adamw = torch.optim.AdamW(groups, betas=betas, eps=OPTIMIZER["epsilon"], weight_decay=OPTIMIZER["weight_decay"])
+    adamw = torch.optim.AdamW(groups, betas=betas, eps=OPTIMIZER["epsilon"])
     losses, norms = [], []
     for step in range(STEPS):
         logits = model(ids[step]).logits
@@ -157,12 +170,20 @@ def case(out, name, folder, targets, time):
         "name": name,
         "model": os.path.abspath(folder),
         "targets": targets,
+        "full": list(full),
         "tied": tied,
         "base_loss": base_loss,
         "stock_base_loss": base.loss.item(),
         "losses": losses,
         "grad_norms": norms,
     }
+
+
+def rates(name):
+    """Learning rate and weight decay of a parameter: norms have none of the latter."""
+    kind = "lora" if "lora_" in name else "embeddings" if "embed_tokens" in name or "lm_head" in name else "body"
+    decay = 0.0 if "norm" in name else OPTIMIZER["weight_decay"]
+    return {"lr": OPTIMIZER[f"lr_{kind}"], "weight_decay": decay}
 
 
 def cross_entropy(logits, ids):

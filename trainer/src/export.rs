@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use crate::checkpoint;
 use crate::hf::weights::{TensorFile, write_tensors};
 use crate::hf::{ModelConfig, NewFolder, SHARD_BYTES, Weights, write_weights};
-use crate::model::{LoraPair, Model, Trains, Weight};
+use crate::model::{Layer, LoraPair, Model, Trains, Weight};
 use crate::train;
 
 /// Writes the newest checkpoint's model to both folders and checks them. Without LoRA there is no adapter.
@@ -152,8 +152,12 @@ fn unmerged_f32(model: &Model, base: &Path) -> Result<Model> {
     copy.embedding = f32(&model.embedding);
     copy.head_weight = model.head_weight.as_ref().map(f32);
     copy.head.pieces = model.head.pieces;
+    copy.head.norm_d = f32(&model.head.norm_d);
     for (copy, trained) in copy.layers.iter_mut().zip(&model.layers) {
+        copy.attention_norm_d = f32(&trained.attention_norm_d);
+        copy.mlp_norm_d = f32(&trained.mlp_norm_d);
         for (copy, trained) in copy.linears_mut().into_iter().zip(trained.linears()) {
+            copy.weight_oi = f32(&trained.weight_oi);
             copy.lora = trained.lora.as_ref().map(|lora| LoraPair {
                 a_ri: f32(&lora.a_ri),
                 b_or: f32(&lora.b_or),
@@ -172,8 +176,8 @@ pub struct Adapter<'a> {
     pub lora: &'a Lora,
     /// (module path such as "model.layers.0.self_attn.q_proj", A \[r, in\], B \[out, r\]).
     pub pairs: Vec<(String, Tensor, Tensor)>,
-    /// Whole matrices, trained or grown: "model.embed_tokens", "lm_head".
-    pub full: Vec<(&'static str, Tensor)>,
+    /// Whole weights, trained or grown, by their module: "model.embed_tokens", "lm_head", "model.norm", …
+    pub full: Vec<(String, Tensor)>,
     /// The base ties its head to its embedding.
     pub tied: bool,
     /// Rows of the vocabulary matrices; the base is resized to it where it has others.
@@ -192,11 +196,20 @@ impl<'a> Adapter<'a> {
         let mut full = Vec::new();
         // A tied matrix is named in both places, since PEFT's copies of the two modules are separate.
         if grown || trained.contains(&FullModule::EmbedTokens) {
-            full.push(("model.embed_tokens", matrix(&model.embedding)));
+            full.push(("model.embed_tokens".to_owned(), matrix(&model.embedding)));
         }
         if grown || trained.contains(&FullModule::LmHead) {
-            full.push(("lm_head", matrix(model.head_matrix())));
+            full.push(("lm_head".to_owned(), matrix(model.head_matrix())));
         }
+        let body = model
+            .layers
+            .iter()
+            .flat_map(Layer::base_weights)
+            .chain([&model.head.norm_d]);
+        full.extend(body.filter(|weight| weight.group.is_some()).map(|weight| {
+            let module = weight.name.trim_end_matches(".weight").to_owned();
+            (module, weight.value.shallow_clone())
+        }));
         Ok(Adapter {
             base,
             lora,
@@ -210,11 +223,7 @@ impl<'a> Adapter<'a> {
 
     /// `adapter_config.json`.
     fn config(&self) -> Value {
-        let modules: Vec<&str> = self
-            .full
-            .iter()
-            .map(|(path, _)| path.rsplit('.').next().expect("a path has a last part"))
-            .collect();
+        let modules = self.modules();
         // A whole number is written as one: PEFT declares it an int.
         let alpha = self.lora.alpha;
         let alpha = if alpha.fract() == 0.0 {
@@ -239,6 +248,18 @@ impl<'a> Adapter<'a> {
             "init_lora_weights": true,
             "inference_mode": true,
         })
+    }
+
+    /// The last parts of whole weights' paths, each once: PEFT finds the modules of all layers by them.
+    fn modules(&self) -> Vec<&str> {
+        let mut modules: Vec<&str> = Vec::new();
+        for (path, _) in &self.full {
+            let module = path.rsplit('.').next().expect("a path has a last part");
+            if !modules.contains(&module) {
+                modules.push(module);
+            }
+        }
+        modules
     }
 
     /// Under PEFT's names.
@@ -282,12 +303,12 @@ impl<'a> Adapter<'a> {
             self.lora.rank,
             self.lora.alpha,
             self.lora.targets.join(", "),
-            match self.full.as_slice() {
+            match self.modules().as_slice() {
                 [] => String::new(),
-                full => format!(
-                    " Whole matrices with {} rows: {}.",
-                    self.pieces,
-                    full.iter().map(|(path, _)| *path).collect::<Vec<_>>().join(", ")
+                modules => format!(
+                    " Whole: {}; the vocabulary has {} rows.",
+                    modules.join(", "),
+                    self.pieces
                 ),
             },
         )

@@ -94,6 +94,7 @@ impl Gguf {
             num_key_value_heads: or("llama.attention.head_count_kv", num_attention_heads)?,
             head_dim,
             rms_norm_eps: self.number("llama.attention.layer_norm_rms_epsilon")?,
+            rope_scaling: None,
             rope_theta: match self.content.metadata.contains_key("llama.rope.freq_base") {
                 true => self.number("llama.rope.freq_base")?,
                 false => 10_000.0,

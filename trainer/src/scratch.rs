@@ -53,6 +53,7 @@ fn config(shape: &Shape, tokenizer: &Path) -> Result<ModelConfig> {
         head_dim: shape.hidden_size / shape.num_attention_heads,
         rms_norm_eps: shape.rms_norm_eps,
         rope_theta: shape.rope_theta,
+        rope_scaling: None,
         max_position_embeddings: shape.max_position_embeddings,
         tie_word_embeddings: shape.tie_word_embeddings,
         bos_token_id: special(tokenizer, &pieces, "bos_token"),

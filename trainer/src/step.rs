@@ -1,8 +1,10 @@
 //! The training step. Read this file first; it follows the symbols of ZeRO (Rajbhandari et al. 2020) and AdamW
 //! (Loshchilov and Hutter 2019).
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
-use configs::{Optimizer, Plan};
+use configs::{Group, Plan, Rates};
 use sharding::adamw::AdamW;
 use sharding::zero::Verdict;
 use sharding::{Comm, Zero};
@@ -116,25 +118,33 @@ impl Trainer<'_> {
     }
 
     /// AdamW's numbers for this step by parameter group, in the order of the groups' indices.
-    fn groups(&self, verdict: &Verdict) -> [AdamW; 2] {
+    fn groups(&self, verdict: &Verdict) -> [AdamW; Group::ALL.len()] {
         let optimizer = &self.plan.optimizer;
-        lr_by_group(self.plan, self.step).map(|lr| AdamW {
-            lr,
-            beta1: optimizer.beta1,
-            beta2: optimizer.beta2,
-            epsilon: optimizer.epsilon,
-            weight_decay: optimizer.weight_decay,
-            updates_before: self.zero.updates,
-            gradient_scale: verdict.clip(optimizer.max_grad_norm),
+        let factor = optimizer.lr_factor_at(self.step, self.plan.train.steps);
+        Group::ALL.map(|group| {
+            // A group that the plan does not name has no parameters.
+            let Rates { lr, weight_decay } = optimizer.groups.get(&group).copied().unwrap_or(NO_CHANGE);
+            AdamW {
+                lr: lr * factor,
+                beta1: optimizer.beta1,
+                beta2: optimizer.beta2,
+                epsilon: optimizer.epsilon,
+                weight_decay,
+                updates_before: self.zero.updates,
+                gradient_scale: verdict.clip(optimizer.max_grad_norm),
+            }
         })
     }
 }
 
-/// Learning rates in `step`, by parameter group: LoRA, then vocabulary matrices.
-pub fn lr_by_group(plan: &Plan, step: u64) -> [f64; 2] {
-    let Optimizer {
-        lr_lora, lr_embeddings, ..
-    } = plan.optimizer;
+const NO_CHANGE: Rates = Rates {
+    lr: 0.0,
+    weight_decay: 0.0,
+};
+
+/// Learning rates in `step` by parameter group, of those that train.
+pub fn lr_by_group(plan: &Plan, step: u64) -> BTreeMap<Group, f64> {
     let factor = plan.optimizer.lr_factor_at(step, plan.train.steps);
-    [lr_lora * factor, lr_embeddings * factor]
+    let groups = plan.optimizer.groups.iter();
+    groups.map(|(group, rates)| (*group, rates.lr * factor)).collect()
 }

@@ -187,16 +187,18 @@ fn resume(folder: &Path, trainer: &mut Trainer, identity: &Identity) -> Result<P
             }
             .emit();
         }
-        let [lr_lora, lr_embeddings] = lr_by_group(trainer.plan, step);
+        let lr = lr_by_group(trainer.plan, step).into_iter();
+        let lr: Vec<String> = lr.map(|(group, lr)| format!("{lr:.2e} ({})", group.name())).collect();
         let text = format!(
             "resumed from step {step} ({}), written by {} rank{}, read by {} in {:.1} s; next row {}, \
-             learning rates {lr_lora:.2e} (LoRA) and {lr_embeddings:.2e} (embeddings)",
+             learning rate {}",
             found.folder.display(),
             manifest.world,
             if manifest.world == 1 { "" } else { "s" },
             comm.world(),
             started.elapsed().as_secs_f64(),
             rows_of_step(&trainer.plan.train, step).start,
+            lr.join(", "),
         );
         Event::Note { text }.emit();
     }
@@ -246,15 +248,13 @@ fn metrics(
             .entry(stream.languages()[stream.row(row).language].to_string())
             .or_insert(0) += 1;
     }
-    let [lr_lora, lr_embeddings] = lr_by_group(plan, step);
     StepMetrics {
         step,
         steps: plan.train.steps,
         loss: report.loss,
         grad_norm: report.verdict.grad_norm,
         skipped: !report.verdict.finite,
-        lr_lora,
-        lr_embeddings,
+        lr: lr_by_group(plan, step),
         targets: report.targets,
         targets_so_far: progress.targets_so_far,
         seconds,
@@ -301,13 +301,15 @@ impl Log {
         let scalars = [
             ("loss", metrics.loss),
             ("grad_norm", metrics.grad_norm),
-            ("lr/lora", metrics.lr_lora),
-            ("lr/embeddings", metrics.lr_embeddings),
             ("tokens_per_second", metrics.tokens_per_second),
             ("resident_gib", metrics.resident_bytes as f64 / (1u64 << 30) as f64),
         ];
         for (tag, value) in scalars {
             self.tensorboard.scalar(tag, step, value as f32, time)?;
+        }
+        for (group, lr) in &metrics.lr {
+            let tag = format!("lr/{}", group.name());
+            self.tensorboard.scalar(&tag, step, *lr as f32, time)?;
         }
         self.tensorboard.flush()?;
         Event::Step(metrics).emit();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use configs::{FullModule, Lora, NewRows, Plan, Recompute, Schedule};
+use configs::{FullModule, Group, Lora, NewRows, Plan, Rates, Recompute, Schedule};
 use corpus::{NewPiece, Vocabulary};
 use serde::Deserialize;
 use sharding::{Comm, Stage, Zero};
@@ -166,6 +166,7 @@ fn exports_load_in_stock_transformers_and_peft_and_give_our_logits() {
         ("tiny-gqa", true, both.clone()),
         ("tiny-gqa", false, both),
         ("tiny-gqa", true, vec![]),
+        ("tiny-gqa", false, vec![FullModule::KProj, FullModule::Norms]),
     ];
     let ids = (Tensor::arange(2 * 20, (Kind::Int64, tch::Device::Cpu)) * 37)
         .remainder(131)
@@ -296,6 +297,7 @@ struct LoraNumbers {
 struct OptimizerNumbers {
     lr_lora: f64,
     lr_embeddings: f64,
+    lr_body: f64,
     beta1: f64,
     beta2: f64,
     epsilon: f64,
@@ -307,7 +309,10 @@ struct OptimizerNumbers {
 struct Case {
     name: String,
     model: PathBuf,
+    /// Of LoRA; empty where there is none.
     targets: Vec<String>,
+    /// Modules trained in full.
+    full: Vec<FullModule>,
     base_loss: f64,
     stock_base_loss: f64,
     losses: Vec<f64>,
@@ -325,20 +330,30 @@ impl Reference {
     fn plan(&self, case: &Case) -> Plan {
         let mut plan = configs::load(&root().join("configs/tiny.yaml"), &[]).unwrap();
         let LoraNumbers { rank, alpha } = self.lora;
-        plan.train.lora = Some(Lora {
+        plan.train.lora = (!case.targets.is_empty()).then(|| Lora {
             rank,
             alpha,
             dropout: 0.0,
             targets: case.targets.clone(),
         });
+        plan.train.full = case.full.clone();
         plan.train.steps = case.losses.len() as u64;
+        let rates = |group: Group| Rates {
+            lr: match group {
+                Group::Lora => self.optimizer.lr_lora,
+                Group::Embeddings | Group::Head => self.optimizer.lr_embeddings,
+                Group::Body | Group::Norms => self.optimizer.lr_body,
+            },
+            weight_decay: match group {
+                Group::Norms => 0.0,
+                _ => self.optimizer.weight_decay,
+            },
+        };
         plan.optimizer = configs::Optimizer {
-            lr_lora: self.optimizer.lr_lora,
-            lr_embeddings: self.optimizer.lr_embeddings,
+            groups: Group::ALL.into_iter().map(|group| (group, rates(group))).collect(),
             beta1: self.optimizer.beta1,
             beta2: self.optimizer.beta2,
             epsilon: self.optimizer.epsilon,
-            weight_decay: self.optimizer.weight_decay,
             max_grad_norm: Some(self.optimizer.max_grad_norm),
             warmup_steps: 0,
             schedule: Schedule::Constant,
@@ -439,7 +454,7 @@ fn load(folder: &Path, trains: &Trains) -> Model {
 fn trainer<'a>(case: &Case, plan: &'a Plan, comm: &'a dyn Comm, file: &TensorFile) -> Trainer<'a> {
     let trains = Trains {
         lora: plan.train.lora.clone(),
-        full: vec![FullModule::EmbedTokens, FullModule::LmHead],
+        full: plan.train.full.clone(),
         vocabulary: None,
         seed: 1,
     };

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context;
-use configs::{Model, Plan, Shape};
+use configs::{FullModule, Group, Model, Plan, Shape};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -46,7 +46,10 @@ struct Parameters {
     vocabulary: usize,
     total: u64,
     lora: u64,
+    /// Trained in full: the vocabulary matrices.
     embeddings: u64,
+    /// Trained in full: the layers' matrices and the norms.
+    body: u64,
     trainable: u64,
 }
 
@@ -89,16 +92,12 @@ impl Parameters {
             "down_proj" => (mlp, hidden),
             _ => (hidden, mlp),
         };
-        let all = [
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ];
-        let body: usize = all.iter().map(|name| linear(name)).map(|(a, b)| a * b).sum();
+        let of_modules = |modules: &[FullModule]| -> usize {
+            let of_layer = modules.iter().filter(|module| module.group() == Group::Body);
+            let matrices: usize = of_layer.map(|module| linear(module.name())).map(|(a, b)| a * b).sum();
+            let norms = modules.contains(&FullModule::Norms);
+            layers * matrices + if norms { (2 * layers + 1) * hidden } else { 0 }
+        };
         let matrix = vocabulary * hidden;
         let matrices = if shape.tie_word_embeddings { 1 } else { 2 };
         let lora = plan.train.lora.as_ref().map_or(0, |lora| {
@@ -106,13 +105,16 @@ impl Parameters {
             layers * pairs.map(|(a, b)| lora.rank * (a + b)).sum::<usize>()
         });
         // A tied matrix trains once, under whichever of its names.
-        let full = plan.train.full.len().min(matrices) * matrix;
+        let of_vocabulary = |module: &&FullModule| matches!(module, FullModule::EmbedTokens | FullModule::LmHead);
+        let embeddings = plan.train.full.iter().filter(of_vocabulary).count().min(matrices) * matrix;
+        let body = of_modules(&plan.train.full);
         Parameters {
             vocabulary,
-            total: (layers * (body + 2 * hidden) + hidden + matrices * matrix + lora) as u64,
+            total: (of_modules(&FullModule::ALL) + matrices * matrix + lora) as u64,
             lora: lora as u64,
-            embeddings: full as u64,
-            trainable: (lora + full) as u64,
+            embeddings: embeddings as u64,
+            body: body as u64,
+            trainable: (lora + embeddings + body) as u64,
         }
     }
 }
@@ -180,10 +182,11 @@ impl std::fmt::Display for Derived {
         write!(f, "\n# parameters          {}", n(parameters.total))?;
         write!(
             f,
-            "\n# of them trainable   {} = {} LoRA + {} embeddings and head",
+            "\n# of them trainable   {} = {} LoRA + {} embeddings and head + {} body",
             n(parameters.trainable),
             n(parameters.lora),
-            n(parameters.embeddings)
+            n(parameters.embeddings),
+            n(parameters.body)
         )
     }
 }
@@ -211,5 +214,10 @@ mod tests {
         let parameters = Parameters::of(&plan, &llama_2_7b, 32_000);
         assert_eq!((parameters.trainable, parameters.lora), (2_135_457_792, 4_194_304));
         assert_eq!(parameters.total, 8_607_535_104 + parameters.lora);
+
+        let mut whole = plan.clone();
+        (whole.train.lora, whole.train.full) = (None, FullModule::ALL.to_vec());
+        let parameters = Parameters::of(&whole, &llama_2_7b, 32_000);
+        assert_eq!((parameters.trainable, parameters.total), (8_607_535_104, 8_607_535_104));
     }
 }

@@ -20,11 +20,48 @@ pub struct ModelConfig {
     pub head_dim: usize,
     pub rms_norm_eps: f64,
     pub rope_theta: f64,
+    /// `None`: positions as they are.
+    pub rope_scaling: Option<RopeScaling>,
     pub max_position_embeddings: usize,
     pub tie_word_embeddings: bool,
     pub bos_token_id: Option<u32>,
     /// The first one where a model names several.
     pub eos_token_id: Option<u32>,
+}
+
+/// How rotary frequencies are changed for contexts longer than those of the first training.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "rope_type", rename_all = "lowercase")]
+pub enum RopeScaling {
+    /// Every frequency divided by `factor` (Chen et al. 2023, "position interpolation").
+    Linear { factor: f64 },
+    /// Llama 3.1's: low frequencies divided by `factor`, high ones kept, those between blended.
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_position_embeddings: usize,
+    },
+}
+
+impl RopeScaling {
+    /// A frequency in radians a position, scaled.
+    pub fn scaled(self, frequency: f64) -> f64 {
+        match self {
+            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings: length,
+            } => {
+                // Turns that fit into the first training's context.
+                let turns = length as f64 * frequency / std::f64::consts::TAU;
+                let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                frequency * (kept + (1.0 - kept) / factor)
+            }
+        }
+    }
 }
 
 impl ModelConfig {
@@ -102,6 +139,7 @@ impl ModelConfig {
             head_dim,
             rms_norm_eps: fields.positive("rms_norm_eps", Some(1e-6))?,
             rope_theta: rope_theta(&fields)?,
+            rope_scaling: rope_scaling(&fields)?,
             max_position_embeddings: fields.count("max_position_embeddings", Some(2048))?,
             tie_word_embeddings: fields.bool("tie_word_embeddings", false)?,
             bos_token_id: fields.token("bos_token_id")?,
@@ -112,6 +150,9 @@ impl ModelConfig {
     /// `config.json` as both `transformers` 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) read it.
     /// `dtype` is that of the stored weights: "float32", "bfloat16" or "float16".
     pub fn to_json(&self, dtype: &str) -> Value {
+        let scaling = self.rope_scaling.map(|scaling| json!(scaling));
+        let mut rope = scaling.clone().unwrap_or_else(|| json!({ "rope_type": "default" }));
+        rope["rope_theta"] = json!(self.rope_theta);
         json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -125,8 +166,8 @@ impl ModelConfig {
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": null,
-            "rope_parameters": { "rope_type": "default", "rope_theta": self.rope_theta },
+            "rope_scaling": scaling,
+            "rope_parameters": rope,
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_word_embeddings,
             "attention_bias": false,
@@ -189,16 +230,6 @@ fn rope_theta(fields: &Fields) -> Result<f64> {
                 .as_object()
                 .with_context(|| format!("{form} = {value} is not an object"))?,
         );
-        let kind = rope
-            .present("rope_type")
-            .or(rope.present("type"))
-            .cloned()
-            .unwrap_or(json!("default"));
-        ensure!(
-            kind == "default",
-            "{form}.rope_type = {kind}, but this program computes unscaled rotary positions only; \
-             use a model whose rope_type is \"default\""
-        );
         if rope.present("rope_theta").is_some() {
             let inner = rope.positive("rope_theta", None)?;
             ensure!(
@@ -218,6 +249,56 @@ fn rope_theta(fields: &Fields) -> Result<f64> {
         "partial_rotary_factor = {share}, but this program turns whole heads; use a model where it is 1"
     );
     Ok(theta.unwrap_or(10_000.0))
+}
+
+/// From `rope_parameters` or `rope_scaling`; where a file has both, they must agree.
+fn rope_scaling(fields: &Fields) -> Result<Option<RopeScaling>> {
+    let mut found: Option<(&str, Option<RopeScaling>)> = None;
+    for form in ["rope_parameters", "rope_scaling"] {
+        let Some(object) = fields.present(form).and_then(Value::as_object) else {
+            continue;
+        };
+        let rope = Fields(object);
+        let kind = rope
+            .present("rope_type")
+            .or(rope.present("type"))
+            .and_then(Value::as_str);
+        let read = || -> Result<Option<RopeScaling>> {
+            Ok(match kind.unwrap_or("default") {
+                "default" => None,
+                "linear" => Some(RopeScaling::Linear {
+                    factor: rope.positive("factor", None)?,
+                }),
+                "llama3" => {
+                    let (low, high) = (
+                        rope.positive("low_freq_factor", None)?,
+                        rope.positive("high_freq_factor", None)?,
+                    );
+                    ensure!(
+                        low < high,
+                        "low_freq_factor = {low} is not below high_freq_factor = {high}"
+                    );
+                    Some(RopeScaling::Llama3 {
+                        factor: rope.positive("factor", None)?,
+                        low_freq_factor: low,
+                        high_freq_factor: high,
+                        original_max_position_embeddings: rope.count("original_max_position_embeddings", None)?,
+                    })
+                }
+                kind => bail!(
+                    "rope_type = \"{kind}\", but this program computes default, linear and llama3; use a model with one of them"
+                ),
+            })
+        };
+        let scaling = read().with_context(|| form.to_owned())?;
+        match found {
+            Some((first, other)) if other != scaling => {
+                bail!("{first} and {form} say different things; make them agree")
+            }
+            _ => found = Some((form, scaling)),
+        }
+    }
+    Ok(found.and_then(|(_, scaling)| scaling))
 }
 
 /// Typed access to a JSON object; null counts as absent.
@@ -361,12 +442,16 @@ mod tests {
             (json!({ "attention_bias": true }), "attention_bias = true"),
             (json!({ "mlp_bias": true }), "mlp_bias = true"),
             (
-                json!({ "rope_scaling": { "type": "linear", "factor": 2 } }),
-                "rope_scaling.rope_type = \"linear\"",
+                json!({ "rope_scaling": { "type": "yarn", "factor": 2 } }),
+                "rope_scaling: rope_type = \"yarn\"",
             ),
             (
                 json!({ "rope_parameters": { "rope_type": "llama3", "rope_theta": 1e4 } }),
-                "rope_type = \"llama3\"",
+                "rope_parameters: low_freq_factor is missing",
+            ),
+            (
+                json!({ "rope_scaling": { "type": "linear", "factor": 2 }, "rope_parameters": { "rope_type": "default" } }),
+                "say different things",
             ),
             (
                 json!({ "rope_theta": 1e4, "rope_parameters": { "rope_theta": 2e4 } }),

@@ -457,6 +457,7 @@ mod tests {
             head_dim: 4,
             rms_norm_eps: 1e-5,
             rope_theta: 1e4,
+            rope_scaling: None,
             max_position_embeddings: 32,
             tie_word_embeddings: tied,
             bos_token_id: None,

@@ -3,8 +3,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::Weight;
-use super::ops::{rms_norm, rms_norm_backward};
+use super::ops::{rms_norm, rms_norm_backward, rms_norm_weight_gradient};
+use super::{Weight, add_product};
 
 /// f32 logits of one chunk take at most this much memory; larger chunks make larger GEMMs and fewer passes over d_weight.
 const CHUNK_BYTES: usize = 256 << 20;
@@ -13,7 +13,7 @@ const CHUNK_BYTES: usize = 256 << 20;
 pub const IGNORE: i64 = -1;
 
 pub struct Head {
-    pub norm_d: Tensor,
+    pub norm_d: Weight,
     pub epsilon: f64,
     /// Pieces; rows of the matrix beyond it are padding and get no probability.
     pub pieces: i64,
@@ -26,14 +26,15 @@ pub struct Loss {
 }
 
 impl Head {
-    /// Loss and its gradients, scaled by 1 / `n_targets` (targets of the global batch). Adds to `weight`'s gradient.
-    pub fn loss(&self, weight: &mut Weight, hidden_btd: &Tensor, targets_bt: &Tensor, n_targets: f64) -> Loss {
+    /// Loss and its gradients, scaled by 1 / `n_targets` (targets of the global batch). Adds to the gradients of `weight` and
+    /// of the norm.
+    pub fn loss(&mut self, weight: &mut Weight, hidden_btd: &Tensor, targets_bt: &Tensor, n_targets: f64) -> Loss {
         let dim = *hidden_btd.size().last().expect("three axes");
         let hidden_nd = hidden_btd.view([-1, dim]);
         let positions = known_positions(targets_bt);
         let targets_n = targets_bt.view([-1]).index_select(0, &positions);
         let unnormed_nd = hidden_nd.index_select(0, &positions);
-        let normed_nd = rms_norm(&unnormed_nd, &self.norm_d, self.epsilon);
+        let normed_nd = rms_norm(&unnormed_nd, &self.norm_d.value, self.epsilon);
         let weight_vd = weight.value.narrow(0, 0, self.pieces);
         let mut nll = 0.0;
         let mut d_normed = Vec::new();
@@ -50,14 +51,17 @@ impl Head {
             d_normed.push(d_logits_nv.matmul(&weight_vd) * (1.0 / n_targets));
             if let Some(grad) = &weight.grad {
                 add_product(
-                    &grad.narrow(0, 0, self.pieces),
+                    &mut grad.narrow(0, 0, self.pieces),
                     &d_logits_nv.tr(),
                     &(h_nd * (1.0 / n_targets)),
                 );
             }
         }
         let d_normed_nd = Tensor::cat(&d_normed, 0);
-        let d_unnormed_nd = rms_norm_backward(&unnormed_nd, &self.norm_d, self.epsilon, &d_normed_nd);
+        let d_unnormed_nd = rms_norm_backward(&unnormed_nd, &self.norm_d.value, self.epsilon, &d_normed_nd);
+        let epsilon = self.epsilon;
+        self.norm_d
+            .accumulate(|| rms_norm_weight_gradient(&unnormed_nd, epsilon, &d_normed_nd));
         let d_hidden_nd = hidden_nd.zeros_like().index_copy(0, &positions, &d_unnormed_nd);
         Loss {
             nll,
@@ -72,7 +76,7 @@ impl Head {
         let targets_n = targets_bt.view([-1]).index_select(0, &positions);
         let normed_nd = rms_norm(
             &hidden_btd.view([-1, dim]).index_select(0, &positions),
-            &self.norm_d,
+            &self.norm_d.value,
             self.epsilon,
         );
         let weight_vd = weight.value.narrow(0, 0, self.pieces);
@@ -88,7 +92,7 @@ impl Head {
 
     /// Whole logits [b, t, pieces]: for comparisons with other programs only.
     pub fn whole_logits(&self, weight: &Weight, hidden_btd: &Tensor) -> Tensor {
-        let normed = rms_norm(hidden_btd, &self.norm_d, self.epsilon);
+        let normed = rms_norm(hidden_btd, &self.norm_d.value, self.epsilon);
         normed
             .matmul(&weight.value.narrow(0, 0, self.pieces).tr())
             .to_kind(Kind::Float)
@@ -109,16 +113,6 @@ impl Head {
             .step_by(length)
             .map(move |start| (start as i64, length.min(n - start) as i64))
     }
-}
-
-/// `sum` += `a` · `b`, kept in f32 whatever the operands are.
-fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
-    let mut sum = sum.shallow_clone();
-    let _ = if a.kind() == sum.kind() {
-        sum.addmm_(a, b)
-    } else {
-        sum.g_add_(&a.matmul(b))
-    };
 }
 
 fn known_positions(targets_bt: &Tensor) -> Tensor {

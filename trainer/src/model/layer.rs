@@ -5,18 +5,18 @@
 use configs::Recompute;
 use tch::Tensor;
 
-use super::Pass;
 use super::attention::{Attended, attend, attend_backward};
 use super::linear::Linear;
-use super::ops::{rms_norm, rms_norm_backward, swiglu, swiglu_backward};
+use super::ops::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, swiglu, swiglu_backward};
+use super::{Pass, Weight};
 
 pub struct Layer {
-    pub attention_norm_d: Tensor,
+    pub attention_norm_d: Weight,
     pub q: Linear,
     pub k: Linear,
     pub v: Linear,
     pub o: Linear,
-    pub mlp_norm_d: Tensor,
+    pub mlp_norm_d: Weight,
     pub gate: Linear,
     pub up: Linear,
     pub down: Linear,
@@ -90,8 +90,8 @@ impl Layer {
             normed_2_nd,
             activated_nf,
         } = cheap.unwrap_or_else(|| Cheap {
-            normed_1_nd: rms_norm(&x_nd, &self.attention_norm_d, self.epsilon),
-            normed_2_nd: rms_norm(&middle_nd, &self.mlp_norm_d, self.epsilon),
+            normed_1_nd: rms_norm(&x_nd, &self.attention_norm_d.value, self.epsilon),
+            normed_2_nd: rms_norm(&middle_nd, &self.mlp_norm_d.value, self.epsilon),
             activated_nf: swiglu(&gate_nf, &up_nf),
         });
         let dropout = pass.dropout;
@@ -102,7 +102,10 @@ impl Layer {
         let (d_gate_nf, d_up_nf) = swiglu_backward(&gate_nf, &up_nf, &d_activated_nf);
         let d_normed_2_nd =
             self.gate.backward(&normed_2_nd, dropout, &d_gate_nf) + self.up.backward(&normed_2_nd, dropout, &d_up_nf);
-        let d_middle_nd = d_y_nd + rms_norm_backward(&middle_nd, &self.mlp_norm_d, self.epsilon, &d_normed_2_nd);
+        let d_middle_nd = d_y_nd + rms_norm_backward(&middle_nd, &self.mlp_norm_d.value, self.epsilon, &d_normed_2_nd);
+        let epsilon = self.epsilon;
+        self.mlp_norm_d
+            .accumulate(|| rms_norm_weight_gradient(&middle_nd, epsilon, &d_normed_2_nd));
 
         // Attention: middle = x + o(attend(rope(q), rope(k), v))
         let attended_nd = attended.out_bthd.reshape([-1, self.heads * self.head_dim]);
@@ -118,7 +121,9 @@ impl Layer {
         let d_normed_1_nd = self.q.backward(&normed_1_nd, dropout, &d_q_nd)
             + self.k.backward(&normed_1_nd, dropout, &d_k_nd)
             + self.v.backward(&normed_1_nd, dropout, &d_v_nd);
-        let d_x_nd = d_middle_nd + rms_norm_backward(&x_nd, &self.attention_norm_d, self.epsilon, &d_normed_1_nd);
+        let d_x_nd = d_middle_nd + rms_norm_backward(&x_nd, &self.attention_norm_d.value, self.epsilon, &d_normed_1_nd);
+        self.attention_norm_d
+            .accumulate(|| rms_norm_weight_gradient(&x_nd, epsilon, &d_normed_1_nd));
         d_x_nd.view(size.as_slice())
     }
 
@@ -129,7 +134,7 @@ impl Layer {
         let x_nd = x_btd.view([-1, dim]);
         let dropout = pass.dropout;
 
-        let normed_1_nd = rms_norm(&x_nd, &self.attention_norm_d, self.epsilon);
+        let normed_1_nd = rms_norm(&x_nd, &self.attention_norm_d.value, self.epsilon);
         let by_head = |linear: &Linear, heads: i64| {
             linear
                 .forward(&normed_1_nd, dropout)
@@ -142,7 +147,7 @@ impl Layer {
         let attended_nd = attended.out_bthd.reshape([-1, self.heads * self.head_dim]);
         let middle_nd = x_nd + self.o.forward(&attended_nd, dropout);
 
-        let normed_2_nd = rms_norm(&middle_nd, &self.mlp_norm_d, self.epsilon);
+        let normed_2_nd = rms_norm(&middle_nd, &self.mlp_norm_d.value, self.epsilon);
         let gate_nf = self.gate.forward(&normed_2_nd, dropout);
         let up_nf = self.up.forward(&normed_2_nd, dropout);
         let activated_nf = swiglu(&gate_nf, &up_nf);
@@ -166,6 +171,36 @@ impl Layer {
     /// The seven linears in registration order.
     pub fn linears(&self) -> [&Linear; 7] {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    }
+
+    /// Everything that may train, in registration order.
+    pub fn weights_mut(&mut self) -> Vec<&mut Weight> {
+        let Layer {
+            attention_norm_d,
+            q,
+            k,
+            v,
+            o,
+            mlp_norm_d,
+            gate,
+            up,
+            down,
+            ..
+        } = self;
+        let linears = [q, k, v, o, gate, up, down].into_iter().flat_map(|linear| {
+            let pair = linear.lora.as_mut().map(|pair| [&mut pair.a_ri, &mut pair.b_or]);
+            std::iter::once(&mut linear.weight_oi).chain(pair.into_iter().flatten())
+        });
+        [attention_norm_d, mlp_norm_d].into_iter().chain(linears).collect()
+    }
+
+    /// The base's own weights, norms first.
+    pub fn base_weights(&self) -> Vec<&Weight> {
+        let linears = self.linears().into_iter().map(|linear| &linear.weight_oi);
+        [&self.attention_norm_d, &self.mlp_norm_d]
+            .into_iter()
+            .chain(linears)
+            .collect()
     }
 
     pub fn linears_mut(&mut self) -> [&mut Linear; 7] {

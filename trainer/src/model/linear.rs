@@ -1,4 +1,4 @@
-//! A linear map without bias, frozen, with an optional trained low-rank term beside it (LoRA).
+//! A linear map without bias: frozen, trained in full, or frozen with a trained low-rank term beside it (LoRA).
 //! Source: Hu et al. 2021, "LoRA", equation 3.
 
 use tch::Tensor;
@@ -9,7 +9,7 @@ use super::{DropoutRows, Weight};
 pub struct Linear {
     /// Path of the module, as Hugging Face names it: "model.layers.0.self_attn.q_proj".
     pub path: String,
-    pub weight_oi: Tensor,
+    pub weight_oi: Weight,
     pub lora: Option<LoraPair>,
 }
 
@@ -23,7 +23,7 @@ pub struct LoraPair {
 
 impl Linear {
     pub fn forward(&self, x_ni: &Tensor, dropout: Option<&DropoutRows>) -> Tensor {
-        let mut y_no = x_ni.matmul(&self.weight_oi.tr());
+        let mut y_no = x_ni.matmul(&self.weight_oi.value.tr());
         if let Some(lora) = &self.lora {
             let dropped = self.drop(lora, x_ni, dropout);
             let low_nr = dropped.matmul(&lora.a_ri.value.tr()) * lora.scale;
@@ -32,9 +32,10 @@ impl Linear {
         y_no
     }
 
-    /// d_x; adds to the gradients of A and B. `x_ni` and `dropout` are those of the forward pass.
+    /// d_x; adds to the gradients of what trains. `x_ni` and `dropout` are those of the forward pass.
     pub fn backward(&mut self, x_ni: &Tensor, dropout: Option<&DropoutRows>, d_y_no: &Tensor) -> Tensor {
-        let mut d_x_ni = d_y_no.matmul(&self.weight_oi);
+        let mut d_x_ni = d_y_no.matmul(&self.weight_oi.value);
+        self.weight_oi.accumulate_product(&d_y_no.tr(), x_ni);
         let Some(lora) = &self.lora else { return d_x_ni };
         let dropped = self.drop(lora, x_ni, dropout);
         let low_nr = dropped.matmul(&lora.a_ri.value.tr());
@@ -45,16 +46,16 @@ impl Linear {
                 let _ = d_x_ni.addmm_(&d_low_nr, &lora.a_ri.value);
             }
         }
-        let (d_a_ri, d_b_or) = (d_low_nr.tr().matmul(&dropped), d_y_no.tr().matmul(&low_nr) * lora.scale);
+        let scaled_low_nr = low_nr * lora.scale;
         let lora = self.lora.as_mut().expect("checked above");
-        lora.a_ri.accumulate(&d_a_ri);
-        lora.b_or.accumulate(&d_b_or);
+        lora.a_ri.accumulate_product(&d_low_nr.tr(), &dropped);
+        lora.b_or.accumulate_product(&d_y_no.tr(), &scaled_low_nr);
         d_x_ni
     }
 
     /// W + s·BA, in f32: what a model without LoRA needs to compute the same.
     pub fn merged(&self) -> Tensor {
-        let weight = self.weight_oi.to_kind(tch::Kind::Float);
+        let weight = self.weight_oi.value.to_kind(tch::Kind::Float);
         match &self.lora {
             None => weight,
             Some(lora) => {

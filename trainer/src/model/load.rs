@@ -2,13 +2,13 @@
 //! extended, LoRA pairs beside the linears that the plan names.
 
 use anyhow::{Context, Result, ensure};
-use configs::{FullModule, Lora, NewRows};
+use configs::{FullModule, Group, Lora, NewRows};
 use corpus::Vocabulary;
 use tch::{Device, Kind, Tensor};
 
 use super::linear::{Linear, LoraPair};
 use super::ops::Rotary;
-use super::{Buckets, GROUP_EMBEDDINGS, GROUP_LORA, Head, Layer, Model, Weight, new_rows};
+use super::{Buckets, Head, Layer, Model, Weight, new_rows};
 use crate::hf::{ModelConfig, Weights};
 use crate::random;
 
@@ -22,15 +22,34 @@ pub struct Trains {
     pub seed: u64,
 }
 
-/// Every linear that LoRA can stand beside, by Hugging Face's name, with its parent module.
-const LINEARS: [(&str, &str); 7] = [
-    ("self_attn", "q_proj"),
-    ("self_attn", "k_proj"),
-    ("self_attn", "v_proj"),
-    ("self_attn", "o_proj"),
-    ("mlp", "gate_proj"),
-    ("mlp", "up_proj"),
-    ("mlp", "down_proj"),
+impl Trains {
+    /// The group of a module's weights, if they train.
+    fn group(&self, module: FullModule) -> Option<Group> {
+        self.full.contains(&module).then(|| module.group())
+    }
+}
+
+/// A tensor of the base, in the compute precision; what trains keeps f32 until it is bound, since its master weights
+/// start from here.
+fn read(weights: &Weights, name: String, shape: &[i64], kind: Kind, group: Option<Group>) -> Result<Weight> {
+    let kind = if group.is_some() { Kind::Float } else { kind };
+    Ok(Weight {
+        value: weights.tensor(&name, shape, kind)?,
+        name,
+        grad: None,
+        group,
+    })
+}
+
+/// Every linear of a layer, with its parent module.
+const LINEARS: [(&str, FullModule); 7] = [
+    ("self_attn", FullModule::QProj),
+    ("self_attn", FullModule::KProj),
+    ("self_attn", FullModule::VProj),
+    ("self_attn", FullModule::OProj),
+    ("mlp", FullModule::GateProj),
+    ("mlp", FullModule::UpProj),
+    ("mlp", FullModule::DownProj),
 ];
 
 impl Model {
@@ -39,7 +58,7 @@ impl Model {
     pub fn load(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trains) -> Result<Model> {
         if let Some(lora) = &trains.lora {
             for target in &lora.targets {
-                let known: Vec<&str> = LINEARS.iter().map(|(_, name)| *name).collect();
+                let known: Vec<&str> = LINEARS.iter().map(|(_, module)| module.name()).collect();
                 ensure!(
                     known.contains(&target.as_str()),
                     "train.lora.targets names {target}, which matches no module of this model; its linears are {}",
@@ -48,20 +67,25 @@ impl Model {
             }
         }
         let dim = config.hidden_size as i64;
-        let vector = |name: &str| weights.tensor(name, &[dim], kind);
         let matrices = vocabulary_matrices(config, weights, kind, trains)?;
         let layers = (0..config.num_hidden_layers)
             .map(|index| load_layer(config, weights, kind, trains, index))
             .collect::<Result<_>>()?;
         let head = Head {
-            norm_d: vector("model.norm.weight")?,
+            norm_d: read(
+                weights,
+                "model.norm.weight".into(),
+                &[dim],
+                kind,
+                trains.group(FullModule::Norms),
+            )?,
             epsilon: config.rms_norm_eps,
             pieces: matrices.pieces,
         };
         // Positions beyond the longest row are never asked for; the table is small all the same.
         let longest = config.max_position_embeddings.min(1 << 16);
         Ok(Model {
-            rotary: Rotary::new(longest, config.head_dim, config.rope_theta, kind),
+            rotary: Rotary::new(longest, config.head_dim, config.rope_theta, config.rope_scaling, kind),
             config: ModelConfig {
                 vocab_size: matrices.pieces as usize,
                 ..config.clone()
@@ -88,10 +112,16 @@ impl Model {
                 ("post_attention_layernorm", &layer.mlp_norm_d),
             ];
             for (name, norm) in norms {
-                all.push((format!("model.layers.{index}.{name}.weight"), norm.to_kind(Kind::Float)));
+                all.push((
+                    format!("model.layers.{index}.{name}.weight"),
+                    norm.value.to_kind(Kind::Float),
+                ));
             }
         }
-        all.push(("model.norm.weight".to_string(), self.head.norm_d.to_kind(Kind::Float)));
+        all.push((
+            "model.norm.weight".to_string(),
+            self.head.norm_d.value.to_kind(Kind::Float),
+        ));
         if let Some(head) = &self.head_weight {
             all.push(("lm_head.weight".to_string(), pieces(head)));
         }
@@ -143,8 +173,7 @@ fn vocabulary_matrices(config: &ModelConfig, weights: &Weights, kind: Kind, trai
             0
         });
     }
-    let group = |module| trains.full.contains(&module).then_some(GROUP_EMBEDDINGS);
-    let load = |name: &str, group: Option<usize>| -> Result<Weight> {
+    let load = |name: &str, group: Option<Group>| -> Result<Weight> {
         let base = weights.tensor(name, &shape, Kind::Float)?;
         let value = match &trains.vocabulary {
             Some((vocabulary, how)) if !vocabulary.pieces.is_empty() => {
@@ -162,9 +191,9 @@ fn vocabulary_matrices(config: &ModelConfig, weights: &Weights, kind: Kind, trai
         })
     };
     let tied = config.tie_word_embeddings;
-    let (embed, head) = (group(FullModule::EmbedTokens), group(FullModule::LmHead));
+    let (embed, head) = (trains.group(FullModule::EmbedTokens), trains.group(FullModule::LmHead));
     ensure!(
-        !tied || embed == head,
+        !tied || embed.is_some() == head.is_some(),
         "the base ties lm_head to embed_tokens, but train.full names only one of them; name both or neither"
     );
     Ok(Matrices {
@@ -183,9 +212,16 @@ fn load_layer(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trai
     let (heads, kv_heads) = (config.num_attention_heads as i64, config.num_key_value_heads as i64);
     let (head_dim, feed_forward) = (config.head_dim as i64, config.intermediate_size as i64);
     let linear = |which: usize, out: i64, input: i64| -> Result<Linear> {
-        let (parent, name) = LINEARS[which];
+        let (parent, module) = LINEARS[which];
+        let name = module.name();
         let path = format!("model.layers.{index}.{parent}.{name}");
-        let weight_oi = weights.tensor(&format!("{path}.weight"), &[out, input], kind)?;
+        let weight_oi = read(
+            weights,
+            format!("{path}.weight"),
+            &[out, input],
+            kind,
+            trains.group(module),
+        )?;
         let wanted = trains
             .lora
             .as_ref()
@@ -193,7 +229,16 @@ fn load_layer(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trai
         let lora = wanted.map(|lora| lora_pair(&path, lora, out, input, trains.seed));
         Ok(Linear { path, weight_oi, lora })
     };
-    let norm = |name: &str| weights.tensor(&format!("model.layers.{index}.{name}.weight"), &[dim], kind);
+    let norms = trains.group(FullModule::Norms);
+    let norm = |name: &str| {
+        read(
+            weights,
+            format!("model.layers.{index}.{name}.weight"),
+            &[dim],
+            kind,
+            norms,
+        )
+    };
     let layer = || -> Result<Layer> {
         Ok(Layer {
             attention_norm_d: norm("input_layernorm")?,
@@ -226,7 +271,7 @@ fn lora_pair(path: &str, lora: &Lora, out: i64, input: i64, seed: u64) -> LoraPa
         name: format!("{path}.{end}.weight"),
         value,
         grad: None,
-        group: Some(GROUP_LORA),
+        group: Some(Group::Lora),
     };
     LoraPair {
         a_ri: trained("lora_A", Tensor::from_slice(&a).view([rank, input])),

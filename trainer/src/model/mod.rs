@@ -9,7 +9,7 @@ mod load;
 mod new_rows;
 pub mod ops;
 
-use configs::Recompute;
+use configs::{Group, Recompute};
 use rayon::prelude::*;
 use sharding::{BucketSpec, ParamSpec, Zero};
 use tch::{Kind, Tensor};
@@ -23,10 +23,6 @@ use ops::Rotary;
 use crate::hf::ModelConfig;
 use crate::random;
 
-/// Parameter groups: their learning rates differ.
-pub const GROUP_LORA: usize = 0;
-pub const GROUP_EMBEDDINGS: usize = 1;
-
 /// A tensor that may train.
 pub struct Weight {
     /// As Hugging Face and PEFT name it, without prefixes of theirs.
@@ -35,7 +31,7 @@ pub struct Weight {
     /// f32, the sum over micro-batches; there when the weight trains and is bound to its slice.
     pub grad: Option<Tensor>,
     /// The parameter group, when it trains.
-    pub group: Option<usize>,
+    pub group: Option<Group>,
 }
 
 impl Weight {
@@ -48,11 +44,28 @@ impl Weight {
         }
     }
 
-    fn accumulate(&mut self, gradient: &Tensor) {
+    /// Adds to the gradient, which is f32 whatever `gradient` is; nothing where the weight is frozen.
+    fn accumulate(&mut self, gradient: impl FnOnce() -> Tensor) {
         if let Some(grad) = &mut self.grad {
-            let _ = grad.g_add_(gradient);
+            let _ = grad.g_add_(&gradient());
         }
     }
+
+    /// Adds `a` · `b` to the gradient, without a copy of the product where all are f32.
+    fn accumulate_product(&mut self, a: &Tensor, b: &Tensor) {
+        if let Some(grad) = &mut self.grad {
+            add_product(grad, a, b);
+        }
+    }
+}
+
+/// `sum` += `a` · `b`, kept in f32 whatever the operands are.
+fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) {
+    let _ = if a.kind() == sum.kind() {
+        sum.addmm_(a, b)
+    } else {
+        sum.g_add_(&a.matmul(b))
+    };
 }
 
 pub struct Model {
@@ -155,16 +168,10 @@ impl Model {
     fn stages(&mut self) -> Vec<(String, Vec<&mut Weight>)> {
         let mut stages = vec![("embedding".to_string(), vec![&mut self.embedding])];
         for (index, layer) in self.layers.iter_mut().enumerate() {
-            let pairs = layer
-                .linears_mut()
-                .into_iter()
-                .filter_map(|linear| linear.lora.as_mut());
-            stages.push((
-                format!("layers.{index}"),
-                pairs.flat_map(|pair| [&mut pair.a_ri, &mut pair.b_or]).collect(),
-            ));
+            stages.push((format!("layers.{index}"), layer.weights_mut()));
         }
-        stages.push(("head".to_string(), self.head_weight.iter_mut().collect()));
+        let head = std::iter::once(&mut self.head.norm_d).chain(&mut self.head_weight);
+        stages.push(("head".to_string(), head.collect()));
         for (_, weights) in &mut stages {
             weights.retain(|weight| weight.group.is_some());
         }
@@ -184,7 +191,7 @@ impl Model {
             let param = |weight: &&mut Weight| ParamSpec {
                 name: weight.name.clone(),
                 shape: weight.value.size(),
-                group: weight.group.expect("only what trains is listed"),
+                group: weight.group.expect("only what trains is listed") as usize,
             };
             specs.push(BucketSpec {
                 name,

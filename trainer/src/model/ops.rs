@@ -3,6 +3,8 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::hf::RopeScaling;
+
 /// RMSNorm (Zhang and Sennrich 2019): y = x / √(mean(x²) + ε) · w, statistics in f32.
 pub fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
     let x = x_nd.to_kind(Kind::Float);
@@ -19,6 +21,13 @@ pub fn rms_norm_backward(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64, d_y_nd:
     (g * r - x * projection).to_kind(x_nd.kind())
 }
 
+/// d_w of [`rms_norm`]: Σ_n d_y · x·r, f32.
+pub fn rms_norm_weight_gradient(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> Tensor {
+    let x = x_nd.to_kind(Kind::Float);
+    let r = inverse_rms(&x, epsilon);
+    (d_y_nd.to_kind(Kind::Float) * x * r).sum_dim_intlist(0, false, Kind::Float)
+}
+
 fn inverse_rms(x_nd: &Tensor, epsilon: f64) -> Tensor {
     (x_nd.square().mean_dim(-1, true, Kind::Float) + epsilon).rsqrt()
 }
@@ -30,11 +39,14 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// Angle of position t and pair i: t · θ^(−2i / head_dim).
-    pub fn new(length: usize, head_dim: usize, theta: f64, kind: Kind) -> Rotary {
-        let half = head_dim as i64 / 2;
-        let pairs = Tensor::arange(half, (Kind::Double, Device::Cpu));
-        let frequencies = (pairs * (-2.0 / head_dim as f64) * theta.ln()).exp();
+    /// Angle of position t and pair i: t · θ^(−2i / head_dim), the frequency scaled where the model asks for it.
+    pub fn new(length: usize, head_dim: usize, theta: f64, scaling: Option<RopeScaling>, kind: Kind) -> Rotary {
+        let frequency = |pair: usize| {
+            let plain = theta.powf(-2.0 * pair as f64 / head_dim as f64);
+            scaling.map_or(plain, |scaling| scaling.scaled(plain))
+        };
+        let frequencies: Vec<f64> = (0..head_dim / 2).map(frequency).collect();
+        let frequencies = Tensor::from_slice(&frequencies);
         let positions = Tensor::arange(length as i64, (Kind::Double, Device::Cpu));
         let angles = positions.outer(&frequencies).unsqueeze(1);
         Rotary {
@@ -115,11 +127,17 @@ mod tests {
         check(&[random(&[5, 12])], y, |x, d_y| {
             vec![rms_norm_backward(&x[0], &weight, 1e-5, d_y)]
         });
+        let x = random(&[5, 12]);
+        check(
+            &[weight],
+            |weight| rms_norm(&x, &weight[0], 1e-5),
+            |_, d_y| vec![rms_norm_weight_gradient(&x, 1e-5, d_y)],
+        );
     }
 
     #[test]
     fn rotarys_derivative_is_autograds() {
-        let rotary = Rotary::new(9, 8, 10_000.0, Kind::Float);
+        let rotary = Rotary::new(9, 8, 10_000.0, None, Kind::Float);
         check(
             &[random(&[2, 6, 3, 8])],
             |x| rotary.apply(&x[0]),
