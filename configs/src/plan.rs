@@ -181,6 +181,21 @@ pub struct Lora {
     pub dropout: f64,
     /// `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`; at least one.
     pub targets: Vec<String>,
+    /// Some(true): scaled by α / √r (Kalajdzievski 2023, "rsLoRA"), so that the term's size does not fall with the rank.
+    /// None or false: by α / r (Hu et al. 2021).
+    pub rank_stabilized: Option<bool>,
+}
+
+impl Lora {
+    /// What B·A is multiplied by.
+    pub fn scale(&self) -> f64 {
+        let rank = self.rank as f64;
+        self.alpha / if self.is_rank_stabilized() { rank.sqrt() } else { rank }
+    }
+
+    pub fn is_rank_stabilized(&self) -> bool {
+        self.rank_stabilized == Some(true)
+    }
 }
 
 /// A kind of module that trains in full, in every layer.

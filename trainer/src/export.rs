@@ -242,7 +242,7 @@ impl<'a> Adapter<'a> {
             "modules_to_save": if modules.is_empty() { Value::Null } else { json!(modules) },
             "ensure_weight_tying": self.tied && !modules.is_empty(),
             "bias": "none",
-            "use_rslora": false,
+            "use_rslora": self.lora.is_rank_stabilized(),
             "use_dora": false,
             "fan_in_fan_out": false,
             "init_lora_weights": true,

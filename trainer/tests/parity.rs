@@ -182,6 +182,7 @@ fn exports_load_in_stock_transformers_and_peft_and_give_our_logits() {
             alpha: 12.0,
             dropout: 0.0,
             targets: vec!["q_proj".into(), "down_proj".into()],
+            rank_stabilized: Some(index % 2 == 1),
         };
         let base_size = 131;
         let piece = |i: usize| NewPiece {
@@ -335,6 +336,7 @@ impl Reference {
             alpha,
             dropout: 0.0,
             targets: case.targets.clone(),
+            rank_stabilized: None,
         });
         plan.train.full = case.full.clone();
         plan.train.steps = case.losses.len() as u64;

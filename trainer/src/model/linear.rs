@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use super::{DropoutRows, Weight};
 
-/// y = x Wᵀ + s · drop(x) Aᵀ Bᵀ, with s = α / r.
+/// y = x Wᵀ + s · drop(x) Aᵀ Bᵀ, with s = α / r, or α / √r where it is rank-stabilised.
 pub struct Linear {
     /// Path of the module, as Hugging Face names it: "model.layers.0.self_attn.q_proj".
     pub path: String,

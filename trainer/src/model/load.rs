@@ -276,7 +276,7 @@ fn lora_pair(path: &str, lora: &Lora, out: i64, input: i64, seed: u64) -> LoraPa
     LoraPair {
         a_ri: trained("lora_A", Tensor::from_slice(&a).view([rank, input])),
         b_or: trained("lora_B", Tensor::zeros([out, rank], (Kind::Float, Device::Cpu))),
-        scale: lora.alpha / lora.rank as f64,
+        scale: lora.scale(),
         dropout: lora.dropout,
     }
 }
