@@ -1,6 +1,7 @@
 //! The door to a CPU tensor's memory. Everything else in this workspace sees tensors or slices, never pointers.
 #![allow(unsafe_code)]
 
+use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 fn check(tensor: &Tensor) -> usize {
@@ -33,6 +34,39 @@ pub fn f32s_mut(tensor: &mut Tensor) -> &mut [f32] {
     }
     // SAFETY: as in `f32s`; `tensor` is borrowed mutably.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), numel) }
+}
+
+/// The elements of a bf16 tensor.
+pub fn bf16s(tensor: &Tensor) -> &[bf16] {
+    assert_eq!(tensor.kind(), Kind::BFloat16);
+    let numel = check(tensor);
+    if numel == 0 {
+        return &[];
+    }
+    // SAFETY: as in `f32s`; `bf16` is a transparent u16 of the same layout.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), numel) }
+}
+
+/// The elements of a bf16 tensor, to write; as with [`f32s_mut`].
+pub fn bf16s_mut(tensor: &mut Tensor) -> &mut [bf16] {
+    assert_eq!(tensor.kind(), Kind::BFloat16);
+    let numel = check(tensor);
+    if numel == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `bf16s`; `tensor` is borrowed mutably.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), numel) }
+}
+
+/// The elements of a tensor of whole numbers.
+pub fn i64s(tensor: &Tensor) -> &[i64] {
+    assert_eq!(tensor.kind(), Kind::Int64);
+    let numel = check(tensor);
+    if numel == 0 {
+        return &[];
+    }
+    // SAFETY: as in `f32s`.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), numel) }
 }
 
 /// The raw bytes of a tensor of any kind, little-endian as on every machine we run on.

@@ -1,12 +1,13 @@
 //! The last stage: final norm, vocabulary matrix and cross-entropy, chunk by chunk. Whole logits never exist.
 //! Axes: n target positions, v vocabulary, d dim.
 
+use sharding::memory::i64s;
 use tch::{Kind, Tensor};
 
-use super::ops::{rms_norm, rms_norm_backward, rms_norm_weight_gradient};
+use super::kernels::{cross_entropy, nll, rms_norm, rms_norm_backward, rms_norm_weight_gradient};
 use super::{Weight, add_product};
 
-/// f32 logits of one chunk take at most this much memory; larger chunks make larger GEMMs and fewer passes over d_weight.
+/// The logits of one chunk take at most this much memory; larger chunks make larger GEMMs and fewer passes over d_weight.
 const CHUNK_BYTES: usize = 256 << 20;
 
 /// A position whose next token is not known or not to be learned.
@@ -38,16 +39,14 @@ impl Head {
         let weight_vd = weight.value.narrow(0, 0, self.pieces);
         let mut nll = 0.0;
         let mut d_normed = Vec::new();
-        for (start, length) in self.chunks(targets_n.numel()) {
+        for (start, length) in self.chunks(targets_n.numel(), weight.value.kind()) {
             let h_nd = normed_nd.narrow(0, start, length);
-            let targets = targets_n.narrow(0, start, length).unsqueeze(1);
-            let (mut logits_nv, logsumexp_n1) = self.logits(&h_nd, &weight_vd);
-            nll += sum_f64(&(&logsumexp_n1 - logits_nv.gather(1, &targets, false)));
+            let mut logits_nv = h_nd.matmul(&weight_vd.tr());
+            let nlls = cross_entropy(&mut logits_nv, i64s(&targets_n.narrow(0, start, length)));
+            nll += nlls.iter().sum::<f64>();
 
-            // d_logits = softmax − onehot, in place; 1 / n_targets is applied to the small operands instead.
-            let mut d_logits_nv = logits_nv.g_sub_(&logsumexp_n1).exp_();
-            let minus_one = Tensor::full_like(&targets, -1.0).to_kind(Kind::Float);
-            let d_logits_nv = d_logits_nv.scatter_add_(1, &targets, &minus_one).to_kind(h_nd.kind());
+            // Not logits any more. 1 / n_targets is applied to the small operands instead.
+            let d_logits_nv = logits_nv;
             d_normed.push(d_logits_nv.matmul(&weight_vd) * (1.0 / n_targets));
             if let Some(grad) = &weight.grad {
                 add_product(
@@ -58,7 +57,7 @@ impl Head {
             }
         }
         let d_normed_nd = Tensor::cat(&d_normed, 0);
-        let d_unnormed_nd = rms_norm_backward(&unnormed_nd, &self.norm_d.value, self.epsilon, &d_normed_nd);
+        let d_unnormed_nd = rms_norm_backward(&unnormed_nd, &self.norm_d.value, self.epsilon, &d_normed_nd, None);
         let epsilon = self.epsilon;
         self.norm_d
             .accumulate(|| rms_norm_weight_gradient(&unnormed_nd, epsilon, &d_normed_nd));
@@ -80,12 +79,14 @@ impl Head {
             self.epsilon,
         );
         let weight_vd = weight.value.narrow(0, 0, self.pieces);
-        let chunks = self.chunks(targets_n.numel()).map(|(start, length)| {
-            let (logits_nv, logsumexp_n1) = self.logits(&normed_nd.narrow(0, start, length), &weight_vd);
-            let targets = targets_n.narrow(0, start, length).unsqueeze(1);
-            (logsumexp_n1 - logits_nv.gather(1, &targets, false)).squeeze_dim(1)
-        });
-        let nll_n = Tensor::cat(&chunks.collect::<Vec<_>>(), 0);
+        let chunks = self
+            .chunks(targets_n.numel(), weight.value.kind())
+            .flat_map(|(start, length)| {
+                let logits_nv = normed_nd.narrow(0, start, length).matmul(&weight_vd.tr());
+                nll(&logits_nv, i64s(&targets_n.narrow(0, start, length)))
+            });
+        let nll_n: Vec<f32> = chunks.map(|nll| nll as f32).collect();
+        let nll_n = Tensor::from_slice(&nll_n);
         let zeros = Tensor::zeros([targets_bt.numel() as i64], (Kind::Float, hidden_btd.device()));
         zeros.index_copy(0, &positions, &nll_n).view_as(targets_bt)
     }
@@ -98,16 +99,9 @@ impl Head {
             .to_kind(Kind::Float)
     }
 
-    /// f32 logits of a chunk, and their logsumexp.
-    fn logits(&self, h_nd: &Tensor, weight_vd: &Tensor) -> (Tensor, Tensor) {
-        let logits_nv = h_nd.matmul(&weight_vd.tr()).to_kind(Kind::Float);
-        let logsumexp_n1 = logits_nv.logsumexp(-1, true);
-        (logits_nv, logsumexp_n1)
-    }
-
     /// (start, length) of equal chunks over `n` positions.
-    fn chunks(&self, n: usize) -> impl Iterator<Item = (i64, i64)> {
-        let most = (CHUNK_BYTES / (4 * self.pieces as usize)).max(1);
+    fn chunks(&self, n: usize, kind: Kind) -> impl Iterator<Item = (i64, i64)> {
+        let most = (CHUNK_BYTES / (kind.elt_size_in_bytes() * self.pieces as usize)).max(1);
         let length = n.div_ceil(n.div_ceil(most).max(1)).max(1);
         (0..n)
             .step_by(length)
@@ -117,8 +111,4 @@ impl Head {
 
 fn known_positions(targets_bt: &Tensor) -> Tensor {
     targets_bt.view([-1]).not_equal(IGNORE).nonzero().view([-1])
-}
-
-fn sum_f64(tensor: &Tensor) -> f64 {
-    f64::try_from(tensor.sum(Kind::Double)).expect("a sum is one number")
 }

@@ -6,8 +6,8 @@ use configs::Recompute;
 use tch::Tensor;
 
 use super::attention::{Attended, attend, attend_backward};
+use super::kernels::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, swiglu, swiglu_backward};
 use super::linear::Linear;
-use super::ops::{rms_norm, rms_norm_backward, rms_norm_weight_gradient, swiglu, swiglu_backward};
 use super::{Pass, Weight};
 
 pub struct Layer {
@@ -102,8 +102,14 @@ impl Layer {
         let (d_gate_nf, d_up_nf) = swiglu_backward(&gate_nf, &up_nf, &d_activated_nf);
         let d_normed_2_nd =
             self.gate.backward(&normed_2_nd, dropout, &d_gate_nf) + self.up.backward(&normed_2_nd, dropout, &d_up_nf);
-        let d_middle_nd = d_y_nd + rms_norm_backward(&middle_nd, &self.mlp_norm_d.value, self.epsilon, &d_normed_2_nd);
         let epsilon = self.epsilon;
+        let d_middle_nd = rms_norm_backward(
+            &middle_nd,
+            &self.mlp_norm_d.value,
+            epsilon,
+            &d_normed_2_nd,
+            Some(&d_y_nd),
+        );
         self.mlp_norm_d
             .accumulate(|| rms_norm_weight_gradient(&middle_nd, epsilon, &d_normed_2_nd));
 
@@ -121,7 +127,13 @@ impl Layer {
         let d_normed_1_nd = self.q.backward(&normed_1_nd, dropout, &d_q_nd)
             + self.k.backward(&normed_1_nd, dropout, &d_k_nd)
             + self.v.backward(&normed_1_nd, dropout, &d_v_nd);
-        let d_x_nd = d_middle_nd + rms_norm_backward(&x_nd, &self.attention_norm_d.value, self.epsilon, &d_normed_1_nd);
+        let d_x_nd = rms_norm_backward(
+            &x_nd,
+            &self.attention_norm_d.value,
+            epsilon,
+            &d_normed_1_nd,
+            Some(&d_middle_nd),
+        );
         self.attention_norm_d
             .accumulate(|| rms_norm_weight_gradient(&x_nd, epsilon, &d_normed_1_nd));
         d_x_nd.view(size.as_slice())
@@ -140,8 +152,8 @@ impl Layer {
                 .forward(&normed_1_nd, dropout)
                 .view([rows, time, heads, self.head_dim])
         };
-        let q_bthd = pass.rotary.apply(&by_head(&self.q, self.heads));
-        let k_btgd = pass.rotary.apply(&by_head(&self.k, self.kv_heads));
+        let q_bthd = pass.rotary.apply(by_head(&self.q, self.heads));
+        let k_btgd = pass.rotary.apply(by_head(&self.k, self.kv_heads));
         let v_btgd = by_head(&self.v, self.kv_heads);
         let attended = attend(&q_bthd, &k_btgd, &v_btgd);
         let attended_nd = attended.out_bthd.reshape([-1, self.heads * self.head_dim]);

@@ -7,8 +7,7 @@ use corpus::Vocabulary;
 use tch::{Device, Kind, Tensor};
 
 use super::linear::{Linear, LoraPair};
-use super::ops::Rotary;
-use super::{Buckets, Head, Layer, Model, Weight, new_rows};
+use super::{Buckets, Head, Layer, Model, Rotary, Weight, new_rows};
 use crate::hf::{ModelConfig, Weights};
 use crate::random;
 
@@ -85,7 +84,7 @@ impl Model {
         // Positions beyond the longest row are never asked for; the table is small all the same.
         let longest = config.max_position_embeddings.min(1 << 16);
         Ok(Model {
-            rotary: Rotary::new(longest, config.head_dim, config.rope_theta, config.rope_scaling, kind),
+            rotary: Rotary::new(longest, config.head_dim, config.rope_theta, config.rope_scaling),
             config: ModelConfig {
                 vocab_size: matrices.pieces as usize,
                 ..config.clone()

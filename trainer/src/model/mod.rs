@@ -3,11 +3,12 @@
 
 mod attention;
 mod head;
+mod kernels;
 mod layer;
 mod linear;
 mod load;
 mod new_rows;
-pub mod ops;
+mod rotary;
 
 use configs::{Group, Recompute};
 use rayon::prelude::*;
@@ -18,7 +19,7 @@ pub use head::{Head, IGNORE, Loss};
 pub use layer::{Layer, Saved};
 pub use linear::{Linear, LoraPair};
 pub use load::Trains;
-use ops::Rotary;
+pub use rotary::Rotary;
 
 use crate::hf::ModelConfig;
 use crate::random;

@@ -1,0 +1,507 @@
+//! Fused kernels on CPU memory: what libtorch would do in many passes over memory, in one or two. Threaded over rows,
+//! vectorised by the compiler for the processor it runs on.
+//!
+//! Sums go by 16 lanes in a fixed order and products are never contracted, so that a result does not depend on the
+//! processor's vector width or on the number of threads. Arithmetic is in f32 whatever the elements are.
+//! Axes: n position, d dim, v vocabulary, h head, t time.
+
+use half::bf16;
+use pulp::Arch;
+use rayon::prelude::*;
+use sharding::memory;
+use tch::{Kind, Tensor};
+
+/// Partial sums kept side by side: the widest vectors hold as many f32.
+const LANES: usize = 16;
+/// Terms that are summed in f32 before their sum goes into f64.
+const BLOCK: usize = 4096;
+/// Elements of one task where rows do not matter: three arrays of them stay in a second-level cache.
+const TASK: usize = 1 << 14;
+
+/// What tensors are made of: f32, or bf16, which is rounded to nearest, ties to even.
+trait Element: Copy + Send + Sync + 'static {
+    fn widen(self) -> f32;
+    fn round(x: f32) -> Self;
+    fn of(tensor: &Tensor) -> &[Self];
+    fn of_mut(tensor: &mut Tensor) -> &mut [Self];
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn round(x: f32) -> f32 {
+        x
+    }
+
+    fn of(tensor: &Tensor) -> &[f32] {
+        memory::f32s(tensor)
+    }
+
+    fn of_mut(tensor: &mut Tensor) -> &mut [f32] {
+        memory::f32s_mut(tensor)
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    /// As `bf16::from_f32`, but without a branch.
+    #[inline(always)]
+    fn round(x: f32) -> bf16 {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        let quiet_nan = (bits >> 16) | 0x40;
+        bf16::from_bits((if x.is_nan() { quiet_nan } else { rounded }) as u16)
+    }
+
+    fn of(tensor: &Tensor) -> &[bf16] {
+        memory::bf16s(tensor)
+    }
+
+    fn of_mut(tensor: &mut Tensor) -> &mut [bf16] {
+        memory::bf16s_mut(tensor)
+    }
+}
+
+/// Calls a generic function with the tensor's element type.
+macro_rules! by_kind {
+    ($tensor:expr, $function:ident($($argument:expr),*)) => {
+        match $tensor.kind() {
+            Kind::Float => $function::<f32>($($argument),*),
+            Kind::BFloat16 => $function::<bf16>($($argument),*),
+            kind => unreachable!("stages compute in f32 or bf16, not in {kind:?}"),
+        }
+    };
+}
+
+/// −ln p(target) of each row of `logits_nv`, nats; the logits become their gradient, softmax − onehot.
+pub fn cross_entropy(logits_nv: &mut Tensor, targets: &[i64]) -> Vec<f64> {
+    fn each<E: Element>(logits_nv: &mut Tensor, targets: &[i64]) -> Vec<f64> {
+        let v = width(logits_nv);
+        let rows = E::of_mut(logits_nv).par_chunks_exact_mut(v).zip(targets);
+        let one = |(row, target): (&mut [E], &i64)| {
+            Arch::new().dispatch(|| {
+                let (logsumexp, at) = (log_sum_exp(row), row[*target as usize].widen());
+                let shift = logsumexp as f32;
+                row.iter_mut().for_each(|x| *x = E::round(exp(x.widen() - shift)));
+                row[*target as usize] = E::round(exp(at - shift) - 1.0);
+                logsumexp - f64::from(at)
+            })
+        };
+        rows.map(one).collect()
+    }
+    by_kind!(logits_nv, each(logits_nv, targets))
+}
+
+/// −ln p(target) of each row of `logits_nv`, nats.
+pub fn nll(logits_nv: &Tensor, targets: &[i64]) -> Vec<f64> {
+    fn each<E: Element>(logits_nv: &Tensor, targets: &[i64]) -> Vec<f64> {
+        let rows = E::of(logits_nv).par_chunks_exact(width(logits_nv)).zip(targets);
+        let one = |(row, target): (&[E], &i64)| {
+            Arch::new().dispatch(|| log_sum_exp(row) - f64::from(row[*target as usize].widen()))
+        };
+        rows.map(one).collect()
+    }
+    by_kind!(logits_nv, each(logits_nv, targets))
+}
+
+/// ln Σ eˣ, by the largest x, so that nothing overflows.
+#[inline(always)]
+fn log_sum_exp<E: Element>(row: &[E]) -> f64 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let larger = |lane: &mut f32, x: &E| *lane = if x.widen() > *lane { x.widen() } else { *lane };
+    let chunks = row.chunks_exact(LANES);
+    chunks
+        .remainder()
+        .iter()
+        .zip(&mut lanes)
+        .for_each(|(x, lane)| larger(lane, x));
+    for chunk in chunks {
+        chunk.iter().zip(&mut lanes).for_each(|(x, lane)| larger(lane, x));
+    }
+    let most = lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let blocks = row.chunks(BLOCK);
+    let sum: f64 = blocks.map(|block| f64::from(sum(block, |x| exp(x - most)))).sum();
+    f64::from(most) + sum.ln()
+}
+
+/// RMSNorm of each row (Zhang and Sennrich 2019): x / √(mean(x²) + ε), rounded, times w.
+pub fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
+    fn each<E: Element>(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
+        let (d, weight) = (width(x_nd), E::of(weight_d));
+        let mut y_nd = x_nd.empty_like();
+        let rows = E::of_mut(&mut y_nd)
+            .par_chunks_exact_mut(d)
+            .zip(E::of(x_nd).par_chunks_exact(d));
+        rows.for_each(|(y, x)| {
+            Arch::new().dispatch(|| {
+                let r = inverse_rms(x, epsilon);
+                for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                    *y = E::round(E::round(x.widen() * r).widen() * w.widen());
+                }
+            });
+        });
+        y_nd
+    }
+    let x_nd = x_nd.contiguous();
+    by_kind!(x_nd, each(&x_nd, weight_d, epsilon))
+}
+
+/// `passed_by` + d_x of [`rms_norm`]: with g = d_y·w and r = 1/√(mean(x²) + ε), d_x = r·g − x·r³·mean(g·x). `passed_by` is the
+/// gradient that reaches x beside the norm.
+pub fn rms_norm_backward(
+    x_nd: &Tensor,
+    weight_d: &Tensor,
+    epsilon: f64,
+    d_y_nd: &Tensor,
+    passed_by_nd: Option<&Tensor>,
+) -> Tensor {
+    fn each<E: Element>(
+        x_nd: &Tensor,
+        weight_d: &Tensor,
+        epsilon: f64,
+        d_y_nd: &Tensor,
+        passed_by: Option<&Tensor>,
+    ) -> Tensor {
+        let (d, weight) = (width(x_nd), E::of(weight_d));
+        let mut d_x_nd = x_nd.empty_like();
+        let passed_by = passed_by.map(E::of);
+        let rows = E::of_mut(&mut d_x_nd)
+            .par_chunks_exact_mut(d)
+            .zip(E::of(x_nd).par_chunks_exact(d))
+            .zip(E::of(d_y_nd).par_chunks_exact(d));
+        rows.enumerate().for_each(|(n, ((d_x, x), d_y))| {
+            Arch::new().dispatch(|| {
+                let r = inverse_rms(x, epsilon);
+                let mut lanes = [0f32; LANES];
+                for ((x, d_y), w) in x.chunks(LANES).zip(d_y.chunks(LANES)).zip(weight.chunks(LANES)) {
+                    for (((lane, x), d_y), w) in lanes.iter_mut().zip(x).zip(d_y).zip(w) {
+                        *lane += d_y.widen() * w.widen() * x.widen();
+                    }
+                }
+                let projection = total(lanes) / d as f32 * r * r * r;
+                for (((d_x, x), d_y), w) in d_x.iter_mut().zip(x).zip(d_y).zip(weight) {
+                    *d_x = E::round(d_y.widen() * w.widen() * r - x.widen() * projection);
+                }
+                if let Some(passed_by) = passed_by {
+                    // Again from the operands, so that the sum is rounded once.
+                    let passed_by = &passed_by[n * d..(n + 1) * d];
+                    for ((((d_x, x), d_y), w), p) in d_x.iter_mut().zip(x).zip(d_y).zip(weight).zip(passed_by) {
+                        *d_x = E::round(p.widen() + (d_y.widen() * w.widen() * r - x.widen() * projection));
+                    }
+                }
+            });
+        });
+        d_x_nd
+    }
+    let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
+    let passed_by_nd = passed_by_nd.map(Tensor::contiguous);
+    by_kind!(x_nd, each(&x_nd, weight_d, epsilon, &d_y_nd, passed_by_nd.as_ref()))
+}
+
+/// d_w of [`rms_norm`]: Σ_n d_y · x·r, f32.
+pub fn rms_norm_weight_gradient(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> Tensor {
+    let x_nd = x_nd.to_kind(Kind::Float);
+    let r_n1 = (x_nd.square().mean_dim(-1, true, Kind::Float) + epsilon).rsqrt();
+    (d_y_nd.to_kind(Kind::Float) * x_nd * r_n1).sum_dim_intlist(0, false, Kind::Float)
+}
+
+#[inline(always)]
+fn inverse_rms<E: Element>(x: &[E], epsilon: f64) -> f32 {
+    let mean_square = sum(x, |x| x * x) / x.len() as f32;
+    1.0 / (mean_square + epsilon as f32).sqrt()
+}
+
+/// SwiGLU (Shazeer 2020): silu(gate) · up.
+pub fn swiglu(gate_nf: &Tensor, up_nf: &Tensor) -> Tensor {
+    fn each<E: Element>(gate_nf: &Tensor, up_nf: &Tensor) -> Tensor {
+        let mut y_nf = gate_nf.empty_like();
+        let tasks = E::of_mut(&mut y_nf)
+            .par_chunks_mut(TASK)
+            .zip(E::of(gate_nf).par_chunks(TASK))
+            .zip(E::of(up_nf).par_chunks(TASK));
+        tasks.for_each(|((y, gate), up)| {
+            Arch::new().dispatch(|| {
+                for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+                    *y = E::round(gate.widen() * sigmoid(gate.widen()) * up.widen());
+                }
+            });
+        });
+        y_nf
+    }
+    by_kind!(gate_nf, each(gate_nf, up_nf))
+}
+
+/// (d_gate, d_up) of [`swiglu`]: with s = σ(gate), d_up = d_y·gate·s and d_gate = d_y·up·s·(1 + gate·(1 − s)).
+pub fn swiglu_backward(gate_nf: &Tensor, up_nf: &Tensor, d_y_nf: &Tensor) -> (Tensor, Tensor) {
+    fn each<E: Element>(gate_nf: &Tensor, up_nf: &Tensor, d_y_nf: &Tensor) -> (Tensor, Tensor) {
+        let (mut d_gate_nf, mut d_up_nf) = (gate_nf.empty_like(), gate_nf.empty_like());
+        let tasks = E::of_mut(&mut d_gate_nf)
+            .par_chunks_mut(TASK)
+            .zip(E::of_mut(&mut d_up_nf).par_chunks_mut(TASK))
+            .zip(E::of(gate_nf).par_chunks(TASK))
+            .zip(E::of(up_nf).par_chunks(TASK))
+            .zip(E::of(d_y_nf).par_chunks(TASK));
+        tasks.for_each(|((((d_gate, d_up), gate), up), d_y)| {
+            Arch::new().dispatch(|| {
+                let outputs = d_gate.iter_mut().zip(d_up);
+                for (((outputs, gate), up), d_y) in outputs.zip(gate).zip(up).zip(d_y) {
+                    let (gate, up, d_y) = (gate.widen(), up.widen(), d_y.widen());
+                    let s = sigmoid(gate);
+                    *outputs.0 = E::round(d_y * up * (s * (1.0 + gate * (1.0 - s))));
+                    *outputs.1 = E::round(d_y * (gate * s));
+                }
+            });
+        });
+        (d_gate_nf, d_up_nf)
+    }
+    let d_y_nf = d_y_nf.contiguous();
+    by_kind!(gate_nf, each(gate_nf, up_nf, &d_y_nf))
+}
+
+/// Turns pairs (i, i + d/2) of every head in place, by the angles of the position: `cos_td` and `sin_td` hold d/2 values a
+/// position, `direction` is 1 or −1. `x_bthd` is contiguous.
+pub fn rotate(x_bthd: &mut Tensor, cos_td: &[f32], sin_td: &[f32], direction: f32) {
+    fn each<E: Element>(x_bthd: &mut Tensor, cos_td: &[f32], sin_td: &[f32], direction: f32) {
+        let size = x_bthd.size();
+        let [time, heads, dim] = [1, 2, 3].map(|axis| size[axis] as usize);
+        let half = dim / 2;
+        let positions = E::of_mut(x_bthd).par_chunks_exact_mut(heads * dim);
+        positions.enumerate().for_each(|(position, x)| {
+            let t = position % time;
+            let (cos, sin) = (&cos_td[t * half..(t + 1) * half], &sin_td[t * half..(t + 1) * half]);
+            Arch::new().dispatch(|| {
+                for head in x.chunks_exact_mut(dim) {
+                    let (first, second) = head.split_at_mut(half);
+                    for (((first, second), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                        let (a, b, sin) = (first.widen(), second.widen(), sin * direction);
+                        *first = E::round(a * cos - b * sin);
+                        *second = E::round(b * cos + a * sin);
+                    }
+                }
+            });
+        });
+    }
+    by_kind!(x_bthd, each(x_bthd, cos_td, sin_td, direction));
+}
+
+fn width(tensor: &Tensor) -> usize {
+    *tensor.size().last().expect("a matrix has axes") as usize
+}
+
+/// Σ f(x), by lanes.
+#[inline(always)]
+fn sum<E: Element>(row: &[E], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let chunks = row.chunks_exact(LANES);
+    chunks
+        .remainder()
+        .iter()
+        .zip(&mut lanes)
+        .for_each(|(x, lane)| *lane += f(x.widen()));
+    for chunk in chunks {
+        for (x, lane) in chunk.iter().zip(&mut lanes) {
+            *lane += f(x.widen());
+        }
+    }
+    total(lanes)
+}
+
+#[inline(always)]
+fn total(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// eˣ to 2 units in the last place, without branches: 2ⁿ by the exponent's bits, the rest by Cephes' polynomial (Moshier 1989).
+/// Beyond ±87 it stays at the border's value; NaN stays NaN.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0;
+    let x = x.clamp(-87.0, 87.0);
+    // Adding 1.5·2²³ leaves the nearest whole number in the last bits.
+    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    let n = shifted - SHIFT;
+    // ln 2 in two parts: n times the first is exact.
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_2e-4;
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+        p = p * r + coefficient;
+    }
+    let power = f32::from_bits(shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127) << 23);
+    (p * r * r + r + 1.0) * power
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ours against the formula in libtorch's operations: the value, and the derivatives by autograd.
+    fn check(
+        inputs: &[Tensor],
+        formula: impl Fn(&[Tensor]) -> Tensor,
+        forward: impl Fn(&[Tensor]) -> Tensor,
+        backward: impl Fn(&[Tensor], &Tensor) -> Vec<Tensor>,
+    ) {
+        let leaves: Vec<Tensor> = inputs.iter().map(|x| x.copy().set_requires_grad(true)).collect();
+        let y = formula(&leaves);
+        close(&forward(inputs), &y.detach());
+        let d_y = random(&y.size());
+        (y * &d_y).sum(Kind::Float).backward();
+        for (leaf, ours) in leaves.iter().zip(backward(inputs, &d_y)) {
+            close(&ours, &leaf.grad());
+        }
+    }
+
+    /// f32 sums of some hundred terms, in two orders.
+    fn close(ours: &Tensor, exact: &Tensor) {
+        let difference = f64::try_from((ours - exact).abs().max()).unwrap();
+        assert!(difference < 2e-5, "difference {difference}");
+    }
+
+    fn random(shape: &[i64]) -> Tensor {
+        Tensor::randn(shape, (Kind::Float, tch::Device::Cpu))
+    }
+
+    /// Widths that are no multiple of the lanes, and more than one block.
+    const WIDTHS: [i64; 4] = [5, 16, 300, 5000];
+
+    #[test]
+    fn rms_norm_and_its_derivatives_are_the_formulas() {
+        for width in WIDTHS {
+            let formula = |x: &[Tensor]| {
+                let mean_square = x[0].square().mean_dim(-1, true, Kind::Float);
+                &x[0] * (mean_square + 1e-5f64).rsqrt() * &x[1]
+            };
+            let backward = |x: &[Tensor], d_y: &Tensor| {
+                let alone = rms_norm_backward(&x[0], &x[1], 1e-5, d_y, None);
+                let beside = random(&alone.size());
+                close(
+                    &rms_norm_backward(&x[0], &x[1], 1e-5, d_y, Some(&beside)),
+                    &(&alone + beside),
+                );
+                vec![alone, rms_norm_weight_gradient(&x[0], 1e-5, d_y)]
+            };
+            let inputs = [random(&[7, width]), random(&[width]) + 1.0];
+            check(&inputs, formula, |x| rms_norm(&x[0], &x[1], 1e-5), backward);
+        }
+    }
+
+    #[test]
+    fn swiglu_and_its_derivatives_are_the_formulas() {
+        let inputs = [random(&[40, 600]) * 3.0, random(&[40, 600])];
+        check(
+            &inputs,
+            |x| x[0].silu() * &x[1],
+            |x| swiglu(&x[0], &x[1]),
+            |x, d_y| {
+                let (d_gate, d_up) = swiglu_backward(&x[0], &x[1], d_y);
+                vec![d_gate, d_up]
+            },
+        );
+    }
+
+    #[test]
+    fn cross_entropy_and_its_derivative_are_the_formulas() {
+        for width in WIDTHS {
+            let targets: Vec<i64> = (0..9).map(|row| (row * 31) % width).collect();
+            let targets_n = Tensor::from_slice(&targets);
+            let ours = |x: &[Tensor]| {
+                let mut logits = x[0].copy();
+                let nll: Vec<f32> = cross_entropy(&mut logits, &targets)
+                    .into_iter()
+                    .map(|nll| nll as f32)
+                    .collect();
+                (Tensor::from_slice(&nll), logits)
+            };
+            let formula = |x: &[Tensor]| {
+                -x[0]
+                    .log_softmax(-1, Kind::Float)
+                    .gather(1, &targets_n.unsqueeze(1), false)
+                    .squeeze_dim(1)
+            };
+            let inputs = [random(&[9, width]) * 6.0];
+            check(
+                &inputs,
+                formula,
+                |x| ours(x).0,
+                |x, d_y| vec![ours(x).1 * d_y.unsqueeze(1)],
+            );
+            let both = nll(&inputs[0], &targets);
+            close(&Tensor::from_slice(&both).to_kind(Kind::Float), &ours(&inputs).0);
+        }
+        // What cannot be computed must be seen: the step skips on a loss that is no number.
+        let mut spoilt = Tensor::from_slice(&[1.0f32, f32::NAN, 2.0]).view([1, 3]);
+        assert!(cross_entropy(&mut spoilt, &[0])[0].is_nan());
+    }
+
+    #[test]
+    fn bf16_is_f32_rounded() {
+        let (gate, up) = (
+            random(&[3, 50]).to_kind(Kind::BFloat16),
+            random(&[3, 50]).to_kind(Kind::BFloat16),
+        );
+        let exact = swiglu(&gate.to_kind(Kind::Float), &up.to_kind(Kind::Float));
+        assert_eq!(swiglu(&gate, &up), exact.to_kind(Kind::BFloat16));
+        let weight = random(&[50]).to_kind(Kind::BFloat16);
+        let exact = rms_norm(
+            &gate.to_kind(Kind::Float),
+            &weight.ones_like().to_kind(Kind::Float),
+            1e-5,
+        );
+        assert_eq!(rms_norm(&gate, &weight, 1e-5), exact.to_kind(Kind::BFloat16) * &weight);
+    }
+
+    #[test]
+    fn a_rotation_is_the_formula_and_turns_back() {
+        let rotary = super::super::Rotary::new(9, 8, 10_000.0, None);
+        let x = random(&[2, 6, 3, 8]);
+        let y = rotary.apply(x.copy());
+        close(&rotary.apply_backward(&y), &x);
+        // Position 5, pair 1: by 5 · 10000^(−2/8) = 0.5 radians.
+        let (a, b) = (x.double_value(&[1, 5, 2, 1]), x.double_value(&[1, 5, 2, 5]));
+        let turned = [a * 0.5f64.cos() - b * 0.5f64.sin(), b * 0.5f64.cos() + a * 0.5f64.sin()];
+        let found = [y.double_value(&[1, 5, 2, 1]), y.double_value(&[1, 5, 2, 5])];
+        assert!((turned[0] - found[0]).abs() + (turned[1] - found[1]).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_exponential_is_right_to_two_units_in_the_last_place() {
+        for i in -87_000..=87_000 {
+            let x = i as f32 / 1000.0;
+            let (ours, exact) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((ours / exact - 1.0).abs() < 2.4e-7, "exp({x}) = {ours}, not {exact}");
+        }
+        assert!(exp(f32::NAN).is_nan() && exp(f32::NEG_INFINITY) < 1.7e-38 && exp(0.0) == 1.0);
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_the_librarys() {
+        for bits in (0..=u32::MAX).step_by(7919) {
+            let x = f32::from_bits(bits);
+            let (ours, theirs) = (<bf16 as Element>::round(x), bf16::from_f32(x));
+            assert!(
+                ours.to_bits() == theirs.to_bits() || (x.is_nan() && ours.is_nan()),
+                "{x}"
+            );
+        }
+    }
+}
