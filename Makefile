@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test clean distclean
+.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -29,6 +29,16 @@ test: setup-test build  ## everything CI runs: formatting, lints, tests
 	@$(ENV) cargo fmt --all --check
 	@$(ENV) cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	@$(ENV) cargo test --release --locked --workspace
+
+fuzz: setup  ## arbitrary bytes through the readers of other programs' files, a minute each
+	@$(ENV) tests/fuzz/run.sh
+
+soak-corpus: build  ## imports 2 GB of generated text under a limit of 1 GiB of memory; minutes, 6 GB of disk
+	@$(ENV) cargo test --release --locked -p corpus --test import -- --ignored --exact two_gigabytes_are_imported_in_one --nocapture
+
+bench-corpus: setup-test build  ## the corpus crate side by side with its peers, into bench/results/corpus.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_corpus"
 
 clean:  ## removes what was built; runs and fetched packages stay
 	@cargo clean

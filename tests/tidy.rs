@@ -8,7 +8,7 @@ use whole_program_tests::root;
 /// Every Rust file that is ours, with its path from the root.
 fn sources() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
-    for folder in ["configs", "corpus", "sharding", "trainer", "launcher", "tests"] {
+    for folder in ["configs", "corpus", "sharding", "trainer", "launcher", "tests", "bench"] {
         walk(&root().join(folder), &mut found);
     }
     assert!(found.len() > 40, "only {} sources were found", found.len());
@@ -58,6 +58,16 @@ fn mpi_has_one_door() {
         &["sharding/src/mpi.rs"],
         &["use mpi::", "mpi::ffi", "MPI_I", "MPI_Wait"],
     );
+}
+
+#[test]
+fn each_protobuf_has_one_door() {
+    // SentencePiece's model, TensorBoard's events.
+    let doors = [
+        "corpus/src/vocabulary/sentencepiece/proto.rs",
+        "trainer/src/tensorboard.rs",
+    ];
+    only_in(&doors, &["prost::", "#[prost"]);
 }
 
 #[test]
@@ -112,7 +122,8 @@ fn no_command_goes_through_a_shell() {
 #[test]
 fn imports_point_one_way() {
     let ours = ["configs", "corpus", "sharding", "trainer", "launcher"];
-    let allowed: [(&str, &[&str]); 5] = [
+    let allowed: [(&str, &[&str]); 6] = [
+        ("bench", &["corpus"]),
         ("configs", &[]),
         ("corpus", &[]),
         ("sharding", &[]),

@@ -47,8 +47,8 @@ fn corpus(fill: impl Fn(&Path)) -> (Command, tempfile::TempDir) {
     let texts = folder.path().join("texts");
     fs::create_dir_all(&texts).expect("a folder");
     fill(&texts);
-    let mut command = panglot(&["corpus", "configs/tiny.yaml", "corpus.source.kind=folders"]);
-    command.arg(format!("corpus.source.path={}", texts.display()));
+    let mut command = panglot(&["corpus", "configs/tiny.yaml", "corpus.sources.0.kind=folders"]);
+    command.arg(format!("corpus.sources.0.path={}", texts.display()));
     command.arg(format!("folders.prepared={}", folder.path().join("prepared").display()));
     (command, folder)
 }

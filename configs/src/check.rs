@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf, absolute};
 
 use crate::plan::*;
-use crate::raw::{self, ModelKind, PiecesKind, Raw, SourceKind};
+use crate::raw::{self, ModelKind, PiecesKind, Raw, SourceKind as Kind};
 
 /// The linear layers of a LLaMA block that LoRA can stand beside.
 pub const LORA_TARGETS: [&str; 7] = [
@@ -46,6 +46,7 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
         }),
     };
     check_name(&plan.name, &mut rules);
+    check_sampling(&plan.sampling, &mut rules);
     check_vocabulary(&plan, &mut rules);
     check_batch(&plan, &mut rules);
     check_lengths(&plan, &mut rules);
@@ -128,7 +129,7 @@ fn folders(raw: &Raw, rules: &mut Rules) -> Folders {
 }
 
 fn corpus(raw: raw::Corpus, rules: &mut Rules) -> Corpus {
-    let path = rules.path("corpus.source.path", &raw.source.path);
+    let sources = sources(&raw.sources, rules);
     rules.require((0.0..1.0).contains(&raw.held_out), || {
         format!(
             "corpus.held_out = {} is not a share of the documents, 0 ≤ held_out < 1; try 0.1",
@@ -143,15 +144,230 @@ fn corpus(raw: raw::Corpus, rules: &mut Rules) -> Corpus {
             format!("corpus.{key} is empty; name one of the tokenizer's special tokens, or remove the line")
         });
     }
+    rules.require(raw.held_out_most != Some(0), || {
+        "corpus.held_out_most = 0 holds nothing out; set held_out: 0 for that, or remove the line".to_owned()
+    });
+    rules.require(raw.near_duplicates.is_none_or(|share| (0.5..=1.0).contains(&share)), || {
+        format!(
+            "corpus.near_duplicates = {} is not a similarity from 0.5 to 1, the share of word 5-grams in common; try 0.8",
+            raw.near_duplicates.unwrap_or_default()
+        )
+    });
     Corpus {
-        source: match raw.source.kind {
-            SourceKind::Udhr => Source::Udhr { path },
-            SourceKind::Folders => Source::Folders { path },
-        },
+        sources,
         held_out: raw.held_out,
+        held_out_most: raw.held_out_most,
+        deduplicate_lines: raw.deduplicate_lines.unwrap_or(false),
+        nfc: raw.nfc.unwrap_or(false),
+        near_duplicates: raw.near_duplicates,
+        contamination: raw.contamination.map(|raw| contamination(&raw, rules)),
+        on_unreadable: raw.on_unreadable.unwrap_or(OnUnreadable::Stop),
         document_start: raw.document_start,
         document_end: raw.document_end,
     }
+}
+
+fn contamination(raw: &raw::Contamination, rules: &mut Rules) -> Contamination {
+    rules.require(!raw.files.is_empty(), || {
+        "corpus.contamination.files is empty; name the evaluation files, or remove the section".to_owned()
+    });
+    let (words, characters) = (raw.words.unwrap_or(13), raw.characters.unwrap_or(50));
+    for (key, n) in [("words", words), ("characters", characters)] {
+        rules.require(n >= 5, || {
+            format!(
+                "corpus.contamination.{key} = {n}: so few stand in common by chance; take at least 5, or remove the line"
+            )
+        });
+    }
+    let path = |path: &PathBuf| rules.path("corpus.contamination.files", path);
+    Contamination {
+        files: raw.files.iter().map(path).collect(),
+        words,
+        characters,
+    }
+}
+
+/// What stands before an answer where the config says nothing: MultiAlpaca's prompt (RECIPES: PolyLM).
+const PROMPT: &str = "<|user|>\n{instruction}\n{input}\n<|assistant|>\n";
+
+fn sources(raw: &[raw::Source], rules: &mut Rules) -> Vec<Source> {
+    rules.require(!raw.is_empty(), || {
+        "corpus.sources is empty; name at least one place that text comes from".to_owned()
+    });
+    for (index, source) in raw.iter().enumerate() {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        rules.require(!source.name.is_empty() && source.name.chars().all(plain), || {
+            format!(
+                "corpus.sources.{index}.name = {:?} is not a plain name; use a-z, 0-9 and `-`, such as glot500",
+                source.name
+            )
+        });
+        rules.require(raw[..index].iter().all(|before| before.name != source.name), || {
+            format!(
+                "corpus.sources names `{}` twice; each source needs a name of its own",
+                source.name
+            )
+        });
+    }
+    let checked = raw.iter().enumerate().map(|(index, raw)| {
+        let kind = source_kind(raw, &format!("corpus.sources.{index}"), rules)?;
+        Some(Source {
+            name: raw.name.clone(),
+            licence: raw.licence.clone(),
+            kind,
+        })
+    });
+    checked.flatten().collect()
+}
+
+/// None where a rule is broken that leaves nothing to build.
+fn source_kind(raw: &raw::Source, at: &str, rules: &mut Rules) -> Option<SourceKind> {
+    use Kind::{Files, Folders, Instructions, Megatron, Parallel, Udhr};
+    let kind = match raw.kind {
+        Udhr => "udhr",
+        Folders => "folders",
+        Files => "files",
+        Parallel => "parallel",
+        Instructions => "instructions",
+        Megatron => "megatron",
+    };
+    for (key, typed, kinds) in [
+        (
+            "path",
+            raw.path.is_some(),
+            &[Udhr, Folders, Files, Parallel, Instructions, Megatron][..],
+        ),
+        ("paths", raw.paths.is_some(), &[Files]),
+        ("language", raw.language.is_some(), &[Files, Instructions]),
+        ("language_column", raw.language_column.is_some(), &[Files]),
+        ("text_column", raw.text_column.is_some(), &[Files, Folders]),
+        ("one_document", raw.one_document.is_some(), &[Folders]),
+        ("source_path", raw.source_path.is_some(), &[Parallel]),
+        ("target_path", raw.target_path.is_some(), &[Parallel]),
+        ("languages", raw.languages.is_some(), &[Parallel]),
+        ("template", raw.template.is_some(), &[Parallel]),
+        ("prompt", raw.prompt.is_some(), &[Instructions]),
+    ] {
+        rules.require(!typed || kinds.contains(&raw.kind), || {
+            format!("{at}.{key} means nothing with kind: {kind}; remove it")
+        });
+    }
+    for language in raw.language.iter().chain(raw.languages.iter().flatten()) {
+        rules.require(is_language(language), || {
+            format!(
+                "{at}: `{language}` is not a language: expected ISO 639-3 and ISO 15924 joined by `_`, as in eng_Latn"
+            )
+        });
+    }
+    let mut path = |key: &str, typed: &Option<PathBuf>| {
+        rules.require(typed.is_some(), || {
+            format!("{at}.{key} is missing, and kind: {kind} needs it; add it")
+        });
+        typed.as_ref().map(|typed| rules.path(&format!("{at}.{key}"), typed))
+    };
+    match raw.kind {
+        Udhr => Some(SourceKind::Udhr {
+            path: path("path", &raw.path)?,
+        }),
+        Folders => Some(SourceKind::Folders {
+            path: path("path", &raw.path)?,
+            text_column: text_column(raw),
+            one_document: raw.one_document.unwrap_or_default(),
+        }),
+        Megatron => Some(SourceKind::Megatron {
+            path: path("path", &raw.path)?,
+        }),
+        Files => files(raw, at, rules),
+        Parallel => parallel(raw, at, rules),
+        Instructions => {
+            let path = path("path", &raw.path)?;
+            let prompt = raw.prompt.clone().unwrap_or_else(|| PROMPT.to_owned());
+            rules.require(prompt.contains("{instruction}"), || {
+                format!(
+                    "{at}.prompt has no {{instruction}}: nothing would be asked; put it where the instruction belongs"
+                )
+            });
+            Some(SourceKind::Instructions {
+                path,
+                language: raw.language.clone(),
+                prompt,
+            })
+        }
+    }
+}
+
+fn files(raw: &raw::Source, at: &str, rules: &mut Rules) -> Option<SourceKind> {
+    let typed: Vec<&PathBuf> = raw.path.iter().chain(raw.paths.iter().flatten()).collect();
+    rules.require(!typed.is_empty(), || {
+        format!("{at}.path is missing, and kind: files needs it or paths; add one")
+    });
+    let paths = typed
+        .iter()
+        .map(|path| rules.path(&format!("{at}.path"), path))
+        .collect();
+    let language = match (&raw.language, &raw.language_column) {
+        (Some(language), None) => Some(LanguageOf::Fixed(language.clone())),
+        (None, Some(column)) => Some(LanguageOf::Column(column.clone())),
+        _ => None,
+    };
+    rules.require(language.is_some(), || {
+        format!(
+            "{at} needs one of language (all its documents are in it) and language_column (a column that says lll_Ssss)"
+        )
+    });
+    Some(SourceKind::Files {
+        paths,
+        language: language?,
+        text_column: text_column(raw),
+    })
+}
+
+fn text_column(raw: &raw::Source) -> String {
+    raw.text_column.clone().unwrap_or_else(|| "text".to_owned())
+}
+
+fn parallel(raw: &raw::Source, at: &str, rules: &mut Rules) -> Option<SourceKind> {
+    let sides = match (&raw.path, &raw.source_path, &raw.target_path) {
+        (Some(path), None, None) => Some(Sides::Tsv(rules.path(&format!("{at}.path"), path))),
+        (None, Some(source), Some(target)) => Some(Sides::Files {
+            source: rules.path(&format!("{at}.source_path"), source),
+            target: rules.path(&format!("{at}.target_path"), target),
+        }),
+        _ => None,
+    };
+    rules.require(sides.is_some(), || {
+        format!("{at} needs source_path and target_path (aligned line by line), or path alone (source, tab, target)")
+    });
+    let languages = raw
+        .languages
+        .as_deref()
+        .and_then(|two| <[String; 2]>::try_from(two.to_vec()).ok());
+    rules.require(languages.is_some(), || {
+        format!("{at}.languages must name two, of the source and of the target side, such as [eng_Latn, fra_Latn]")
+    });
+    let template = raw.template.clone().unwrap_or_default();
+    rules.require(template.contains("{source}") && template.contains("{target}"), || {
+        format!(
+            "{at}.template = {template:?} does not hold both sides; write {{source}} and {{target}}, such as \
+             \"{{source}}\\n{{target}}\""
+        )
+    });
+    Some(SourceKind::Parallel {
+        sides: sides?,
+        languages: languages?,
+        template,
+    })
+}
+
+/// The form alone; whether the codes exist is known when the source is opened.
+fn is_language(name: &str) -> bool {
+    let lower = |text: &str| text.bytes().all(|byte| byte.is_ascii_lowercase());
+    name.len() == 8
+        && name.is_ascii()
+        && lower(&name[..3])
+        && &name[3..4] == "_"
+        && name[4..5].bytes().all(|byte| byte.is_ascii_uppercase())
+        && lower(&name[5..])
 }
 
 /// None where a rule is broken that leaves nothing to build.
@@ -462,21 +678,160 @@ fn groups(raw: &raw::Optimizer, train: &raw::Train, full: &[FullModule], rules: 
         .collect()
 }
 
-fn check_vocabulary(plan: &Plan, rules: &mut Rules) {
-    let mut alpha = |key: &str, alpha: f64| {
-        rules.require((0.0..=1.0).contains(&alpha), || {
-            format!("{key} = {alpha} is not in 0 … 1 (0: all languages alike, 1: as much as there is); try 0.3")
+/// What can be said without the tokens; the rest when the stream is opened.
+fn check_sampling(sampling: &Sampling, rules: &mut Rules) {
+    check_alpha("sampling.alpha", sampling.alpha, rules);
+    if let Some(sources) = &sampling.sources {
+        check_weights(
+            "sampling.sources",
+            sources.iter().map(|(name, weight)| (name.as_str(), *weight)),
+            rules,
+        );
+    }
+    let mut epochs = |key: &str, epochs: Option<f64>| {
+        rules.require(epochs.is_none_or(|epochs| epochs > 0.0), || {
+            format!(
+                "sampling.{key} = {} is not above 0; try 4, or remove the line",
+                epochs.unwrap_or_default()
+            )
         });
     };
-    alpha("sampling.alpha", plan.sampling.alpha);
+    epochs("max_epochs", sampling.max_epochs);
+    epochs("warn_epochs", sampling.warn_epochs);
+    check_groups(sampling, rules);
+    let last = sampling.stages.len().saturating_sub(1);
+    for (index, stage) in sampling.stages.iter().enumerate() {
+        let key = |name: &str| format!("sampling.stages[{index}].{name}");
+        rules.require(index == last || stage.tokens.is_some_and(|tokens| tokens > 0), || {
+            format!(
+                "{} is missing or 0: every stage but the last says how long it is; add it",
+                key("tokens")
+            )
+        });
+        rules.require(index != last || stage.tokens.is_none(), || {
+            format!(
+                "{} is set, but the last stage goes to the run's end; remove it, or add a stage",
+                key("tokens")
+            )
+        });
+        if let Some(alpha) = stage.alpha {
+            check_alpha(&key("alpha"), alpha, rules);
+        }
+        if let Some(sources) = &stage.sources {
+            check_weights(
+                &key("sources"),
+                sources.iter().map(|(name, weight)| (name.as_str(), *weight)),
+                rules,
+            );
+        }
+        for (end, name) in ["start", "end"].iter().enumerate() {
+            let sum: f64 = stage.shares.values().map(|share| share.ends()[end]).sum();
+            rules.require(sum < 1.0 + SUM_TOLERANCE, || {
+                format!(
+                    "{} sum to {sum} at the stage's {name}, more than there is; lower some",
+                    key("shares")
+                )
+            });
+        }
+        for (language, share) in &stage.shares {
+            rules.require(share.ends().iter().all(|share| *share > 0.0 && *share <= 1.0), || {
+                let typed = serde_json::to_string(share).unwrap_or_default();
+                format!(
+                    "{} = {typed} is not a share above 0 and at most 1; try 0.5",
+                    key(&format!("shares.{language}"))
+                )
+            });
+        }
+    }
+}
+
+fn check_groups(sampling: &Sampling, rules: &mut Rules) {
+    let groups = &sampling.groups;
+    for (i, group) in groups.iter().enumerate() {
+        rules.require(groups[..i].iter().all(|other| other.name != group.name), || {
+            format!("sampling.groups names {} twice; name each group once", group.name)
+        });
+        rules.require(
+            groups[..i].iter().all(|other| other.from_tokens != group.from_tokens),
+            || {
+                format!(
+                    "sampling.groups has two groups from_tokens: {}; give each its own threshold",
+                    group.from_tokens
+                )
+            },
+        );
+    }
+    let weights: Vec<(&str, f64)> = groups
+        .iter()
+        .filter_map(|group| Some((group.name.as_str(), group.weight?)))
+        .collect();
+    if weights.is_empty() {
+        return;
+    }
+    rules.require(weights.len() == groups.len(), || {
+        format!(
+            "sampling.groups: {} of {} have a weight; give every group one, or none",
+            weights.len(),
+            groups.len()
+        )
+    });
+    let sources = sampling.sources.is_some() || sampling.stages.iter().any(|stage| stage.sources.is_some());
+    rules.require(!sources, || {
+        "sampling.groups have weights and sampling.sources too, and both cannot hold; remove the weights of one"
+            .to_owned()
+    });
+    if weights.len() == groups.len() {
+        check_weights("sampling.groups", weights.into_iter(), rules);
+    }
+}
+
+/// Weights that sum to one up to this are meant to.
+const SUM_TOLERANCE: f64 = 1e-6;
+
+fn check_weights<'a>(key: &str, weights: impl Iterator<Item = (&'a str, f64)>, rules: &mut Rules) {
+    let mut sum = 0.0;
+    for (name, weight) in weights {
+        sum += weight;
+        rules.require((0.0..=1.0).contains(&weight), || {
+            format!("{key}: the weight of {name} is {weight}, not in 0 … 1; weights are shares of the rows")
+        });
+    }
+    rules.require((sum - 1.0).abs() < SUM_TOLERANCE, || {
+        format!("{key}: the weights sum to {sum:.6}, not to 1; divide each by {sum:.6}")
+    });
+}
+
+fn check_alpha(key: &str, alpha: f64, rules: &mut Rules) {
+    rules.require((0.0..=1.0).contains(&alpha), || {
+        format!("{key} = {alpha} is not in 0 … 1 (0: all languages alike, 1: as much as there is); try 0.3")
+    });
+}
+
+fn check_vocabulary(plan: &Plan, rules: &mut Rules) {
     let Some(vocabulary) = &plan.vocabulary else { return };
-    alpha("vocabulary.alpha", vocabulary.alpha);
+    check_alpha("vocabulary.alpha", vocabulary.alpha, rules);
     rules.require(vocabulary.new_pieces >= 1, || {
         "vocabulary.new_pieces = 0 extends nothing; remove the vocabulary section to keep the base's own pieces"
             .to_owned()
     });
     rules.at_least("vocabulary.max_piece_bytes", vocabulary.max_piece_bytes, 2);
     rules.at_least("vocabulary.multiple_of", vocabulary.multiple_of, 1);
+    rules.at_least(
+        "vocabulary.words.max_piece_length",
+        vocabulary.words.max_piece_length,
+        2,
+    );
+    let coverage = vocabulary.words.character_coverage;
+    rules.require(coverage > 0.9 && coverage <= 1.0, || {
+        format!("vocabulary.words.character_coverage = {coverage} is not above 0.9 and at most 1; try 0.9995")
+    });
+    rules.require(vocabulary.scores == Scores::AfterBase || vocabulary.preserve.is_empty(), || {
+        format!(
+            "vocabulary.preserve = {} cannot hold with vocabulary.scores = kept, where new pieces come before the base's; \
+             use scores: after_base",
+            vocabulary.preserve.join(", ")
+        )
+    });
     // Untrained new rows are noise for ever; that is never what was meant.
     rules.require(plan.train.full.contains(&FullModule::EmbedTokens), || {
         format!(

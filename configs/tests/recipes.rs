@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use configs::{FullModule, Group, Model, NewRows, Optimizer, Plan, Schedule, load};
+use configs::{
+    FullModule, Group, LanguageOf, Model, NewRows, OnUnreadable, Optimizer, Plan, Schedule, Sides, SourceKind, load,
+};
 use proptest::prelude::*;
 
 fn here() -> &'static Path {
@@ -70,6 +72,41 @@ fn every_wrong_config_fails_with_its_sentence() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn hygiene_is_off_unless_asked_for() {
+    let plan = tiny(&[]).unwrap();
+    assert!(!plan.corpus.nfc && plan.corpus.near_duplicates.is_none() && plan.corpus.contamination.is_none());
+    let plan = tiny(&[
+        "corpus.nfc=true",
+        "corpus.near_duplicates=0.8",
+        "corpus.contamination.files=[evaluation/flores.tsv]",
+        "corpus.contamination.words=10",
+    ]);
+    let corpus = plan.unwrap().corpus;
+    assert!(corpus.nfc && corpus.near_duplicates == Some(0.8));
+    let contamination = corpus.contamination.unwrap();
+    assert_eq!((contamination.words, contamination.characters), (10, 50));
+    assert!(contamination.files[0].is_absolute() && contamination.files[0].ends_with("evaluation/flores.tsv"));
+    for (wrong, sentence) in [
+        (
+            "corpus.near_duplicates=0.3",
+            "corpus.near_duplicates = 0.3 is not a similarity from 0.5 to 1",
+        ),
+        ("corpus.contamination.files=[]", "corpus.contamination.files is empty"),
+        (
+            "corpus.contamination={files: [x.txt], words: 2}",
+            "corpus.contamination.words = 2: so few",
+        ),
+        (
+            "corpus.sources.0.one_document=file",
+            "corpus.sources.0.one_document means nothing with kind: udhr",
+        ),
+    ] {
+        let said = tiny(&[wrong]).unwrap_err();
+        assert!(said.contains(sentence), "{said}");
+    }
 }
 
 #[test]
@@ -182,6 +219,29 @@ fn the_mala_recipe_has_the_released_sizes() {
 }
 
 #[test]
+fn sampling_may_be_typed_short_and_is_complete_in_the_plan() {
+    let plan = tiny(&[
+        "sampling.floor=1e5",
+        "sampling.sources={web: 0.9, code: 0.1}",
+        "sampling.max_epochs=4",
+        "sampling.stages=[{tokens: 4.48e11, shares: {eng_Latn: 0.7}}, {alpha: 0.5, shares: {eng_Latn: [0.7, 0.4]}}]",
+        "sampling.packing=documents",
+        "sampling.attention=document",
+    ])
+    .unwrap();
+    let sampling = &plan.sampling;
+    assert_eq!(
+        (sampling.floor, sampling.leave_out_below, sampling.warn_epochs()),
+        (Some(100_000), None, 4.0)
+    );
+    assert_eq!(sampling.stages[0].tokens, Some(448_000_000_000));
+    assert_eq!(sampling.stages[0].shares["eng_Latn"].ends(), [0.7, 0.7]);
+    assert_eq!(sampling.stages[1].shares["eng_Latn"].ends(), [0.7, 0.4]);
+    let json = serde_json::to_string(&plan).unwrap();
+    assert_eq!(plan, serde_json::from_str::<Plan>(&json).unwrap());
+}
+
+#[test]
 fn all_broken_rules_are_told_at_once() {
     let error = tiny(&["train.zero=3", "checkpoint.keep=1"]).unwrap_err();
     assert!(error.contains("2 settings cannot run:\n  - train.zero = 3"), "{error}");
@@ -232,4 +292,69 @@ proptest! {
         prop_assert_eq!(falling[0], 1.0);
         prop_assert!((factors[steps as usize] - share).abs() < 1e-12);
     }
+}
+
+#[test]
+fn every_kind_of_source_becomes_a_plan() {
+    let plan = tiny(&["corpus.sources=[
+        {name: a, kind: folders, path: a, licence: CC0-1.0},
+        {name: b, kind: files, path: b.jsonl, language: eng_Latn},
+        {name: c, kind: files, paths: [c0.parquet, c1.parquet], language_column: lang, text_column: content},
+        {name: d, kind: parallel, path: d.tsv, languages: [eng_Latn, fra_Latn], template: '{source} = {target}'},
+        {name: e, kind: parallel, source_path: e.en, target_path: e.fr, languages: [eng_Latn, fra_Latn], template: '{target}{source}'},
+        {name: f, kind: instructions, path: f},
+        {name: g, kind: megatron, path: g}]"])
+    .unwrap();
+    let kinds: Vec<_> = plan.corpus.sources.iter().map(|source| &source.kind).collect();
+    assert_eq!(plan.corpus.sources[0].licence.as_deref(), Some("CC0-1.0"));
+    assert!(
+        kinds
+            .iter()
+            .all(|kind| kind.paths().iter().all(|path| path.is_absolute()))
+    );
+    let language = |kind: &SourceKind| match kind {
+        SourceKind::Files {
+            language, text_column, ..
+        } => (language.clone(), text_column.clone()),
+        _ => panic!("files"),
+    };
+    let (column, fixed) = (
+        LanguageOf::Column("lang".to_owned()),
+        LanguageOf::Fixed("eng_Latn".to_owned()),
+    );
+    assert_eq!(language(kinds[1]), (fixed, "text".to_owned()));
+    assert_eq!(language(kinds[2]), (column, "content".to_owned()));
+    assert!(matches!(
+        kinds[3],
+        SourceKind::Parallel {
+            sides: Sides::Tsv(_),
+            ..
+        }
+    ));
+    assert!(matches!(
+        kinds[4],
+        SourceKind::Parallel {
+            sides: Sides::Files { .. },
+            ..
+        }
+    ));
+    assert!(matches!(kinds[5], SourceKind::Instructions { language: None, prompt, .. } if prompt.contains("{input}")));
+    assert_eq!(
+        plan,
+        serde_json::from_str::<Plan>(&serde_json::to_string(&plan).unwrap()).unwrap()
+    );
+
+    let plan = tiny(&[
+        "corpus.sources.0.path=elsewhere",
+        "corpus.on_unreadable=skip",
+        "corpus.held_out_most=9",
+    ])
+    .unwrap();
+    assert!(plan.corpus.sources[0].kind.paths()[0].ends_with("elsewhere"));
+    assert_eq!(
+        (plan.corpus.on_unreadable, plan.corpus.held_out_most),
+        (OnUnreadable::Skip, Some(9))
+    );
+    let said = tiny(&["corpus.sources.7.path=elsewhere"]).unwrap_err();
+    assert!(said.contains("`7` is no place in a list of 1; count from 0"), "{said}");
 }

@@ -20,7 +20,12 @@ pub struct Document {
 impl Document {
     /// The part of the key that decides the split: what stands before `/`.
     pub fn passage(&self) -> &str {
-        self.key.split('/').next().unwrap_or(&self.key)
+        Document::passage_of(&self.key)
+    }
+
+    /// The same of a key alone.
+    pub(crate) fn passage_of(key: &str) -> &str {
+        key.split('/').next().unwrap_or(key)
     }
 }
 

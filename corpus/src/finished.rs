@@ -7,17 +7,27 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// A folder being written; invisible under its name until [`finish`](Self::finish), removed if dropped before.
+/// A folder being written; invisible under its name until [`finish`](Self::finish). Dropped before, it is removed, unless
+/// the next run is to [`resume`](Self::resume) it.
 pub(crate) struct Unfinished {
     partial: PathBuf,
     finished: PathBuf,
-    done: bool,
+    remove: bool,
 }
 
 impl Unfinished {
     /// Starts a folder that will stand at `out`. What is there already is replaced only if `marker`, the file that
     /// every such folder holds, says that it is one of ours.
     pub fn begin(out: &Path, marker: &'static str) -> Result<Self> {
+        let mut folder = Unfinished::resume(out, marker)?;
+        folder.remove = true;
+        remove_folder(&folder.partial)?;
+        fs::create_dir_all(&folder.partial).map_err(Error::io("create", &folder.partial))?;
+        Ok(folder)
+    }
+
+    /// Goes on with what an earlier run left, or starts. Dropped before it is finished, the folder stays for the next.
+    pub fn resume(out: &Path, marker: &'static str) -> Result<Self> {
         let occupied = out.exists() && fs::read_dir(out).map_or(true, |mut entries| entries.next().is_some());
         if occupied && !out.join(marker).is_file() {
             return Err(Error::Occupied {
@@ -26,13 +36,17 @@ impl Unfinished {
             });
         }
         let partial = beside(out, "partial");
-        remove_folder(&partial)?;
         fs::create_dir_all(&partial).map_err(Error::io("create", &partial))?;
         Ok(Unfinished {
             partial,
             finished: out.to_path_buf(),
-            done: false,
+            remove: false,
         })
+    }
+
+    /// Leaves nothing for the next run.
+    pub fn discard(mut self) {
+        self.remove = true;
     }
 
     /// Where to write for now.
@@ -49,7 +63,7 @@ impl Unfinished {
             fs::rename(&self.finished, &old).map_err(Error::io("move aside", &self.finished))?;
         }
         fs::rename(&self.partial, &self.finished).map_err(Error::io("rename", &self.partial))?;
-        self.done = true;
+        self.remove = false;
         sync_folder(parent(&self.finished))?;
         remove_folder(&old)
     }
@@ -57,7 +71,7 @@ impl Unfinished {
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        if !self.done {
+        if self.remove {
             // Best effort: the next run removes what stays.
             let _ = fs::remove_dir_all(&self.partial);
         }
@@ -71,6 +85,20 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     file.sync_all().map_err(Error::io("sync", path))
 }
 
+/// Syncs files and folders, many at a time: a file system brings those that wait together to the disk at once.
+pub(crate) fn sync_all(paths: &[PathBuf]) -> Result<()> {
+    const AT_A_TIME: usize = 32;
+    let sync = |paths: &[PathBuf]| paths.iter().try_for_each(|path| sync_folder(path));
+    std::thread::scope(|scope| {
+        let parts = paths.chunks(paths.len().div_ceil(AT_A_TIME).max(1));
+        let threads: Vec<_> = parts.map(|part| scope.spawn(move || sync(part))).collect();
+        let mut ends = threads
+            .into_iter()
+            .map(|thread| thread.join().expect("syncing does not panic"));
+        ends.find(Result::is_err).unwrap_or(Ok(()))
+    })
+}
+
 /// Replaces one file of a folder that others may be reading.
 pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = parent(path);
@@ -81,7 +109,7 @@ pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     sync_folder(folder)
 }
 
-/// Syncs a folder's entries, so that a rename in it outlives a power cut.
+/// Syncs a folder's entries, so that a rename in it outlives a power cut; or a file that somebody else wrote.
 pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     File::open(path)
         .and_then(|folder| folder.sync_all())
@@ -100,7 +128,8 @@ fn parent(path: &Path) -> &Path {
         .unwrap_or(Path::new("."))
 }
 
-fn remove_folder(path: &Path) -> Result<()> {
+/// Removes a folder that may not be there.
+pub(crate) fn remove_folder(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path)(e)),
         _ => Ok(()),
@@ -122,6 +151,8 @@ mod tests {
             unfinished.finish().unwrap();
             assert_eq!(fs::read_to_string(out.join("marker")).unwrap(), content);
         }
+        drop(Unfinished::resume(&out, "marker").unwrap());
+        assert_eq!(fs::read_dir(out.parent().unwrap()).unwrap().count(), 2, "to go on with");
         drop(Unfinished::begin(&out, "marker").unwrap());
         assert_eq!(
             fs::read_dir(out.parent().unwrap()).unwrap().count(),

@@ -28,7 +28,32 @@ impl Language {
     pub fn script(&self) -> &str {
         &self.0[4..]
     }
+
+    /// What is wrong with a name that is well-formed: no such language, or no such script. `None`: nothing is.
+    pub(crate) fn unknown_code(&self) -> Option<&'static str> {
+        let private = |first: &str, last: &str, code: &str| first <= code && code <= last;
+        let code = self.code();
+        let special = ["mis", "mul", "und", "zxx"].contains(&code) || private("qaa", "qtz", code);
+        if !special && isolang::Language::from_639_3(code).is_none() {
+            return Some("no language has this ISO 639-3 code; one without a code may take qaa to qtz");
+        }
+        let script = self.script();
+        let special = OTHER_SCRIPTS.contains(&script) || private("Qaaa", "Qabx", script);
+        if !special && unicode_script::Script::from_short_name(script).is_none() {
+            return Some(
+                "no script has this ISO 15924 code; one without a code may take Qaaa to Qabx, and unwritten is Zxxx",
+            );
+        }
+        None
+    }
 }
+
+/// ISO 15924's codes that are no value of Unicode's script property: mixtures, variants, and scripts not yet encoded.
+const OTHER_SCRIPTS: [&str; 41] = [
+    "Afak", "Aran", "Blis", "Cirt", "Cyrs", "Egyd", "Egyh", "Geok", "Hanb", "Hans", "Hant", "Hntl", "Hrkt", "Inds",
+    "Jamo", "Jpan", "Jurc", "Kore", "Kpel", "Latf", "Latg", "Leke", "Loma", "Maya", "Moon", "Nkdb", "Nkgb", "Pelm",
+    "Phlv", "Piqd", "Psin", "Ranj", "Roro", "Sara", "Shui", "Syre", "Syrj", "Syrn", "Visp", "Wole", "Zxxx",
+];
 
 impl FromStr for Language {
     type Err = Error;
@@ -99,6 +124,24 @@ mod tests {
         ] {
             let said = wrong.parse::<Language>().unwrap_err().to_string();
             assert!(said.contains(&format!("'{wrong}' is not a language")), "{said}");
+        }
+    }
+
+    #[test]
+    fn codes_that_nobody_assigned_are_known_as_such() {
+        let said = |name: &str| name.parse::<Language>().unwrap().unknown_code();
+        for known in [
+            "eng_Latn", "cmn_Hans", "qaa_Latn", "qtz_Qabx", "qua_Latn", "und_Zyyy", "zxx_Zxxx", "hbs_Cyrl", "jpn_Jpan",
+        ] {
+            assert_eq!(said(known), None, "{known}");
+        }
+        for (unknown, sentence) in [
+            ("xqx_Latn", "639-3"),
+            ("qzz_Latn", "639-3"),
+            ("eng_Latx", "15924"),
+            ("eng_Qaby", "15924"),
+        ] {
+            assert!(said(unknown).unwrap().contains(sentence), "{unknown}");
         }
     }
 }

@@ -7,18 +7,25 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use common::{END, byte_level_base, write_folders};
-use corpus::{Corpus, Tokenizer, Vocabulary, VocabularySettings, extend, fertility, import_folders};
+use corpus::{
+    Corpus, Scores, Split, Tokenizer, Vocabulary, VocabularySettings, WordRules, extend, fertility, import_folders,
+};
 use proptest::prelude::*;
 use serde_json::Value;
 use tokenizers::{Model, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
-const SETTINGS: VocabularySettings = VocabularySettings {
+static SETTINGS: LazyLock<VocabularySettings> = LazyLock::new(|| VocabularySettings {
     new_pieces: 150,
     alpha: 0.3,
     max_piece_bytes: 12,
     multiple_of: 64,
     seed: 1,
-};
+    scores: Scores::AfterBase,
+    preserve: Vec::new(),
+    special: Vec::new(),
+    user_defined: Vec::new(),
+    words: WordRules::default(),
+});
 
 /// Two special tokens, 256 bytes and eight merges.
 const BASE_SIZE: usize = 266;
@@ -41,7 +48,7 @@ static FIXTURE: LazyLock<Fixture> = LazyLock::new(|| {
     ];
     byte_level_base(&base, BASE_SIZE, &english);
     let corpus = small_corpus(folder.path());
-    let vocabulary = extend(&corpus, &base, Some(&SETTINGS), &extended, &mut |_, _| {}).unwrap();
+    let vocabulary = extend(&corpus, &base, Some(&*SETTINGS), &extended, &mut |_, _| {}).unwrap();
     Fixture {
         _folder: folder,
         corpus,
@@ -236,12 +243,57 @@ fn the_same_settings_give_the_same_file() {
     let again = extend(
         &FIXTURE.corpus,
         &FIXTURE.base,
-        Some(&SETTINGS),
+        Some(&*SETTINGS),
         &out.path().join("again"),
         &mut |_, _| {},
     )
     .unwrap();
     assert_eq!(again, FIXTURE.vocabulary);
+}
+
+#[test]
+fn a_preserved_language_is_cut_as_before_and_tokens_of_their_own_are_found() {
+    let settings = VocabularySettings {
+        new_pieces: 60,
+        preserve: vec!["fin_Latn".parse().unwrap()],
+        special: vec!["<|user|>".to_owned()],
+        user_defined: vec!["<table>".to_owned()],
+        ..SETTINGS.clone()
+    };
+    let out = tempfile::tempdir().unwrap();
+    let out = out.path().join("v");
+    let vocabulary = extend(&FIXTURE.corpus, &FIXTURE.base, Some(&settings), &out, &mut |_, _| {}).unwrap();
+    assert_eq!((vocabulary.pieces.len(), vocabulary.size), (62, BASE_SIZE + 62));
+    let (base, extended) = (Tokenizer::open(&FIXTURE.base).unwrap(), Tokenizer::open(&out).unwrap());
+    for document in FIXTURE
+        .corpus
+        .entries(&settings.preserve[0])
+        .flat_map(|entry| FIXTURE.corpus.all_documents(entry, Split::Train).unwrap())
+    {
+        assert_eq!(
+            base.encode(&document.text).unwrap(),
+            extended.encode(&document.text).unwrap()
+        );
+    }
+    let report = fertility(&FIXTURE.corpus, &base, &extended).unwrap();
+    for language in report {
+        let preserved = language.language == settings.preserve[0];
+        assert_eq!(
+            language.tokens_after == language.tokens_before,
+            preserved,
+            "{language:?}"
+        );
+        assert_eq!(
+            language.documents_unchanged == language.documents,
+            preserved,
+            "{language:?}"
+        );
+    }
+    let table = extended.id("<table>").unwrap();
+    assert!(extended.encode("a<table>b").unwrap().contains(&table));
+    let user = extended.id("<|user|>").unwrap();
+    assert!(!extended.encode("<|user|>").unwrap().contains(&user));
+    assert_eq!((table, user), (BASE_SIZE as u32 + 60, BASE_SIZE as u32 + 61));
 }
 
 #[test]
@@ -303,7 +355,7 @@ fn what_cannot_be_extended_says_why() {
     check(
         VocabularySettings {
             new_pieces: 100_000,
-            ..SETTINGS
+            ..SETTINGS.clone()
         },
         &same,
         "new_pieces = 100000, but the corpus yields only ",
@@ -311,20 +363,23 @@ fn what_cannot_be_extended_says_why() {
     check(
         VocabularySettings {
             new_pieces: 0,
-            ..SETTINGS
+            ..SETTINGS.clone()
         },
         &same,
         "vocabulary.new_pieces = 0: must be at least 1",
     );
     check(
-        VocabularySettings { alpha: 1.5, ..SETTINGS },
+        VocabularySettings {
+            alpha: 1.5,
+            ..SETTINGS.clone()
+        },
         &same,
         "vocabulary.alpha = 1.5: must lie between 0 and 1",
     );
     check(
         VocabularySettings {
             max_piece_bytes: 1,
-            ..SETTINGS
+            ..SETTINGS.clone()
         },
         &same,
         "vocabulary.max_piece_bytes = 1: must be at least 2",
@@ -332,35 +387,68 @@ fn what_cannot_be_extended_says_why() {
     check(
         VocabularySettings {
             multiple_of: 0,
-            ..SETTINGS
+            ..SETTINGS.clone()
         },
         &same,
         "vocabulary.multiple_of = 0: must be at least 1",
     );
     check(
-        SETTINGS,
+        SETTINGS.clone(),
         &|file| file["model"]["byte_fallback"] = true.into(),
         "keep the base's vocabulary by leaving `vocabulary` out",
     );
     check(
-        SETTINGS,
+        SETTINGS.clone(),
         &|file| file["model"]["ignore_merges"] = true.into(),
         "`ignore_merges` is on",
     );
     check(
-        SETTINGS,
+        SETTINGS.clone(),
         &|file| file["model"]["dropout"] = 0.1.into(),
         "drop out at random",
     );
     check(
-        SETTINGS,
+        SETTINGS.clone(),
         &|file| file["pre_tokenizer"] = Value::Null,
         "it is not byte-level",
     );
     check(
-        SETTINGS,
+        SETTINGS.clone(),
         &|file| file["model"] = serde_json::json!({"type": "WordLevel", "vocab": {}, "unk_token": "x"}),
         "not BPE",
     );
-    check(SETTINGS, &|file| file["version"] = "9".into(), "cannot be used");
+    check(
+        VocabularySettings {
+            scores: Scores::Kept,
+            ..SETTINGS.clone()
+        },
+        &same,
+        "has no scores to keep",
+    );
+    check(
+        VocabularySettings {
+            scores: Scores::Kept,
+            preserve: vec!["fin_Latn".parse().unwrap()],
+            ..SETTINGS.clone()
+        },
+        &same,
+        "vocabulary.preserve = fin_Latn: cannot hold with scores: kept",
+    );
+    check(
+        VocabularySettings {
+            special: vec![END.to_owned()],
+            ..SETTINGS.clone()
+        },
+        &same,
+        "is a token already",
+    );
+    check(
+        VocabularySettings {
+            user_defined: vec!["a b".to_owned()],
+            ..SETTINGS.clone()
+        },
+        &same,
+        "has a space in it",
+    );
+    check(SETTINGS.clone(), &|file| file["version"] = "9".into(), "cannot be used");
 }

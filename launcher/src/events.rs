@@ -51,6 +51,9 @@ pub struct StepMetrics {
     pub rows_digest: String,
     /// Rows by language in this step's global batch.
     pub languages: BTreeMap<String, u32>,
+    /// Rows by `source/language`, where the text has several sources.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub parts: BTreeMap<String, u32>,
     pub unix_time: f64,
 }
 
@@ -88,6 +91,7 @@ mod tests {
             resident_bytes: 1 << 31,
             rows_digest: "ab12".to_owned(),
             languages: [("eng_Latn".to_owned(), 16)].into(),
+            parts: [("web/eng_Latn".to_owned(), 16)].into(),
             unix_time: 1.7e9,
         }
     }

@@ -7,6 +7,7 @@ pub mod exit;
 pub mod files;
 pub mod place;
 pub mod report;
+pub mod sampling;
 pub mod stages;
 pub mod supervise;
 pub mod text;

@@ -32,12 +32,14 @@ Examples:
   panglot prepare configs/demo.yaml             corpus, model, vocabulary, tokens: what is missing or stale
   panglot train configs/demo.yaml -n 2          on two ranks; the same line again resumes
   panglot train configs/tiny.yaml train.steps=5 a key of the config, for this time
+  panglot corpus verify configs/demo.yaml       is every language still as it was imported?
+  panglot rows configs/demo.yaml --decode       what the model will read, and in which language
   panglot report configs/demo.yaml              one page to look at: runs/demo/report.html";
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make the corpus: documents by language, cleaned, deduplicated, some held out
-    Corpus(commands::stage::Args),
+    /// Make the corpus: documents by language, cleaned, deduplicated, some held out; or verify it
+    Corpus(commands::stage::CorpusArgs),
     /// Make the base model's folder: from a GGUF file, or random weights
     #[command(subcommand)]
     Model(commands::model::Command),
@@ -55,6 +57,8 @@ enum Command {
     Export(commands::export::Args),
     /// Show what a config means, every value and what follows from it; starts nothing
     Plan(commands::plan::Args),
+    /// Show the rows that a run reads, or the table of what it reads of each part; starts nothing
+    Rows(commands::rows::Args),
     /// Draw a run as one self-contained HTML page
     Report(commands::report::Args),
     /// Walk the whole road on real text, interruption and resume included
@@ -84,6 +88,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => commands::eval::run(&app, &args),
         Command::Export(args) => commands::export::run(&app, &args),
         Command::Plan(args) => commands::plan::run(&app, &args),
+        Command::Rows(args) => commands::rows::run(&app, &args),
         Command::Report(args) => commands::report::run(&app, &args),
         Command::Demo(args) => commands::demo::run(&app, &args),
         Command::Tether { parent, program, args } => {
@@ -133,6 +138,36 @@ mod tests {
             let end = words.iter().position(|word| *word == "a").unwrap_or(words.len());
             Cli::try_parse_from(&words[..end]).unwrap_or_else(|error| panic!("{line}: {error}"));
         }
+    }
+
+    #[test]
+    fn a_corpus_is_made_or_verified() {
+        let parsed = |line: &str| {
+            let Command::Corpus(args) = Cli::try_parse_from(line.split(' ')).unwrap().command else {
+                panic!("corpus")
+            };
+            args
+        };
+        let made = parsed("panglot corpus c.yaml");
+        assert_eq!(
+            (made.config.unwrap().config.to_str(), made.force),
+            (Some("c.yaml"), false)
+        );
+        let made = parsed("panglot corpus c.yaml seed=3 --force");
+        assert_eq!(
+            (made.config.unwrap().overrides, made.force),
+            (vec!["seed=3".to_owned()], true)
+        );
+        let Some(commands::stage::CorpusCommand::Verify(config)) =
+            parsed("panglot corpus verify c.yaml seed=3 --json").command
+        else {
+            panic!("verify")
+        };
+        assert_eq!(config.config.to_str(), Some("c.yaml"));
+        assert!(
+            Cli::try_parse_from(["panglot", "corpus"]).is_err(),
+            "a config is needed"
+        );
     }
 
     #[test]

@@ -4,12 +4,11 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use configs::{Model, Pieces, Plan, Source, digest};
+use configs::{Model, OnUnreadable, Pieces, Plan, digest};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -102,34 +101,27 @@ impl Maker<'_> {
         let folders = &plan.folders;
         match stage {
             Stage::Corpus => {
-                match &plan.corpus.source {
-                    Source::Udhr { path } => {
-                        corpus::import_udhr(path, out, plan.corpus.held_out, plan.seed, &mut progress)?
-                    }
-                    Source::Folders { path } => {
-                        corpus::import_folders(path, out, plan.corpus.held_out, plan.seed, &mut progress)?
-                    }
-                };
+                let (sources, settings) = import_of(plan, self.force)?;
+                corpus::import(&sources, &settings, out, &mut progress)?;
             }
             Stage::Model => return self.build_model(out),
             Stage::Vocabulary => {
                 let corpus = corpus::Corpus::open(&folders.corpus)?;
-                let settings = plan.vocabulary.as_ref().map(|vocabulary| corpus::VocabularySettings {
-                    new_pieces: vocabulary.new_pieces,
-                    alpha: vocabulary.alpha,
-                    max_piece_bytes: vocabulary.max_piece_bytes,
-                    multiple_of: vocabulary.multiple_of,
-                    seed: plan.seed,
-                });
+                let settings = plan
+                    .vocabulary
+                    .as_ref()
+                    .map(|settings| vocabulary_settings(settings, plan.seed));
+                let settings = settings.transpose()?;
                 corpus::extend(&corpus, &folders.base_model, settings.as_ref(), out, &mut progress)?;
             }
             Stage::Tokens => {
                 let corpus = corpus::Corpus::open(&folders.corpus)?;
-                let (start, end) = (
-                    plan.corpus.document_start.as_deref(),
-                    plan.corpus.document_end.as_deref(),
-                );
-                corpus::tokenize(&corpus, &folders.vocabulary, out, start, end, &mut progress)?;
+                let settings = corpus::TokenizeSettings {
+                    document_start: plan.corpus.document_start.clone(),
+                    document_end: plan.corpus.document_end.clone(),
+                    megatron: megatron_files(plan)?,
+                };
+                corpus::tokenize(&corpus, &folders.vocabulary, out, &settings, &mut progress)?;
             }
         }
         Ok(())
@@ -209,8 +201,13 @@ impl Stage {
     fn inputs(self, plan: &Plan) -> anyhow::Result<String> {
         let inputs = match self {
             Stage::Corpus => {
-                let (Source::Udhr { path } | Source::Folders { path }) = &plan.corpus.source;
-                json!([plan.corpus.source, plan.corpus.held_out, plan.seed, fingerprint(path)?])
+                let (sources, settings) = import_of(plan, false)?;
+                let paths = sources.iter().flat_map(|source| source.kind.paths());
+                let paths = paths.chain(settings.contamination.iter().flat_map(|c| c.files.clone()));
+                let files = paths
+                    .map(|path| fingerprint(&path))
+                    .collect::<anyhow::Result<Vec<_>>>()?;
+                json!([sources, settings, files])
             }
             Stage::Model => match &plan.model {
                 Model::Folder => json!(null),
@@ -225,21 +222,13 @@ impl Stage {
                 }
             },
             Stage::Vocabulary => {
-                let settings = plan.vocabulary.as_ref().map(|vocabulary| {
-                    // How rows start is the model's business, not the tokenizer's.
-                    (
-                        vocabulary.new_pieces,
-                        vocabulary.alpha,
-                        vocabulary.max_piece_bytes,
-                        vocabulary.multiple_of,
-                    )
-                });
-                json!([
-                    settings,
-                    plan.seed,
-                    corpus_digest(plan)?,
-                    tokenizer_digest(Stage::Model, plan)?
-                ])
+                // How rows start is the model's business, not the tokenizer's.
+                let settings = plan
+                    .vocabulary
+                    .as_ref()
+                    .map(|settings| vocabulary_settings(settings, plan.seed));
+                let settings = settings.transpose()?;
+                json!([settings, corpus_digest(plan)?, tokenizer_digest(Stage::Model, plan)?])
             }
             Stage::Tokens => {
                 let corpus = &plan.corpus;
@@ -265,7 +254,8 @@ impl Stage {
 
     fn unit(self) -> &'static str {
         match self {
-            Stage::Corpus | Stage::Tokens => "languages",
+            Stage::Corpus => "bytes",
+            Stage::Tokens => "languages",
             Stage::Model => "tensors",
             Stage::Vocabulary => "pieces",
         }
@@ -290,6 +280,100 @@ impl fmt::Display for Outcome {
             Outcome::Made(time) => write!(f, "made in {}", text::duration(*time)),
         }
     }
+}
+
+/// The sources that are tokenised already.
+fn megatron_files(plan: &Plan) -> anyhow::Result<Vec<corpus::MegatronFiles>> {
+    let mut files = Vec::new();
+    for source in &plan.corpus.sources {
+        if let configs::SourceKind::Megatron { path } = &source.kind {
+            files.extend(corpus::MegatronFiles::find(path, &source.name)?);
+        }
+    }
+    Ok(files)
+}
+
+/// What the plan says of the corpus, in the importer's words. Tokenised sources are no text, and are left out.
+fn import_of(plan: &Plan, afresh: bool) -> anyhow::Result<(Vec<corpus::SourceSpec>, corpus::ImportSettings)> {
+    let mut sources = Vec::new();
+    for source in &plan.corpus.sources {
+        let kind = match &source.kind {
+            configs::SourceKind::Udhr { path } => corpus::SourceKind::Udhr { path: path.clone() },
+            configs::SourceKind::Folders {
+                path,
+                text_column,
+                one_document,
+            } => corpus::SourceKind::Folders {
+                path: path.clone(),
+                text_column: text_column.clone(),
+                one_document: match one_document {
+                    configs::OneDocument::Line => corpus::OneDocument::Line,
+                    configs::OneDocument::BlankLine => corpus::OneDocument::BlankLine,
+                    configs::OneDocument::File => corpus::OneDocument::File,
+                },
+            },
+            configs::SourceKind::Files {
+                paths,
+                language,
+                text_column,
+            } => corpus::SourceKind::Files {
+                paths: paths.clone(),
+                language: match language {
+                    configs::LanguageOf::Fixed(language) => corpus::LanguageOf::Fixed(language.parse()?),
+                    configs::LanguageOf::Column(column) => corpus::LanguageOf::Column(column.clone()),
+                },
+                text_column: text_column.clone(),
+            },
+            configs::SourceKind::Parallel {
+                sides,
+                languages: [source, target],
+                template,
+            } => corpus::SourceKind::Parallel {
+                sides: match sides {
+                    configs::Sides::Tsv(file) => corpus::Sides::Tsv(file.clone()),
+                    configs::Sides::Files { source, target } => corpus::Sides::Files {
+                        source: source.clone(),
+                        target: target.clone(),
+                    },
+                },
+                languages: [source.parse()?, target.parse()?],
+                template: template.clone(),
+            },
+            configs::SourceKind::Instructions { path, language, prompt } => corpus::SourceKind::Instructions {
+                path: path.clone(),
+                language: language.as_ref().map(|language| language.parse()).transpose()?,
+                prompt: prompt.clone(),
+            },
+            configs::SourceKind::Megatron { .. } => continue,
+        };
+        sources.push(corpus::SourceSpec {
+            name: source.name.clone(),
+            licence: source.licence.clone(),
+            kind,
+        });
+    }
+    ensure!(
+        !sources.is_empty(),
+        "corpus.sources holds no text: all of them are tokenised already; add one with text"
+    );
+    let mut settings = corpus::ImportSettings::new(plan.corpus.held_out, plan.seed);
+    settings.held_out_most = plan.corpus.held_out_most;
+    settings.deduplicate_lines = plan.corpus.deduplicate_lines;
+    settings.on_unreadable = match plan.corpus.on_unreadable {
+        OnUnreadable::Stop => corpus::OnUnreadable::Stop,
+        OnUnreadable::Skip => corpus::OnUnreadable::Skip,
+    };
+    settings.nfc = plan.corpus.nfc;
+    settings.near_duplicates = plan.corpus.near_duplicates;
+    settings.contamination = plan.corpus.contamination.as_ref().map(|c| corpus::Contamination {
+        files: c.files.clone(),
+        n_grams: corpus::NGrams {
+            n_words: c.words,
+            n_characters: c.characters,
+        },
+    });
+    settings.afresh = afresh;
+    Ok((sources, settings))
 }
 
 /// Beside what was made; the folder is complete if this is in it.
@@ -347,6 +431,35 @@ fn corpus_digest(plan: &Plan) -> anyhow::Result<String> {
     Ok(corpus::Corpus::open(&plan.folders.corpus)?.digest())
 }
 
+/// The config's words as the corpus crate's.
+fn vocabulary_settings(settings: &configs::Vocabulary, seed: u64) -> anyhow::Result<corpus::VocabularySettings> {
+    let preserve: Result<Vec<corpus::Language>, _> = settings.preserve.iter().map(|name| name.parse()).collect();
+    let words = settings.words.clone();
+    Ok(corpus::VocabularySettings {
+        new_pieces: settings.new_pieces,
+        alpha: settings.alpha,
+        max_piece_bytes: settings.max_piece_bytes,
+        multiple_of: settings.multiple_of,
+        seed,
+        scores: match settings.scores {
+            configs::Scores::AfterBase => corpus::Scores::AfterBase,
+            configs::Scores::Kept => corpus::Scores::Kept,
+        },
+        preserve: preserve.context("vocabulary.preserve")?,
+        special: settings.special.clone(),
+        user_defined: settings.user_defined.clone(),
+        words: corpus::WordRules {
+            split_by_unicode_script: words.split_by_unicode_script,
+            split_by_number: words.split_by_number,
+            split_by_whitespace: words.split_by_whitespace,
+            split_digits: words.split_digits,
+            max_piece_length: words.max_piece_length,
+            character_coverage: words.character_coverage,
+            required_characters: words.required_characters,
+        },
+    })
+}
+
 fn tokenizer_digest(of: Stage, plan: &Plan) -> anyhow::Result<String> {
     need(of, plan)?;
     let file = of.folder(plan).join("tokenizer.json");
@@ -365,53 +478,12 @@ fn need(stage: Stage, plan: &Plan) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Digest of a source's files by name and size, and by content where they are small, by time of change where they are
-/// large: reading 600 GB to learn that nothing has changed would take longer than it saves.
+/// Digest of a source's files; see [`corpus::fingerprint`].
 fn fingerprint(path: &Path) -> anyhow::Result<String> {
     ensure!(
         path.exists(),
         "{} does not exist; fetch it (`make demo` does), or correct the path in the config",
         files::shown(path)
     );
-    let mut found = Vec::new();
-    list_files(path, &mut found).with_context(|| format!("cannot list {}", path.display()))?;
-    found.sort();
-    let mut hasher = blake3::Hasher::new();
-    let mut content = Vec::new();
-    for file in &found {
-        let context = || format!("cannot read {}", file.display());
-        let metadata = fs::metadata(file).with_context(context)?;
-        let name = file.strip_prefix(path).unwrap_or(file).as_os_str().as_encoded_bytes();
-        hasher
-            .update(&(name.len() as u64).to_le_bytes())
-            .update(name)
-            .update(&metadata.len().to_le_bytes());
-        if metadata.len() <= READ_WHOLE_UP_TO {
-            content.clear();
-            fs::File::open(file)
-                .and_then(|mut file| file.read_to_end(&mut content))
-                .with_context(context)?;
-            hasher.update(&content);
-        } else {
-            let changed = metadata
-                .modified()
-                .ok()
-                .and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-            hasher.update(&changed.unwrap_or_default().as_nanos().to_le_bytes());
-        }
-    }
-    Ok(hasher.finalize().to_hex().to_string())
-}
-
-const READ_WHOLE_UP_TO: u64 = 1 << 20;
-
-fn list_files(path: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
-    if !path.is_dir() {
-        found.push(path.to_owned());
-        return Ok(());
-    }
-    for entry in fs::read_dir(path)? {
-        list_files(&entry?.path(), found)?;
-    }
-    Ok(())
+    Ok(corpus::fingerprint(path)?)
 }

@@ -77,7 +77,10 @@ impl View {
     }
 
     fn progress(&mut self, done: u64, total: u64, unit: &str) {
-        let of_total = format!("{} of {} {unit}", text::count(done), text::count(total));
+        let of_total = match unit {
+            "bytes" => format!("{} of {}", text::bytes(done), text::bytes(total)),
+            _ => format!("{} of {} {unit}", text::count(done), text::count(total)),
+        };
         self.draw(done, total, &format!("{}  {of_total}", self.phase));
     }
 

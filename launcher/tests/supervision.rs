@@ -22,7 +22,7 @@ name: NAME
 seed: 1
 folders: { prepared: prepared, run: run }
 corpus:
-  source: { kind: folders, path: texts }
+  sources: [{ name: texts, kind: folders, path: texts }]
   held_out: 0.2
 model: { kind: folder, path: model }
 sampling: { alpha: 0.3 }

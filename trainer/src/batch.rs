@@ -1,23 +1,27 @@
 //! This rank's rows of the global batch, cut into micro-batches. A pure function of the step.
 
 use configs::Train;
-use corpus::Stream;
+use corpus::{Row, RowsDigest, Stream};
 use tch::Tensor;
 
-use crate::model::IGNORE;
+use crate::model::{Documents, IGNORE};
 
 pub struct MicroBatch {
     pub ids_bt: Tensor,
-    /// The token that follows each position; [`IGNORE`] at the last.
+    /// The token that follows each position; [`IGNORE`] at the last, and where it is not to be learned.
     pub targets_bt: Tensor,
     /// Global row numbers.
     pub rows: Vec<u64>,
+    /// Where documents begin, if they do not see each other.
+    pub documents: Option<Documents>,
 }
 
 pub struct Batch {
     pub micro_batches: Vec<MicroBatch>,
-    /// Positions with a target in this rank's rows.
+    /// Positions with a target in this rank's rows; 0 is possible.
     pub n_targets: usize,
+    /// Of this rank's rows: sums over ranks to the global batch's.
+    pub digest: RowsDigest,
 }
 
 /// Global rows of `step`, all ranks.
@@ -32,26 +36,43 @@ impl Batch {
         let all = rows_of_step(train, step);
         let mine = train.rows_per_step / world;
         let first = all.start + (rank * mine) as u64;
-        let rows: Vec<u64> = (first..first + mine as u64).collect();
-        let micro_batches: Vec<MicroBatch> = rows
-            .chunks(train.micro_rows)
-            .map(|rows| micro_batch(stream, train, rows))
-            .collect();
+        let indices: Vec<u64> = (first..first + mine as u64).collect();
+        let (mut n_targets, mut digest) = (0, RowsDigest::default());
+        let mut micro_batches = Vec::new();
+        for indices in indices.chunks(train.micro_rows) {
+            let rows: Vec<Row> = indices.iter().map(|index| stream.row(*index)).collect();
+            for (index, row) in indices.iter().zip(&rows) {
+                n_targets += row.n_targets();
+                digest.add(*index, row);
+            }
+            micro_batches.push(MicroBatch::new(indices, &rows));
+        }
         Batch {
-            n_targets: rows.len() * (train.sequence_length - 1),
             micro_batches,
+            n_targets,
+            digest,
         }
     }
 }
 
-fn micro_batch(stream: &Stream, train: &Train, rows: &[u64]) -> MicroBatch {
-    let shape = [rows.len() as i64, train.sequence_length as i64];
-    let ids: Vec<i64> = rows.iter().flat_map(|&row| stream.row(row).tokens).collect();
-    let target = |tokens: &[i64]| tokens[1..].iter().copied().chain([IGNORE]).collect::<Vec<_>>();
-    let targets: Vec<i64> = ids.chunks(train.sequence_length).flat_map(target).collect();
-    MicroBatch {
-        ids_bt: Tensor::from_slice(&ids).view(shape),
-        targets_bt: Tensor::from_slice(&targets).view(shape),
-        rows: rows.to_vec(),
+impl MicroBatch {
+    /// Rows of one length, and their global numbers.
+    pub fn new(indices: &[u64], rows: &[Row]) -> MicroBatch {
+        let length = rows[0].tokens.len();
+        let shape = [rows.len() as i64, length as i64];
+        let ids: Vec<i64> = rows.iter().flat_map(|row| row.tokens.iter().copied()).collect();
+        let targets: Vec<i64> = rows.iter().flat_map(targets).collect();
+        MicroBatch {
+            ids_bt: Tensor::from_slice(&ids).view(shape),
+            targets_bt: Tensor::from_slice(&targets).view(shape),
+            rows: indices.to_vec(),
+            documents: Documents::new(rows.iter().map(|row| row.document_starts.as_slice()), length),
+        }
     }
+}
+
+fn targets(row: &Row) -> Vec<i64> {
+    let following = row.tokens.iter().zip(&row.is_target).skip(1);
+    let known = following.map(|(token, is_target)| if *is_target { *token } else { IGNORE });
+    known.chain([IGNORE]).collect()
 }

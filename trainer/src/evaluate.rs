@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use configs::{Plan, Precision};
-use corpus::{Corpus, Split, Tokenizer};
+use corpus::{Corpus, Tokenizer};
 use launcher::evaluation::{Evaluation, LanguageResult};
 use launcher::events::Event;
 use sharding::Comm;
@@ -114,12 +114,12 @@ fn windows(plan: &Plan, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<(Vec<L
         })?),
     };
     let (mut scores, mut windows) = (Vec::new(), Vec::new());
-    for entry in &corpus.manifest().languages {
-        let mut documents = corpus.documents(&entry.language, Split::HeldOut)?;
+    for language in corpus.languages() {
+        let mut documents = corpus.held_out(&language)?;
         documents.sort_by(|a, b| a.key.cmp(&b.key));
         documents.truncate(plan.evaluation.documents_per_language.unwrap_or(usize::MAX));
         let mut score = LanguageResult {
-            language: entry.language.to_string(),
+            language: language.to_string(),
             documents: 0,
             bytes: 0,
             characters: 0,

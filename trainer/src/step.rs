@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use configs::{Group, Plan, Rates};
+use corpus::RowsDigest;
 use sharding::adamw::AdamW;
 use sharding::zero::Verdict;
 use sharding::{Comm, Zero};
@@ -28,6 +29,8 @@ pub struct StepReport {
     /// Nats per target, mean over the global batch, before the update.
     pub loss: f64,
     pub targets: u64,
+    /// Digest of the global batch's rows.
+    pub rows: RowsDigest,
     pub verdict: Verdict,
     /// Some rank was asked to save and stop.
     pub stop: bool,
@@ -46,24 +49,30 @@ impl Trainer<'_> {
     /// `stop` says that this rank was asked to save and stop; the ranks agree on it in the step's one small reduction.
     pub fn train_step(&mut self, batch: &Batch, stop: bool) -> Result<StepReport> {
         let n_targets = self.comm.sum(&[batch.n_targets as f64])?[0];
+        // A batch without any has no gradient and no loss; dividing by one keeps them 0.
+        let divisor = n_targets.max(1.0);
         let mut nll = 0.0;
 
         self.zero.clear_gradients();
         let last = batch.micro_batches.len() - 1;
         for (index, micro) in batch.micro_batches.iter().enumerate() {
-            nll += self.forward_backward(micro, n_targets, index == last)?;
+            nll += self.forward_backward(micro, divisor, index == last)?;
         }
 
-        let verdict = self.zero.finish(self.comm, &[nll, f64::from(stop)])?;
+        let mut ride_along = vec![nll, f64::from(stop)];
+        ride_along.extend(batch.digest.limbs());
+        let verdict = self.zero.finish(self.comm, &ride_along)?;
         if verdict.finite {
             self.zero.update(&self.groups(&verdict));
             self.zero.publish(self.comm)?;
         }
         self.step += 1;
         let (nll, stop) = (verdict.sums[0], verdict.sums[1] > 0.0);
+        let limbs = std::array::from_fn(|limb| verdict.sums[2 + limb]);
         Ok(StepReport {
-            loss: nll / n_targets,
+            loss: nll / divisor,
             targets: n_targets as u64,
+            rows: RowsDigest::from_limbs(limbs),
             verdict,
             stop,
         })
@@ -78,6 +87,7 @@ impl Trainer<'_> {
             rotary: &model.rotary,
             recompute: train.recompute,
             dropout: dropout.as_ref(),
+            documents: micro.documents.as_ref(),
         };
 
         let mut hidden_btd = model.embed(&micro.ids_bt);

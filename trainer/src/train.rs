@@ -1,5 +1,6 @@
 //! A training run from start or checkpoint to its last step: everything around the step and nothing of it.
 
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::ops::Range;
@@ -99,8 +100,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
     let stop = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
-    let shards = TokenShards::open(&plan.folders.tokens)?;
-    let stream = Stream::new(shards, plan.seed, plan.sampling.alpha, plan.train.sequence_length)?;
+    let stream = launcher::sampling::stream(plan)?;
     let (mut trainer, identity) = build(plan, comm)?;
     let folder = plan.folders.run.join("checkpoints");
     let mut progress = resume(&folder, &mut trainer, &identity)?;
@@ -242,11 +242,14 @@ fn metrics(
     resident_bytes: u64,
 ) -> StepMetrics {
     let step = progress.step - 1;
-    let mut languages = std::collections::BTreeMap::new();
-    for row in rows.clone() {
-        *languages
-            .entry(stream.languages()[stream.row(row).language].to_string())
-            .or_insert(0) += 1;
+    let (mut languages, mut parts) = (BTreeMap::new(), BTreeMap::new());
+    for row in rows {
+        let part = &stream.parts()[stream.part(row)];
+        *languages.entry(part.language.to_string()).or_insert(0) += 1;
+        // Its name is the language's where there is one source only.
+        if part.name != part.language.as_str() {
+            *parts.entry(part.name.clone()).or_insert(0) += 1;
+        }
     }
     StepMetrics {
         step,
@@ -260,8 +263,9 @@ fn metrics(
         seconds,
         tokens_per_second: (plan.train.rows_per_step * plan.train.sequence_length) as f64 / seconds,
         resident_bytes,
-        rows_digest: stream.digest(rows.start, rows.end - rows.start),
+        rows_digest: report.rows.to_string(),
         languages,
+        parts,
         unix_time: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use configs::{FullModule, Group, Lora, NewRows, Plan, Rates, Recompute, Schedule};
-use corpus::{NewPiece, Vocabulary};
+use corpus::{NewPiece, RowsDigest, Vocabulary};
 use serde::Deserialize;
 use sharding::{Comm, Stage, Zero};
 use tch::{Kind, Tensor};
@@ -195,6 +195,8 @@ fn exports_load_in_stock_transformers_and_peft_and_give_our_logits() {
             padded_size: 160,
             pieces: (0..9).map(piece).collect(),
             digest: String::new(),
+            lowered_scores: 0,
+            unreachable: 0,
         };
         let pieces = if *grown { vocabulary.size } else { base_size };
         let trains = Trains {
@@ -530,12 +532,14 @@ fn batch(ids: &Tensor, micro_rows: i64) -> Batch {
             targets_bt: targets(&ids_bt),
             ids_bt,
             rows,
+            documents: None,
         }
     };
     let micro_batches = (0..ids.size()[0]).step_by(micro_rows as usize).map(micro).collect();
     Batch {
         micro_batches,
         n_targets: n_targets(ids) as usize,
+        digest: RowsDigest::default(),
     }
 }
 

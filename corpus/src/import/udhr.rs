@@ -156,7 +156,7 @@ fn read_translation(package: &Path, translation: &Translation) -> Result<Vec<Pas
 
     let path = package.join("declaration").join(format!("{}.html", translation.code));
     let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-    let html = crate::import::folders::utf8(&path, 1, &bytes)?;
+    let html = crate::import::lines::utf8(&path, 1, &bytes)?;
     let html = Html::parse_document(html);
     let mut passages = vec![("preamble".to_owned(), text_of(html.select(&OUTSIDE)))];
     for article in html.select(&ARTICLE) {

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -18,12 +19,16 @@ const MAGIC: &[u8; 9] = b"MMIDIDX\x00\x00";
 const VERSION: u64 = 1;
 const HEADER_BYTES: u64 = 9 + 8 + 1 + 8 + 8;
 
-/// How wide a token id is on disk.
+/// How a token id lies on disk: all of Megatron's number types that can hold ids. We write 16 or 32 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TokenType {
-    Uint16,
+    Uint8,
+    Int8,
+    Int16,
     Int32,
+    Int64,
+    Uint16,
 }
 
 impl TokenType {
@@ -39,17 +44,30 @@ impl TokenType {
     /// Bytes a token takes in `.bin`.
     pub fn width(self) -> u64 {
         match self {
-            TokenType::Uint16 => 2,
+            TokenType::Uint8 | TokenType::Int8 => 1,
+            TokenType::Int16 | TokenType::Uint16 => 2,
             TokenType::Int32 => 4,
+            TokenType::Int64 => 8,
         }
     }
 
-    /// Megatron's number for it.
+    /// Megatron's number for it. 6 and 7 are floating-point types, which hold no ids.
     fn code(self) -> u8 {
         match self {
-            TokenType::Uint16 => 8,
+            TokenType::Uint8 => 1,
+            TokenType::Int8 => 2,
+            TokenType::Int16 => 3,
             TokenType::Int32 => 4,
+            TokenType::Int64 => 5,
+            TokenType::Uint16 => 8,
         }
+    }
+
+    fn from_code(code: u8) -> Option<TokenType> {
+        use TokenType::*;
+        [Uint8, Int8, Int16, Int32, Int64, Uint16]
+            .into_iter()
+            .find(|token_type| token_type.code() == code)
     }
 }
 
@@ -79,10 +97,11 @@ impl IndexedWriter {
     }
 
     pub fn write_document(&mut self, tokens: &[u32]) -> Result<()> {
-        let bytes: Vec<u8> = match self.token_type {
-            TokenType::Uint16 => tokens.iter().flat_map(|id| (*id as u16).to_le_bytes()).collect(),
-            TokenType::Int32 => tokens.iter().flat_map(|id| id.to_le_bytes()).collect(),
-        };
+        let width = self.token_type.width() as usize;
+        let bytes: Vec<u8> = tokens
+            .iter()
+            .flat_map(|id| u64::from(*id).to_le_bytes().into_iter().take(width))
+            .collect();
         let reason = || {
             format!(
                 "a document has {} tokens, more than the format can say; split it",
@@ -98,8 +117,8 @@ impl IndexedWriter {
         self.bin.write_all(&bytes).map_err(Error::io("write", &self.bin_path))
     }
 
-    /// Writes the index, syncs both files and returns their digest.
-    pub fn finish(mut self) -> Result<String> {
+    /// Writes the index, syncs both files and returns a digest of them and of `more`, which the caller keeps beside them.
+    pub fn finish(mut self, more: &[u8]) -> Result<String> {
         let n_sequences = self.sizes.len() as u64;
         let mut idx = Vec::with_capacity(idx_bytes(n_sequences, n_sequences + 1) as usize);
         idx.extend_from_slice(MAGIC);
@@ -117,7 +136,7 @@ impl IndexedWriter {
         }
         (0..=n_sequences as i64).for_each(|document| idx.extend_from_slice(&document.to_le_bytes()));
 
-        self.digest.update(&idx);
+        self.digest.update(&idx).update(more);
         crate::finished::write_synced(&self.idx_path, &idx)?;
         self.bin
             .flush()
@@ -140,9 +159,17 @@ impl Indexed {
     /// Maps `PREFIX.bin` and `PREFIX.idx` and checks everything that can be checked without reading all of them.
     pub fn open(prefix: &Path) -> Result<Indexed> {
         let (bin_path, idx_path) = paths(prefix);
-        let (bin, idx) = (Mapped::open(&bin_path)?, Mapped::open(&idx_path)?);
+        Indexed::check(Mapped::open(&bin_path)?, Mapped::open(&idx_path)?)
+    }
+
+    /// The same over bytes in memory.
+    pub fn from_bytes(bin: &[u8], idx: &[u8]) -> Result<Indexed> {
+        Indexed::check(Mapped::of_bytes("bytes.bin", bin), Mapped::of_bytes("bytes.idx", idx))
+    }
+
+    fn check(bin: Mapped, idx: Mapped) -> Result<Indexed> {
         let bad = |reason: String| Error::BadShards {
-            path: idx_path.clone(),
+            path: idx.path.clone(),
             reason,
         };
         if idx.len() < HEADER_BYTES {
@@ -162,14 +189,11 @@ impl Indexed {
                 idx.u64_at(9)
             )));
         }
-        let token_type = match idx.bytes()[17] {
-            8 => TokenType::Uint16,
-            4 => TokenType::Int32,
-            code => {
-                return Err(bad(format!(
-                    "token type {code} is not one that token ids have: 8 (uint16) or 4 (int32)"
-                )));
-            }
+        let code = idx.bytes()[17];
+        let Some(token_type) = TokenType::from_code(code) else {
+            return Err(bad(format!(
+                "token type {code} is not one that token ids have: 1 (uint8), 2 (int8), 3 (int16), 4 (int32), 5 (int64) or 8 (uint16)"
+            )));
         };
         let (n_sequences, n_boundaries) = (idx.u64_at(18), idx.u64_at(26));
         let expected = u128::from(HEADER_BYTES) + 12 * u128::from(n_sequences) + 8 * u128::from(n_boundaries);
@@ -193,12 +217,17 @@ impl Indexed {
             n_sequences,
             n_documents,
         };
-        indexed.check_end()?;
+        indexed.check_ends()?;
         Ok(indexed)
     }
 
-    /// The last sequence must end where `.bin` ends.
-    fn check_end(&self) -> Result<()> {
+    /// The first document must begin with the first sequence, the last end with the last, and that where `.bin` ends.
+    fn check_ends(&self) -> Result<()> {
+        let (first, last) = (self.boundary(0), self.boundary(self.n_documents));
+        if (first, last) != (0, self.n_sequences) {
+            let counts = format!("the documents take sequences {first} to {last} of {}", self.n_sequences);
+            return Err(self.bad(format!("{counts}, not all: the index is altered")));
+        }
         let end = match self.n_sequences.checked_sub(1) {
             Some(last) => {
                 i128::from(self.pointer(last)) + i128::from(self.size(last)) * i128::from(self.token_type.width())
@@ -233,59 +262,142 @@ impl Indexed {
         &self.bin.path
     }
 
+    pub fn idx_path(&self) -> &Path {
+        &self.idx.path
+    }
+
     /// The tokens at these positions of `.bin`, appended as i64, which is what an embedding takes.
     pub fn copy_tokens(&self, range: Range<u64>, into: &mut Vec<i64>) {
         let width = self.token_type.width();
         let bytes = &self.bin.bytes()[(range.start * width) as usize..(range.end * width) as usize];
         match self.token_type {
-            TokenType::Uint16 => into.extend(
-                bytes
-                    .chunks_exact(2)
-                    .map(|b| i64::from(u16::from_le_bytes([b[0], b[1]]))),
-            ),
-            TokenType::Int32 => {
-                into.extend(
-                    bytes
-                        .chunks_exact(4)
-                        .map(|b| i64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
-                );
-            }
+            TokenType::Uint8 => into.extend(bytes.iter().map(|b| i64::from(*b))),
+            TokenType::Int8 => into.extend(bytes.iter().map(|b| i64::from(*b as i8))),
+            TokenType::Int16 => into.extend(each(bytes).map(|b| i64::from(i16::from_le_bytes(b)))),
+            TokenType::Int32 => into.extend(each(bytes).map(|b| i64::from(i32::from_le_bytes(b)))),
+            TokenType::Int64 => into.extend(each(bytes).map(i64::from_le_bytes)),
+            TokenType::Uint16 => into.extend(each(bytes).map(|b| i64::from(u16::from_le_bytes(b)))),
         }
     }
 
     /// Where a document's tokens lie in `.bin`; an error if the index contradicts itself there.
     pub fn document(&self, document: u64) -> Result<Range<u64>> {
-        let boundaries = HEADER_BYTES + 12 * self.n_sequences;
-        let (first, end) = (
-            self.idx.u64_at(boundaries + 8 * document),
-            self.idx.u64_at(boundaries + 8 * (document + 1)),
-        );
+        let (first, end) = (self.boundary(document), self.boundary(document + 1));
         let width = self.token_type.width() as i64;
+        let start = self.position(first);
+        if first == end && first <= self.n_sequences && start <= self.n_tokens() {
+            return Ok(start..start);
+        }
         let range = (first < end && end <= self.n_sequences).then(|| {
-            let start = self.pointer(first) / width;
-            let last = self.pointer(end - 1) / width;
-            (start, last.saturating_add(i64::from(self.size(end - 1))))
+            let (first, last) = (self.pointer(first), self.pointer(end - 1));
+            let aligned = first % width == 0 && last % width == 0;
+            let end = (last / width).saturating_add(i64::from(self.size(end - 1)));
+            (if aligned { first / width } else { -1 }, end)
         });
         match range {
             Some((start, end)) if 0 <= start && start <= end && end as u64 <= self.n_tokens() => {
                 Ok(start as u64..end as u64)
             }
-            None if first == end => Ok(0..0),
-            _ => {
-                let reason = format!("document {document} lies outside of the tokens: the index is damaged");
-                Err(Error::BadShards {
-                    path: self.idx.path.clone(),
-                    reason,
-                })
-            }
+            _ => Err(self.bad(format!(
+                "document {document} lies outside of the tokens: the index is damaged"
+            ))),
         }
     }
 
-    /// Digest of both files: reads all of them.
-    pub fn digest(&self) -> String {
+    /// The document that holds a position of `.bin`, among those of a range that [`lengths`](Self::lengths) has checked.
+    pub fn document_at(&self, token: u64, documents: Range<u64>) -> u64 {
+        let (mut low, mut high) = (documents.start, documents.end);
+        // The last document that begins at or before the token; of empty ones at the same place, the one behind them.
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if self.position(self.boundary(middle)) <= token {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        low
+    }
+
+    /// Tokens of each of these documents, appended; returns where the first begins. Checks on the way that sequences lie end to end and documents hold
+    /// whole sequences, as Megatron writes them; after that no position in the index can lead astray.
+    /// Reads the file and never touches the mapping, so that an index of 200 MB does not become resident.
+    pub fn lengths(&self, documents: Range<u64>, into: &mut Vec<u64>) -> Result<u64> {
+        let mut reader = self.idx.reader()?;
+        let boundaries = reader.u64s(
+            self.boundaries_at() + 8 * documents.start,
+            documents.end + 1 - documents.start,
+        )?;
+        let damaged = |what: String| Err(self.bad(format!("{what}: the index is damaged")));
+        if let Some(at) = boundaries
+            .windows(2)
+            .position(|pair| pair[0] > pair[1] || pair[1] > self.n_sequences)
+        {
+            return damaged(format!(
+                "document {} ends before it begins or outside",
+                documents.start + at as u64
+            ));
+        }
+        let (first, end) = (boundaries[0], boundaries[boundaries.len() - 1]);
+        if first > self.n_sequences {
+            return damaged(format!("document {} begins outside", documents.start));
+        }
+        // The sequence before says where the first must begin.
+        let from = first.saturating_sub(1);
+        let sizes = reader.u32s(HEADER_BYTES + 4 * from, end - from)?;
+        let pointers = reader.u64s(HEADER_BYTES + 4 * self.n_sequences + 8 * from, end - from)?;
+        let width = self.token_type.width();
+        let mut expected = if from == 0 { 0 } else { pointers[0] };
+        let mut begins = expected / width;
+        for ((size, pointer), sequence) in sizes.iter().zip(&pointers).zip(from..) {
+            if *size > i32::MAX as u32 || *pointer != expected {
+                return damaged(format!(
+                    "sequence {sequence} does not begin where the one before it ends"
+                ));
+            }
+            expected = expected.saturating_add(u64::from(*size) * width);
+            if sequence < first {
+                begins = expected / width;
+            }
+        }
+        if expected > self.bin.len() {
+            return damaged(format!("sequence {end} begins outside of the tokens"));
+        }
+        into.extend(boundaries.windows(2).map(|pair| {
+            let of = |sequence: u64| (sequence - from) as usize;
+            sizes[of(pair[0])..of(pair[1])]
+                .iter()
+                .map(|size| u64::from(*size))
+                .sum::<u64>()
+        }));
+        Ok(begins)
+    }
+
+    /// BLAKE3 of both files: reads all of them.
+    pub fn digest(&self, more: &[u8]) -> String {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(self.bin.bytes()).update(self.idx.bytes());
+        hasher.update(self.bin.bytes()).update(self.idx.bytes()).update(more);
         hasher.finalize().to_hex().to_string()
+    }
+
+    /// BLAKE3 of the index alone.
+    pub fn idx_digest(&self) -> String {
+        crate::folder::digest_of(self.idx.bytes())
+    }
+
+    fn bad(&self, reason: String) -> Error {
+        Error::BadShards {
+            path: self.idx.path.clone(),
+            reason,
+        }
+    }
+
+    /// Token position at which a sequence begins; the end for the one after the last. 0 where the index is damaged.
+    fn position(&self, sequence: u64) -> u64 {
+        if sequence >= self.n_sequences {
+            return self.n_tokens();
+        }
+        u64::try_from(self.pointer(sequence)).unwrap_or(0) / self.token_type.width()
     }
 
     /// Tokens of a sequence.
@@ -297,6 +409,49 @@ impl Indexed {
     fn pointer(&self, sequence: u64) -> i64 {
         self.idx.u64_at(HEADER_BYTES + 4 * self.n_sequences + 8 * sequence) as i64
     }
+
+    /// The first sequence of a document; the number of sequences for the one after the last.
+    fn boundary(&self, document: u64) -> u64 {
+        self.idx.u64_at(self.boundaries_at() + 8 * document)
+    }
+
+    fn boundaries_at(&self) -> u64 {
+        HEADER_BYTES + 12 * self.n_sequences
+    }
+}
+
+/// A file of little-endian u32, one a document, mapped.
+pub(crate) struct Counts(Mapped);
+
+impl Counts {
+    /// Must hold `n` numbers.
+    pub fn open(path: &Path, n: u64) -> Result<Counts> {
+        let map = Mapped::open(path)?;
+        if map.len() != 4 * n {
+            let reason = format!(
+                "{n} documents take {} bytes, the file has {}: it does not belong here",
+                4 * n,
+                map.len()
+            );
+            return Err(Error::BadShards {
+                path: path.to_path_buf(),
+                reason,
+            });
+        }
+        Ok(Counts(map))
+    }
+
+    pub fn get(&self, document: u64) -> u32 {
+        self.0.u32_at(4 * document)
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        self.0.bytes()
+    }
+}
+
+fn each<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
+    bytes.chunks_exact(N).map(|b| b.try_into().expect("chunks of N"))
 }
 
 /// Bytes of an index.
@@ -317,8 +472,13 @@ fn paths(prefix: &Path) -> (PathBuf, PathBuf) {
 /// A whole file in memory, read by the operating system as it is touched.
 struct Mapped {
     path: PathBuf,
+    content: Content,
+}
+
+enum Content {
     /// `None` for an empty file, which cannot be mapped.
-    map: Option<Mmap>,
+    File(Option<Mmap>),
+    Bytes(Vec<u8>),
 }
 
 impl Mapped {
@@ -331,12 +491,22 @@ impl Mapped {
         let map = (length > 0).then(|| unsafe { Mmap::map(&file) }).transpose();
         Ok(Mapped {
             path: path.to_path_buf(),
-            map: map.map_err(Error::io("map", path))?,
+            content: Content::File(map.map_err(Error::io("map", path))?),
         })
     }
 
+    fn of_bytes(name: &str, bytes: &[u8]) -> Mapped {
+        Mapped {
+            path: name.into(),
+            content: Content::Bytes(bytes.to_vec()),
+        }
+    }
+
     fn bytes(&self) -> &[u8] {
-        self.map.as_deref().unwrap_or_default()
+        match &self.content {
+            Content::File(map) => map.as_deref().unwrap_or_default(),
+            Content::Bytes(bytes) => bytes,
+        }
     }
 
     fn len(&self) -> u64 {
@@ -351,6 +521,47 @@ impl Mapped {
     fn u32_at(&self, offset: u64) -> u32 {
         let at = offset as usize;
         u32::from_le_bytes(self.bytes()[at..at + 4].try_into().expect("four bytes"))
+    }
+
+    /// Opened when it is needed: a corpus may have more files than a process may have open.
+    fn reader(&self) -> Result<Reader<'_>> {
+        let file = match &self.content {
+            Content::File(_) => Some(File::open(&self.path).map_err(Error::io("open", &self.path))?),
+            Content::Bytes(_) => None,
+        };
+        Ok(Reader {
+            of: self,
+            file,
+            buffer: Vec::new(),
+        })
+    }
+}
+
+/// Reads stretches of a file without touching its mapping.
+struct Reader<'a> {
+    of: &'a Mapped,
+    /// `None` where the bytes are in memory anyway.
+    file: Option<File>,
+    buffer: Vec<u8>,
+}
+
+impl Reader<'_> {
+    fn u64s(&mut self, offset: u64, n: u64) -> Result<Vec<u64>> {
+        Ok(each(self.read(offset, 8 * n)?).map(u64::from_le_bytes).collect())
+    }
+
+    fn u32s(&mut self, offset: u64, n: u64) -> Result<Vec<u32>> {
+        Ok(each(self.read(offset, 4 * n)?).map(u32::from_le_bytes).collect())
+    }
+
+    fn read(&mut self, offset: u64, bytes: u64) -> Result<&[u8]> {
+        let Some(file) = &self.file else {
+            return Ok(&self.of.bytes()[offset as usize..(offset + bytes) as usize]);
+        };
+        self.buffer.resize(bytes as usize, 0);
+        file.read_exact_at(&mut self.buffer, offset)
+            .map_err(Error::io("read", &self.of.path))?;
+        Ok(&self.buffer)
     }
 }
 
@@ -368,7 +579,14 @@ mod tests {
         let (bin, idx) = (fs::read(bin).unwrap(), fs::read(idx).unwrap());
         assert_eq!(&idx[..9], b"MMIDIDX\x00\x00");
         let u64_at = |at: usize| u64::from_le_bytes(idx[at..at + 8].try_into().unwrap()) as usize;
-        let (width, n, boundaries) = (if idx[17] == 8 { 2 } else { 4 }, u64_at(18), u64_at(26));
+        let width = match idx[17] {
+            1 | 2 => 1,
+            3 | 8 => 2,
+            4 => 4,
+            5 => 8,
+            other => panic!("type {other} holds no ids"),
+        };
+        let (n, boundaries) = (u64_at(18), u64_at(26));
         assert_eq!(
             (u64_at(9), boundaries, idx.len()),
             (1, n + 1, 34 + 12 * n + 8 * (n + 1))
@@ -392,8 +610,8 @@ mod tests {
         documents
             .iter()
             .for_each(|tokens| writer.write_document(tokens).unwrap());
-        let digest = writer.finish().unwrap();
-        assert_eq!(Indexed::open(prefix).unwrap().digest(), digest);
+        let digest = writer.finish(b"more").unwrap();
+        assert_eq!(Indexed::open(prefix).unwrap().digest(b"more"), digest);
     }
 
     proptest! {

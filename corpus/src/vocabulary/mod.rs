@@ -1,57 +1,39 @@
-//! Extends a byte-level tokenizer with pieces for the corpus's languages, learned on language-sampled training text.
-//! Base ids never move, the base's own segmentation is only ever merged further, everything else in the files stays.
+//! Extends a tokenizer with pieces for the corpus's languages, learned on language-sampled training text: a byte-level one
+//! here, one of SentencePiece's kind in [`sentencepiece`]. Base ids never move; everything else in the files stays.
 
 mod continued_bpe;
+mod engine;
 pub(crate) mod llama_pieces;
+pub(crate) mod plain_bpe;
+pub(crate) mod report;
+pub(crate) mod sentencepiece;
+pub(crate) mod settings;
 pub(crate) mod tokenizer;
+pub(crate) mod unigram;
+pub(crate) mod words;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokenizers::{
-    Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
-};
 
 use crate::finished::{Unfinished, write_synced};
 use crate::folder::digest_of;
-use crate::stream::shares::weights;
-use crate::vocabulary::continued_bpe::{Limits, Symbols, Word, learn};
-use crate::vocabulary::tokenizer::TOKENIZER;
-use crate::{Corpus, Document, Error, Language, LanguageEntry, Progress, Result, Split, Tokenizer};
+use crate::vocabulary::continued_bpe::{Limits, Pair, Symbols, learn};
+use crate::vocabulary::sentencepiece::proto::SENTENCEPIECE;
+use crate::vocabulary::settings::{Scores, VocabularySettings, WordRules};
+use crate::vocabulary::tokenizer::{TOKENIZER, tokenizer_file};
+use crate::vocabulary::words::{TextSampling, encoded_words};
+use crate::{Corpus, Error, Progress, Result, Split, Tokenizer};
 
 const VOCABULARY: &str = "vocabulary.json";
 
-/// Files of a tokenizer folder that go along unchanged, where the base has them.
-const COMPANIONS: [&str; 3] = [
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
-
-/// More text of one language teaches the vocabulary nothing; documents beyond it are left out by hash.
-const MOST_BYTES_PER_LANGUAGE: usize = 64 << 20;
-
-/// The weights of all training text together, in fixed point: fine enough for hundreds of languages, far from overflow.
-const WHOLE_WEIGHT: u128 = 1 << 48;
-
-/// What the new pieces shall be.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct VocabularySettings {
-    /// Exactly so many are learned, or it is an error.
-    pub new_pieces: usize,
-    /// Languages weigh p_l ∝ n_l^alpha, n_l in bytes.
-    pub alpha: f64,
-    /// No piece is longer: one repeated line must not become a token.
-    pub max_piece_bytes: usize,
-    /// The embedding has a multiple of so many rows.
-    pub multiple_of: usize,
-    /// Chooses documents where a language has more text than is needed.
-    pub seed: u64,
-}
+/// Describes the tokenizer to `transformers`: its class and its special tokens.
+const CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+const TEMPLATE: &str = "chat_template.jinja";
 
 /// `vocabulary.json`: what was added to the base.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,27 +48,21 @@ pub struct Vocabulary {
     pub pieces: Vec<NewPiece>,
     /// BLAKE3 of `tokenizer.json`.
     pub digest: String,
+    /// New pieces whose score was lowered by the least step there is, so that both files cut alike.
+    #[serde(default)]
+    pub lowered_scores: usize,
+    /// New pieces that no text can hold, because other merges come before theirs; only with scores: kept.
+    #[serde(default)]
+    pub unreachable: usize,
 }
 
 /// A piece the base had not.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewPiece {
-    /// In the byte-level alphabet, as in `tokenizer.json`.
+    /// As in `tokenizer.json`: in the byte-level alphabet, or with ▁ for the space.
     pub piece: String,
-    /// How the base spells it: at least two ids.
+    /// How the base spells it: at least two ids, among them those of bytes.
     pub base_ids: Vec<u32>,
-}
-
-/// Tokens that one language's held-out text takes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Fertility {
-    pub language: Language,
-    /// Of UTF-8 text.
-    pub bytes: u64,
-    /// With the base tokenizer.
-    pub tokens_before: u64,
-    /// With the extended one.
-    pub tokens_after: u64,
 }
 
 impl Vocabulary {
@@ -108,7 +84,8 @@ impl Vocabulary {
 }
 
 /// Writes the folder `out` with the extended tokenizer and `vocabulary.json`; without settings the base is copied as it is.
-/// The base must be a byte-level BPE. Progress counts pieces.
+/// The base must be a BPE, byte-level or of SentencePiece's kind; the latter gets a `tokenizer.model` too. Progress counts
+/// pieces.
 pub fn extend(
     corpus: &Corpus,
     base_tokenizer_folder: &Path,
@@ -118,106 +95,142 @@ pub fn extend(
 ) -> Result<Vocabulary> {
     let base = Tokenizer::open(base_tokenizer_folder)?;
     let folder = Unfinished::begin(out, VOCABULARY)?;
-    let mut vocabulary = Vocabulary {
-        base_size: base.size(),
-        size: base.size(),
-        padded_size: base.size(),
-        pieces: Vec::new(),
-        digest: base.digest().to_owned(),
+    let extended = match settings {
+        None => as_it_is(&base, base_tokenizer_folder)?,
+        Some(settings) => {
+            settings.check()?;
+            extended(corpus, &base, base_tokenizer_folder, settings, progress)?
+        }
     };
-    let mut bytes = fs::read(base.path()).map_err(Error::io("read", base.path()))?;
-    if let Some(settings) = settings {
-        check_settings(settings)?;
-        let mut file: Value = serde_json::from_slice(&bytes).map_err(Error::json(base.path()))?;
-        check_base(&file).map_err(|reason| Error::CannotExtend {
-            path: base.path().to_path_buf(),
-            reason,
-        })?;
-        let learned = learn_pieces(corpus, &base, settings, progress)?;
-        append(&mut file, &learned);
-        bytes = serde_json::to_vec_pretty(&file).map_err(Error::json(base.path()))?;
-        vocabulary.size += learned.len();
-        vocabulary.padded_size = vocabulary.size.next_multiple_of(settings.multiple_of);
-        vocabulary.pieces = learned.into_iter().map(|learned| learned.piece).collect();
-        vocabulary.digest = digest_of(&bytes);
+    for (name, bytes) in &extended.files {
+        write_synced(&folder.path().join(name), bytes)?;
     }
-    write_synced(&folder.path().join(TOKENIZER), &bytes)?;
-    copy_companions(base_tokenizer_folder, folder.path())?;
     let path = folder.path().join(VOCABULARY);
     write_synced(
         &path,
-        &serde_json::to_vec_pretty(&vocabulary).map_err(Error::json(&path))?,
+        &serde_json::to_vec_pretty(&extended.vocabulary).map_err(Error::json(&path))?,
     )?;
     folder.finish()?;
-    Ok(vocabulary)
+    Ok(extended.vocabulary)
 }
 
-/// Counts the tokens of every language's held-out text with both tokenizers. Languages without such text are left out.
-pub fn fertility(corpus: &Corpus, base: &Tokenizer, extended: &Tokenizer) -> Result<Vec<Fertility>> {
-    let measure = |entry: &LanguageEntry| -> Result<Fertility> {
-        let documents = corpus.documents(&entry.language, Split::HeldOut)?;
-        let count = |tokenizer: &Tokenizer| -> Result<u64> {
-            documents
-                .iter()
-                .map(|document| Ok(tokenizer.encode(&document.text)?.len() as u64))
-                .sum()
-        };
-        let (tokens_before, tokens_after) = (count(base)?, count(extended)?);
-        Ok(Fertility {
-            language: entry.language.clone(),
-            bytes: entry.held_out.bytes,
-            tokens_before,
-            tokens_after,
-        })
+/// A tokenizer's folder, to be written.
+struct Extended {
+    files: Vec<(&'static str, Vec<u8>)>,
+    vocabulary: Vocabulary,
+}
+
+/// Files of a tokenizer folder that go along unchanged, where the base has them.
+fn companions(folder: &Path, names: &[&'static str]) -> Result<Vec<(&'static str, Vec<u8>)>> {
+    let mut files = Vec::new();
+    for name in names {
+        let path = folder.join(name);
+        if path.is_file() {
+            files.push((*name, fs::read(&path).map_err(Error::io("read", &path))?));
+        }
+    }
+    Ok(files)
+}
+
+fn as_it_is(base: &Tokenizer, folder: &Path) -> Result<Extended> {
+    let mut files = companions(folder, &[SENTENCEPIECE, CONFIG, SPECIAL_TOKENS, TEMPLATE])?;
+    files.push((TOKENIZER, tokenizer_file(folder)?));
+    Ok(Extended {
+        files,
+        vocabulary: Vocabulary {
+            base_size: base.size(),
+            size: base.size(),
+            padded_size: base.size(),
+            pieces: Vec::new(),
+            digest: base.digest().to_owned(),
+            lowered_scores: 0,
+            unreachable: 0,
+        },
+    })
+}
+
+fn extended(
+    corpus: &Corpus,
+    base: &Tokenizer,
+    folder: &Path,
+    settings: &VocabularySettings,
+    progress: Progress,
+) -> Result<Extended> {
+    let mut file: Value = serde_json::from_slice(&tokenizer_file(folder)?).map_err(Error::json(base.path()))?;
+    let mut files = companions(folder, &[TEMPLATE])?;
+    let (mut lowered_scores, mut unreachable) = (0, 0);
+    let is_sentencepiece = file["model"]["byte_fallback"] == json!(true) || sentencepiece::is_in(folder);
+    let pieces = if is_sentencepiece {
+        let model = sentencepiece::base_model(folder, base.path(), &file)?;
+        let extension = sentencepiece::extend(corpus, model, base.path(), &file, settings, progress)?;
+        files.push((SENTENCEPIECE, extension.model.bytes()));
+        (lowered_scores, unreachable) = (extension.lowered, extension.unreachable);
+        file = extension.json;
+        extension.pieces
+    } else {
+        check_byte_level(&file, settings).map_err(|reason| Error::CannotExtend {
+            path: base.path().to_path_buf(),
+            reason,
+        })?;
+        let learned = learn_pieces(corpus, base, settings, progress)?;
+        append(&mut file, &learned);
+        let mut pieces: Vec<NewPiece> = learned.into_iter().map(|learned| learned.piece).collect();
+        pieces.extend(add_tokens(&mut file, base, pieces.len(), settings)?);
+        pieces
     };
-    corpus
-        .manifest()
-        .languages
-        .par_iter()
-        .filter(|entry| entry.held_out.documents > 0)
-        .map(measure)
-        .collect()
+    let bytes = serde_json::to_vec_pretty(&file).map_err(Error::json(base.path()))?;
+    let size = base.size() + pieces.len();
+    let vocabulary = Vocabulary {
+        base_size: base.size(),
+        size,
+        padded_size: size.next_multiple_of(settings.multiple_of),
+        pieces,
+        digest: digest_of(&bytes),
+        lowered_scores,
+        unreachable,
+    };
+    files.push((TOKENIZER, bytes));
+    for (name, bytes) in companions(folder, &[CONFIG, SPECIAL_TOKENS])? {
+        let path = folder.join(name);
+        let described: Value = serde_json::from_slice(&bytes).map_err(Error::json(&path))?;
+        let described = describe(described, name == CONFIG && is_sentencepiece, &settings.special);
+        files.push((name, serde_json::to_vec_pretty(&described).map_err(Error::json(&path))?));
+    }
+    Ok(Extended { files, vocabulary })
 }
 
-fn check_settings(settings: &VocabularySettings) -> Result<()> {
-    let wrong = |setting, value: String, rule| Err(Error::VocabularySetting { setting, value, rule });
-    if settings.new_pieces == 0 {
-        return wrong(
-            "new_pieces",
-            "0".into(),
-            "must be at least 1; to keep the base's vocabulary leave `vocabulary` out",
-        );
+/// What `transformers` reads beside `tokenizer.json`, with the new special tokens. Its class for LLaMA would put its own
+/// way of cutting in place of the file's and lose a space in front of the text, so the class that takes the file as it is
+/// is named instead.
+fn describe(mut described: Value, names_the_class: bool, special: &[String]) -> Value {
+    if names_the_class {
+        described["tokenizer_class"] = json!("PreTrainedTokenizerFast");
     }
-    if !(0.0..=1.0).contains(&settings.alpha) {
-        return wrong(
-            "alpha",
-            settings.alpha.to_string(),
-            "must lie between 0 and 1; MaLA-500 uses 0.3",
-        );
+    if !special.is_empty() {
+        let mut all = described["additional_special_tokens"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        all.extend(special.iter().map(|token| json!(token)));
+        described["additional_special_tokens"] = json!(all);
     }
-    if settings.max_piece_bytes < 2 {
-        return wrong(
-            "max_piece_bytes",
-            settings.max_piece_bytes.to_string(),
-            "must be at least 2; try 32",
-        );
-    }
-    if settings.multiple_of == 0 {
-        return wrong("multiple_of", "0".into(), "must be at least 1; 64 suits GPUs");
-    }
-    Ok(())
+    described
 }
 
 /// Whether appending merges means what this file promises.
-fn check_base(file: &Value) -> Result<(), String> {
+fn check_byte_level(file: &Value, settings: &VocabularySettings) -> Result<(), String> {
     let model = &file["model"];
+    if settings.scores == Scores::Kept {
+        return Err(
+            "it is byte-level and has no scores to keep: scores: kept is for SentencePiece bases, use after_base"
+                .into(),
+        );
+    }
+    if settings.words != WordRules::default() {
+        return Err("it is byte-level and cuts words its own way, so that `words` cannot be set".into());
+    }
     if !model["vocab"].is_object() || !model["merges"].is_array() {
         return Err(format!("its model is {}, not BPE", model["type"]));
-    }
-    if model["byte_fallback"] == json!(true) {
-        return Err(
-            "it falls back to bytes in the manner of SentencePiece, and only byte-level BPE can grow for now".into(),
-        );
     }
     if model["ignore_merges"] == json!(true) {
         return Err("`ignore_merges` is on, so its merges do not decide how words are cut".into());
@@ -253,17 +266,18 @@ fn learn_pieces(
     settings: &VocabularySettings,
     progress: Progress,
 ) -> Result<Vec<Learned>> {
-    let mut words = encoded_words(corpus, base, settings)?;
+    let mut words = encoded_words(corpus, base, &TextSampling::of(settings))?;
     // Ids that the base leaves free keep an empty string; no word holds them.
     let strings = (0..base.size() as u32)
         .map(|id| base.piece(id).unwrap_or_default())
         .collect();
     let added = base
-        .engine()
+        .inner()
         .get_added_tokens_decoder()
         .into_values()
         .map(|token| token.content);
-    let mut symbols = Symbols::new(strings, added);
+    let mut symbols = Symbols::new(strings, added.chain(settings.tokens()));
+    symbols.ban(occurring(corpus, base, settings)?);
     let limits = Limits {
         new_pieces: settings.new_pieces,
         max_piece_bytes: settings.max_piece_bytes,
@@ -288,88 +302,24 @@ fn learn_pieces(
     Ok(learned.collect())
 }
 
-/// The distinct words of the training text as the base encodes them, in the order of their strings.
-fn encoded_words(corpus: &Corpus, base: &Tokenizer, settings: &VocabularySettings) -> Result<Vec<Word>> {
-    let entries = &corpus.manifest().languages;
-    let bytes: Vec<u64> = entries.iter().map(|entry| entry.train.bytes).collect();
-    let shares = weights(&bytes, settings.alpha);
-    let whole: u128 = shares.iter().sum();
-    let mut words: BTreeMap<String, (u64, u64)> = BTreeMap::new();
-    for (entry, share) in entries.iter().zip(shares) {
-        let documents = sampled(corpus.documents(&entry.language, Split::Train)?, settings.seed);
-        let sampled_bytes: u128 = documents.iter().map(|document| document.text.len() as u128).sum();
-        // A language's weight is spread over its bytes, so that each word weighs what its language may give it.
-        let weight = share * WHOLE_WEIGHT / (whole * sampled_bytes).max(1);
-        for (word, count) in count_words(&documents, base)? {
-            let (total_weight, total_count) = words.entry(word).or_default();
-            *total_weight += count * (weight as u64).max(1);
-            *total_count += count;
+/// The pairs of neighbouring symbols in all training text of the languages to preserve.
+fn occurring(corpus: &Corpus, base: &Tokenizer, settings: &VocabularySettings) -> Result<HashSet<Pair>> {
+    let mut pairs = HashSet::new();
+    let mut symbols = Vec::new();
+    for entry in settings.preserve.iter().flat_map(|language| corpus.entries(language)) {
+        for document in corpus.documents(entry, Split::Train)? {
+            let mut spelled = Ok(());
+            base.each_word(&document?.text, &mut |word| {
+                symbols.clear();
+                if let Err(error) = base.spell(word, &mut symbols) {
+                    spelled = Err(error);
+                }
+                pairs.extend(symbols.windows(2).map(|two| (two[0], two[1])));
+            })?;
+            spelled?;
         }
     }
-    let words: Vec<_> = words.into_iter().collect();
-    let encode = |(word, (weight, count)): &(String, (u64, u64))| -> Result<Word> {
-        let tokens = base.engine().get_model().tokenize(word).map_err(|e| base.bad(e))?;
-        Ok(Word {
-            symbols: tokens.iter().map(|token| token.id).collect(),
-            weight: *weight,
-            count: *count,
-        })
-    };
-    words.par_iter().map(encode).collect()
-}
-
-/// All of a language's documents, or those that the seed picks where there are too many.
-fn sampled(mut documents: Vec<Document>, seed: u64) -> Vec<Document> {
-    documents.sort_by_cached_key(|document| {
-        *blake3::Hasher::new()
-            .update(&seed.to_le_bytes())
-            .update(document.key.as_bytes())
-            .finalize()
-            .as_bytes()
-    });
-    let mut bytes = 0;
-    documents
-        .into_iter()
-        .take_while(|document| {
-            let room = bytes < MOST_BYTES_PER_LANGUAGE;
-            bytes += document.text.len();
-            room
-        })
-        .collect()
-}
-
-/// How often each pre-token stands in the documents.
-fn count_words(documents: &[Document], base: &Tokenizer) -> Result<HashMap<String, u64>> {
-    let count = |mut counts: HashMap<String, u64>, document: &Document| -> tokenizers::Result<_> {
-        for word in words_of(&document.text, base)? {
-            *counts.entry(word).or_default() += 1;
-        }
-        Ok(counts)
-    };
-    let merge = |mut all: HashMap<String, u64>, part: HashMap<String, u64>| {
-        part.into_iter()
-            .for_each(|(word, count)| *all.entry(word).or_default() += count);
-        Ok(all)
-    };
-    let counts = documents
-        .par_iter()
-        .try_fold(HashMap::new, count)
-        .try_reduce(HashMap::new, merge);
-    counts.map_err(|e| base.bad(e))
-}
-
-/// The pre-tokens of a text in the byte-level alphabet, as the base's model will see them.
-fn words_of(text: &str, base: &Tokenizer) -> tokenizers::Result<Vec<String>> {
-    let mut normalized = NormalizedString::from(text);
-    if let Some(normalizer) = base.engine().get_normalizer() {
-        normalizer.normalize(&mut normalized)?;
-    }
-    let mut words = PreTokenizedString::from(normalized);
-    if let Some(pre_tokenizer) = base.engine().get_pre_tokenizer() {
-        pre_tokenizer.pre_tokenize(&mut words)?;
-    }
-    let splits = words.get_splits(OffsetReferential::Normalized, OffsetType::None);
-    Ok(splits.into_iter().map(|(word, _, _)| word.to_owned()).collect())
+    Ok(pairs)
 }
 
 /// Puts the pieces behind the base's vocabulary and their merges behind its merges, in the base's own notation.
@@ -384,12 +334,31 @@ fn append(file: &mut Value, learned: &[Learned]) {
     }
 }
 
-fn copy_companions(from: &Path, to: &Path) -> Result<()> {
-    for name in COMPANIONS {
-        let path = from.join(name);
-        if path.is_file() {
-            write_synced(&to.join(name), &fs::read(&path).map_err(Error::io("read", &path))?)?;
+/// Puts user-defined and special tokens behind all pieces; `tokenizers` cuts them out of the text before anything else.
+fn add_tokens(
+    file: &mut Value,
+    base: &Tokenizer,
+    n_learned: usize,
+    settings: &VocabularySettings,
+) -> Result<Vec<NewPiece>> {
+    let user_defined = settings.user_defined.iter().map(|token| (token, false, "user_defined"));
+    let special = settings.special.iter().map(|token| (token, true, "special"));
+    let mut pieces = Vec::new();
+    for (id, (token, is_special, setting)) in (base.size() + n_learned..).zip(user_defined.chain(special)) {
+        if base.id(token).is_some() {
+            let (value, rule) = (token.clone(), "is a token already; leave it out");
+            return Err(Error::VocabularySetting { setting, value, rule });
         }
+        if let Some(tokens) = file["added_tokens"].as_array_mut() {
+            tokens.push(
+                json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": is_special}),
+            );
+        }
+        pieces.push(NewPiece {
+            piece: token.clone(),
+            base_ids: base.encode(token)?,
+        });
     }
-    Ok(())
+    Ok(pieces)
 }

@@ -10,10 +10,11 @@ use corpus::Vocabulary;
 use nix::sys::signal::Signal;
 use serde::Serialize;
 
-use super::stage::{self, Fertility};
+use super::stage;
 use super::{App, Failed, RunFolder, eval, export, report, train};
 use launcher::evaluation::Comparison;
 use launcher::events::Event;
+use launcher::report::vocabulary::{self as vocabulary_report, Fertility};
 use launcher::stages::Stage;
 use launcher::{exit, files, text};
 
@@ -92,7 +93,7 @@ impl Demo<'_> {
         let vocabulary = self.part("vocabulary", "vocab", |demo| {
             demo.make(Stage::Vocabulary)?;
             let vocabulary = Vocabulary::open(&plan.folders.vocabulary)?;
-            tell(stage::vocabulary_table(&vocabulary, &Fertility::measure(plan)?));
+            tell(vocabulary_report::table(&vocabulary, &Fertility::measure(plan)?));
             Ok(vocabulary)
         })?;
         self.part("tokens", "tokenize", |demo| demo.make(Stage::Tokens))?;

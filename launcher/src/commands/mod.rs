@@ -6,6 +6,7 @@ pub mod export;
 pub mod model;
 pub mod plan;
 pub mod report;
+pub mod rows;
 pub mod stage;
 pub mod train;
 

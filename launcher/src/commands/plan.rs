@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::stage::tokens_read;
 use super::{App, ConfigArgs};
-use launcher::{files, text};
+use launcher::{files, sampling, text};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -21,8 +21,16 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let plan = args.config.load()?;
     let derived = Derived::of(&plan);
     let yaml = serde_saphyr::to_string(&plan).context("the plan does not print")?;
-    app.print(&json!({ "plan": plan, "derived": derived }), || {
-        format!("{}\n\n{derived}", yaml.trim_end())
+    // Before there are tokens nothing can be said of them; what is wrong with those that are there is said.
+    let made = plan.folders.tokens.join("manifest.json").is_file();
+    let stream = made.then(|| sampling::stream(&plan)).transpose()?;
+    let parts = stream.as_ref().map(|stream| stream.plan());
+    app.print(&json!({ "plan": plan, "derived": derived, "parts": parts }), || {
+        let table = stream
+            .map(|stream| sampling::table(&plan, &stream, 10))
+            .unwrap_or_default();
+        let table: String = table.lines().map(|line| format!("\n# {}", line.trim_end())).collect();
+        format!("{}\n\n{derived}\n#{table}", yaml.trim_end())
     })
 }
 
@@ -81,7 +89,8 @@ impl Derived {
 impl Parameters {
     fn of(plan: &Plan, shape: &Shape, base_pieces: usize) -> Parameters {
         let vocabulary = plan.vocabulary.as_ref().map_or(base_pieces, |v| {
-            (base_pieces + v.new_pieces).next_multiple_of(v.multiple_of)
+            let tokens = v.special.len() + v.user_defined.len();
+            (base_pieces + v.new_pieces + tokens).next_multiple_of(v.multiple_of)
         });
         let (hidden, mlp, layers) = (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers);
         let kv = hidden / shape.num_attention_heads * shape.num_key_value_heads;
@@ -164,7 +173,7 @@ impl std::fmt::Display for Derived {
         writeln!(f, "# tokens a step       {}", n(self.tokens_per_step))?;
         write!(
             f,
-            "# tokens read         {}, {} of them targets",
+            "# tokens read         {}, at most {} of them targets",
             n(self.tokens_read),
             n(self.targets)
         )?;

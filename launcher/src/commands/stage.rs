@@ -1,10 +1,12 @@
 //! `panglot corpus`, `vocab`, `tokenize`, `prepare`: the stages before training, and their tables.
 
 use configs::Plan;
-use corpus::{Corpus, Tokenizer, Vocabulary};
+use corpus::{Corpus, Vocabulary};
 use serde_json::json;
 
 use super::{App, ConfigArgs, finish};
+use launcher::events::Event;
+use launcher::report::vocabulary::{self as report, Fertility};
 use launcher::stages::{Maker, Outcome, STAGES, Stage};
 use launcher::view::View;
 use launcher::{files, text};
@@ -18,9 +20,73 @@ pub struct Args {
     pub force: bool,
 }
 
-pub fn corpus(app: &App, args: &Args) -> anyhow::Result<()> {
-    let plan = args.config.load()?;
-    make(app, &plan, &[Stage::Corpus], args.force)?;
+/// `panglot corpus CONFIG` makes it, `panglot corpus verify CONFIG` looks after it.
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct CorpusArgs {
+    #[command(subcommand)]
+    pub command: Option<CorpusCommand>,
+    #[command(flatten)]
+    pub config: Option<ConfigArgs>,
+    /// Make it again even if nothing has changed
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum CorpusCommand {
+    /// Read every file of the corpus again and name each language that is missing or altered
+    Verify(ConfigArgs),
+}
+
+pub fn corpus(app: &App, args: &CorpusArgs) -> anyhow::Result<()> {
+    match (&args.command, &args.config) {
+        (Some(CorpusCommand::Verify(config)), _) => verify_corpus(app, config),
+        (None, Some(config)) => make_corpus(app, config, args.force),
+        (None, None) => anyhow::bail!("name a config, such as configs/demo.yaml"),
+    }
+}
+
+fn verify_corpus(app: &App, config: &ConfigArgs) -> anyhow::Result<()> {
+    let plan = config.load()?;
+    let corpus = Corpus::open(&plan.folders.corpus)?;
+    let mut view = View::new();
+    view.show(&Event::Phase {
+        name: "verifying the corpus".to_owned(),
+    });
+    let damages = corpus.verify(&mut |done, total| {
+        view.show(&Event::Progress {
+            done,
+            total,
+            unit: "languages".to_owned(),
+        });
+    })?;
+    view.finish();
+    let n_languages = corpus.languages().len();
+    let result = json!({ "languages": n_languages, "digest": corpus.digest(), "damages": damages });
+    app.print(&result, || match damages.len() {
+        0 => format!("{} as imported", text::counted(n_languages, "language")),
+        _ => {
+            let row =
+                |damage: &corpus::Damage| vec![damage.source.clone(), damage.language.to_string(), damage.what.clone()];
+            text::table(&["source", "language", "what is wrong"], damages.iter().map(row))
+        }
+    })?;
+    let mut harmed: Vec<_> = damages.iter().map(|damage| damage.language.to_string()).collect();
+    harmed.dedup();
+    anyhow::ensure!(
+        harmed.is_empty(),
+        "{} of the corpus in {} missing or altered: {}; run `panglot corpus` with --force to import it again",
+        text::counted(harmed.len(), "language"),
+        files::shown(&plan.folders.corpus),
+        harmed.join(", ")
+    );
+    Ok(())
+}
+
+fn make_corpus(app: &App, config: &ConfigArgs, force: bool) -> anyhow::Result<()> {
+    let plan = config.load()?;
+    make(app, &plan, &[Stage::Corpus], force)?;
     app.print(Corpus::open(&plan.folders.corpus)?.manifest(), || {
         corpus_table(&plan).unwrap_or_else(|error| error.to_string())
     })
@@ -31,18 +97,25 @@ pub fn vocab(app: &App, args: &Args) -> anyhow::Result<()> {
     make(app, &plan, &[Stage::Vocabulary], args.force)?;
     let vocabulary = Vocabulary::open(&plan.folders.vocabulary)?;
     let fertility = Fertility::measure(&plan)?;
+    let page = plan.folders.vocabulary.join("report.html");
+    let drawn = report::page(&plan.name, &vocabulary, &fertility);
+    files::write_atomically(&page, drawn.as_bytes())?;
     let result = json!({
         "base_size": vocabulary.base_size,
         "size": vocabulary.size,
         "padded_size": vocabulary.padded_size,
         "new_pieces": vocabulary.pieces.len(),
+        "lowered_scores": vocabulary.lowered_scores,
+        "unreachable": vocabulary.unreachable,
         "tokens_per_byte_before": fertility.before,
         "tokens_per_byte_after": fertility.after,
-        "languages": fertility.languages.iter()
-            .map(|(language, before, after)| json!({ "language": language, "before": before, "after": after }))
-            .collect::<Vec<_>>(),
+        "report": page,
+        "languages": fertility.languages,
     });
-    app.print(&result, || vocabulary_table(&vocabulary, &fertility))
+    app.print(&result, || {
+        let table = report::table(&vocabulary, &fertility);
+        format!("{table}\nEvery language, with a plot: {}", files::shown(&page))
+    })
 }
 
 pub fn tokenize(app: &App, args: &Args) -> anyhow::Result<()> {
@@ -90,13 +163,14 @@ pub fn make(app: &App, plan: &Plan, stages: &[Stage], force: bool) -> anyhow::Re
     Ok(made)
 }
 
-/// Languages by bytes: the largest, the smallest, the sum.
+/// Languages by bytes: the largest, the smallest, the sum; what could not be read.
 pub fn corpus_table(plan: &Plan) -> anyhow::Result<String> {
     let corpus = Corpus::open(&plan.folders.corpus)?;
-    let mut languages: Vec<_> = corpus.manifest().languages.iter().collect();
-    languages.sort_by_key(|entry| std::cmp::Reverse(entry.train.bytes));
-    let mut sums = [0u64; 5];
-    let rows: Vec<_> = languages
+    let manifest = corpus.manifest();
+    let mut entries: Vec<_> = manifest.languages.iter().collect();
+    entries.sort_by_key(|entry| std::cmp::Reverse(entry.train.bytes));
+    let mut sums = [0u64; 6];
+    let rows: Vec<_> = entries
         .iter()
         .map(|entry| {
             let numbers = [
@@ -104,97 +178,45 @@ pub fn corpus_table(plan: &Plan) -> anyhow::Result<String> {
                 entry.train.bytes,
                 entry.held_out.documents,
                 entry.held_out.bytes,
-                entry.duplicates,
+                entry.dropped(),
+                entry.lines_dropped,
             ];
             sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
-            let names = [entry.language.to_string(), text::shortened(&entry.name, 40)];
+            let names = [
+                entry.source.clone(),
+                entry.language.to_string(),
+                text::shortened(&entry.name, 32),
+            ];
             names.into_iter().chain(numbers.map(text::count)).collect()
         })
         .collect();
-    let total = vec![text::counted(rows.len(), "language"), String::new()];
+    let total = vec![
+        text::counted(manifest.sources.len(), "source"),
+        text::counted(corpus.languages().len(), "language"),
+        String::new(),
+    ];
     let mut rows = text::ends(rows, 5);
     rows.push(total.into_iter().chain(sums.map(text::count)).collect());
     let header = [
+        "source",
         "language",
         "name",
         ">documents",
         ">bytes",
         ">held out",
         ">its bytes",
-        ">duplicates",
+        ">dropped",
+        ">lines dropped",
     ];
-    Ok(text::table(&header, rows))
-}
-
-/// Tokens per byte of held-out text, with the base tokenizer and with the extended one.
-pub struct Fertility {
-    /// From the greatest gain to the least.
-    pub languages: Vec<(String, f64, f64)>,
-    /// Means over languages.
-    pub before: f64,
-    pub after: f64,
-}
-
-impl Fertility {
-    pub fn measure(plan: &Plan) -> anyhow::Result<Fertility> {
-        let corpus = Corpus::open(&plan.folders.corpus)?;
-        let base = Tokenizer::open(&plan.folders.base_model)?;
-        let extended = Tokenizer::open(&plan.folders.vocabulary)?;
-        let mut languages: Vec<_> = corpus::fertility(&corpus, &base, &extended)?
-            .into_iter()
-            .filter(|counts| counts.bytes > 0)
-            .map(|counts| {
-                let per_byte = |tokens| tokens as f64 / counts.bytes as f64;
-                (
-                    counts.language.to_string(),
-                    per_byte(counts.tokens_before),
-                    per_byte(counts.tokens_after),
-                )
-            })
-            .collect();
-        languages.sort_by(|a, b| (a.2 / a.1).total_cmp(&(b.2 / b.1)));
-        let mean =
-            |of: fn(&(String, f64, f64)) -> f64| languages.iter().map(of).sum::<f64>() / languages.len().max(1) as f64;
-        let (before, after) = (mean(|row| row.1), mean(|row| row.2));
-        Ok(Fertility {
-            languages,
-            before,
-            after,
-        })
+    let mut table = text::table(&header, rows);
+    if manifest.unreadable.places > 0 {
+        let places = text::counted(manifest.unreadable.places as usize, "place");
+        table += &format!("\n{places} could not be read; skipped as the config says, the first of them:");
+        for place in &manifest.unreadable.first {
+            table += &format!("\n  {place}");
+        }
     }
-}
-
-pub fn vocabulary_table(vocabulary: &Vocabulary, fertility: &Fertility) -> String {
-    if vocabulary.pieces.is_empty() {
-        let pieces = text::count(vocabulary.base_size);
-        return format!(
-            "The base's own {pieces} pieces are kept: {:.3} tokens per byte, mean over languages",
-            fertility.before
-        );
-    }
-    let row = |name: String, before: f64, after: f64| {
-        vec![
-            name,
-            format!("{before:.3}"),
-            format!("{after:.3}"),
-            text::change(before, after),
-        ]
-    };
-    let rows = fertility
-        .languages
-        .iter()
-        .map(|(language, before, after)| row(language.clone(), *before, *after))
-        .collect();
-    let mut rows = text::ends(rows, 4);
-    rows.push(row("mean".to_owned(), fertility.before, fertility.after));
-    format!(
-        "{}\n{} base pieces + {} new = {}, padded to {} rows",
-        text::table(&["language", ">tokens per byte before", ">after", ">change"], rows),
-        text::count(vocabulary.base_size),
-        text::count(vocabulary.pieces.len()),
-        text::count(vocabulary.size),
-        text::count(vocabulary.padded_size),
-    )
+    Ok(table)
 }
 
 pub fn tokens_line(plan: &Plan) -> anyhow::Result<String> {

@@ -11,7 +11,7 @@ use launcher::place::{Place, PlaceError};
 use launcher::stages::STAGES;
 use launcher::supervise::Ended;
 use launcher::view::View;
-use launcher::{exit, files, text};
+use launcher::{exit, files, sampling, text};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -70,6 +70,7 @@ pub fn train(app: &App, plan: &Plan, also: &mut dyn FnMut(&Event) -> Option<Sign
         text::count(plan.train.rows_per_step),
         text::count(plan.train.sequence_length),
     ));
+    view.say(&sampling::summary(plan, &sampling::stream(plan)?.plan()));
     watch(&job, &mut view, also)
 }
 
@@ -87,6 +88,7 @@ fn as_one_rank(app: &App, plan: &Plan, place: &Place) -> anyhow::Result<Ended> {
             plan.name,
             text::counted(place.world, "rank")
         ));
+        view.say(&sampling::summary(plan, &sampling::stream(plan)?.plan()));
     }
     watch(&job, &mut view, &mut |_| None)
 }

@@ -249,16 +249,40 @@ pub fn overview(comparison: &Comparison) -> String {
 
 /// One row a language: before (hollow) and after (filled) in bits per byte.
 pub fn languages(run: &Run, comparison: &Comparison) -> String {
+    let rows: Vec<_> = comparison
+        .changes
+        .iter()
+        .map(|change| {
+            let name = run
+                .languages
+                .get(&change.language)
+                .map_or("", |language| language.name.as_str());
+            let label = format!("{}  {}", text::shortened(name, 32), change.language);
+            (label.trim().to_owned(), change.before, change.after, class(change))
+        })
+        .collect();
+    before_and_after(&rows, "Bits per byte by language, before and after")
+}
+
+/// One row a language: tokens per byte with the base tokenizer and with the extended one.
+pub fn fertility(rows: &[(&str, f64, f64)]) -> String {
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|(language, before, after)| {
+            let class = if after <= before { "better" } else { "worse" };
+            ((*language).to_owned(), *before, *after, class)
+        })
+        .collect();
+    before_and_after(&rows, "Tokens per byte by language, base and extended")
+}
+
+/// Rows of (label, before, after, class), the first on top.
+fn before_and_after(rows: &[(String, f64, f64, &str)], title: &str) -> String {
     const ROW: f64 = 16.0;
     let (left, right, top) = (300.0, WIDTH - 70.0, 30.0);
-    let (_, high) = bounds(
-        comparison
-            .changes
-            .iter()
-            .flat_map(|change| [change.before, change.after]),
-    );
+    let (_, high) = bounds(rows.iter().flat_map(|(_, before, after, _)| [*before, *after]));
     let x = Axis::round(0.0, high, left, right);
-    let bottom = top + ROW * comparison.changes.len() as f64;
+    let bottom = top + ROW * rows.len() as f64;
     let mut out = String::new();
     for mark in x.marks() {
         line(&mut out, "grid", (x.at(mark), top - 6.0), (x.at(mark), bottom));
@@ -266,30 +290,20 @@ pub fn languages(run: &Run, comparison: &Comparison) -> String {
             words(&mut out, "mark middle", (x.at(mark), height), &x.label(mark));
         }
     }
-    for (i, change) in comparison.changes.iter().enumerate() {
+    for (i, (label, before, after, class)) in rows.iter().enumerate() {
         let y = top + ROW * (i as f64 + 0.5);
-        let name = run
-            .languages
-            .get(&change.language)
-            .map_or("", |language| language.name.as_str());
-        let label = format!("{}  {}", text::shortened(name, 32), change.language);
-        words(&mut out, "label end", (left - 10.0, y + 3.5), label.trim());
-        line(
-            &mut out,
-            class(change),
-            (x.at(change.before), y),
-            (x.at(change.after), y),
-        );
-        dot(&mut out, "before", (x.at(change.before), y), 3.0);
-        dot(&mut out, class(change), (x.at(change.after), y), 3.6);
+        words(&mut out, "label end", (left - 10.0, y + 3.5), label);
+        line(&mut out, class, (x.at(*before), y), (x.at(*after), y));
+        dot(&mut out, "before", (x.at(*before), y), 3.0);
+        dot(&mut out, class, (x.at(*after), y), 3.6);
         words(
             &mut out,
             "label end",
             (WIDTH - 8.0, y + 3.5),
-            &text::change(change.before, change.after),
+            &text::change(*before, *after),
         );
     }
-    svg(bottom + 24.0, "Bits per byte by language, before and after", &out)
+    svg(bottom + 24.0, title, &out)
 }
 
 fn class(change: &Change) -> &'static str {

@@ -2,6 +2,7 @@
 
 mod chart;
 mod page;
+pub mod vocabulary;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -86,24 +87,12 @@ fn languages(plan: &Plan, steps: &[StepMetrics]) -> BTreeMap<String, Language> {
             languages.entry(entry.language.to_string()).or_default().name = entry.name.clone();
         }
     }
-    if let Ok(shards) = corpus::TokenShards::open(&plan.folders.tokens) {
-        for entry in &shards.manifest().languages {
-            languages.entry(entry.language.to_string()).or_default().tokens = entry.tokens.end - entry.tokens.start;
+    if let Ok(stream) = crate::sampling::stream(plan) {
+        for part in stream.plan() {
+            let language = languages.entry(part.language.to_string()).or_default();
+            language.tokens += part.tokens;
+            language.planned += part.rows as f64 / plan.train.rows() as f64;
         }
-    }
-    // p ∝ n^α; a language without tokens is never drawn.
-    let weight = |language: &Language| {
-        if language.tokens == 0 {
-            0.0
-        } else {
-            (language.tokens as f64).powf(plan.sampling.alpha)
-        }
-    };
-    let weights: f64 = languages.values().map(weight).sum();
-    if weights > 0.0 {
-        languages
-            .values_mut()
-            .for_each(|language| language.planned = weight(language) / weights);
     }
     let rows: u64 = steps
         .iter()
@@ -136,6 +125,7 @@ mod tests {
             resident_bytes: 1 << 30,
             rows_digest: String::new(),
             languages: [(language(step as usize), 3), (language(7), 1)].into(),
+            parts: BTreeMap::new(),
             unix_time: 0.0,
         }
     }

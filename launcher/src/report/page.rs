@@ -31,11 +31,8 @@ pub fn page(run: &Run) -> String {
             "Nats per target token: dots are steps, the line is their running mean.",
             &chart::loss(&run.steps),
         );
-        let why = format!(
-            "Share of rows: the area is what p ∝ n^{} plans, dots are what was drawn.",
-            run.plan.sampling.alpha
-        );
-        section(&mut out, "Sampling", &why, &chart::shares(run.languages.iter()));
+        let why = "Share of rows: the area is what the sampling plans for the whole run, dots are what was drawn.";
+        section(&mut out, "Sampling", why, &chart::shares(run.languages.iter()));
     }
     if let Some(comparison) = &run.comparison {
         section(
@@ -139,7 +136,7 @@ fn figures(run: &Run) -> Vec<(String, String)> {
     figures
 }
 
-fn section(out: &mut String, title: &str, why: &str, content: &str) {
+pub(super) fn section(out: &mut String, title: &str, why: &str, content: &str) {
     let _ = write!(
         out,
         "<section><h2>{}</h2>\n<p>{}</p>\n{content}</section>\n",
@@ -191,7 +188,7 @@ fn table(run: &Run, comparison: &Comparison) -> String {
     out
 }
 
-const STYLE: &str = "
+pub(super) const STYLE: &str = "
 :root { --ink: #1c2430; --soft: #667085; --grid: #e4e7ec; --paper: #fff; --card: #f7f8fa; --blue: #2563eb; --good: #0f8a5f; --bad: #c2410c }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --grid: #2a3140; --paper: #12161d; --card: #1a202a;
   --blue: #6ea0ff; --good: #3ecf9b; --bad: #ff8a5b } }
@@ -214,7 +211,7 @@ td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
 ";
 
 /// Numbers sort as numbers, whatever sign, comma or percent they carry.
-const SORT: &str = "
+pub(super) const SORT: &str = "
 document.querySelectorAll('th').forEach((title, column) => title.onclick = () => {
   const body = document.querySelector('tbody'), sign = title.dataset.up ? -1 : 1;
   const value = row => { const text = row.cells[column].textContent, n = parseFloat(text.replace(/[,%\\s]/g, '')); return column < 2 || isNaN(n) ? text : n };

@@ -33,6 +33,13 @@ impl Head {
         let dim = *hidden_btd.size().last().expect("three axes");
         let hidden_nd = hidden_btd.view([-1, dim]);
         let positions = known_positions(targets_bt);
+        if positions.numel() == 0 {
+            // All prompt or padding.
+            return Loss {
+                nll: 0.0,
+                d_hidden_btd: hidden_btd.zeros_like(),
+            };
+        }
         let targets_n = targets_bt.view([-1]).index_select(0, &positions);
         let unnormed_nd = hidden_nd.index_select(0, &positions);
         let normed_nd = rms_norm(&unnormed_nd, &self.norm_d.value, self.epsilon);

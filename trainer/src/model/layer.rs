@@ -119,7 +119,7 @@ impl Layer {
             .o
             .backward(&attended_nd, dropout, &d_middle_nd)
             .view_as(&attended.out_bthd);
-        let (d_q, d_k, d_v) = attend_backward(&attended, &q_bthd, &k_btgd, &v_btgd, &d_attended_bthd);
+        let (d_q, d_k, d_v) = attend_backward(&attended, &q_bthd, &k_btgd, &v_btgd, &d_attended_bthd, pass.documents);
         let flat = |d: Tensor, heads: i64| d.reshape([-1, heads * self.head_dim]);
         let d_q_nd = flat(pass.rotary.apply_backward(&d_q), self.heads);
         let d_k_nd = flat(pass.rotary.apply_backward(&d_k), self.kv_heads);
@@ -155,7 +155,7 @@ impl Layer {
         let q_bthd = pass.rotary.apply(by_head(&self.q, self.heads));
         let k_btgd = pass.rotary.apply(by_head(&self.k, self.kv_heads));
         let v_btgd = by_head(&self.v, self.kv_heads);
-        let attended = attend(&q_bthd, &k_btgd, &v_btgd);
+        let attended = attend(&q_bthd, &k_btgd, &v_btgd, pass.documents);
         let attended_nd = attended.out_bthd.reshape([-1, self.heads * self.head_dim]);
         let middle_nd = x_nd + self.o.forward(&attended_nd, dropout);
 

@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use sharding::{BucketSpec, ParamSpec, Zero};
 use tch::{Kind, Tensor};
 
+pub use attention::Documents;
 pub use head::{Head, IGNORE, Loss};
 pub use layer::{Layer, Saved};
 pub use linear::{Linear, LoraPair};
@@ -97,6 +98,8 @@ pub struct Pass<'a> {
     pub recompute: Recompute,
     /// `None`: nothing is dropped.
     pub dropout: Option<&'a DropoutRows>,
+    /// `None`: a position sees all that stands before it in its row.
+    pub documents: Option<&'a Documents>,
 }
 
 /// Names the rows of a micro-batch, so that dropout is a function of (seed, step, row, module) and the same again in
@@ -140,6 +143,7 @@ impl Model {
             rotary: &self.rotary,
             recompute: Recompute::Full,
             dropout: None,
+            documents: None,
         };
         let embedded = self.embed(ids_bt);
         self.layers
