@@ -179,7 +179,10 @@ fn small_corpus(root: &Path) -> Corpus {
 
 /// Gives every training document of a corpus a prompt: all up to and including its first `marker`.
 fn add_prompts(folder: &Path, language: &str, marker: &str) {
-    let (file, manifest) = (folder.join(language).join("train.jsonl"), folder.join("corpus.json"));
+    let (file, manifest) = (
+        folder.join("folders").join(language).join("train.jsonl"),
+        folder.join("corpus.json"),
+    );
     let old = fs::read_to_string(&file).unwrap();
     let new: String = old
         .lines()
@@ -235,17 +238,19 @@ fn a_prompt_ends_at_a_token_and_is_counted() {
 fn a_prompt_that_ends_within_a_character_is_refused() {
     let root = tempfile::tempdir().unwrap();
     small_corpus(root.path());
-    let file = root.path().join("corpus/eng_Latn/train.jsonl");
+    let file = root.path().join("corpus/folders/eng_Latn/train.jsonl");
     let manifest = root.path().join("corpus/corpus.json");
     let (old, new) = (
         fs::read_to_string(&file).unwrap(),
         "{\"key\":\"k\",\"text\":\"äb\",\"loss_from\":1}\n",
     );
     let digest = |text: &str| blake3::hash(text.as_bytes()).to_hex().to_string();
-    let text = fs::read_to_string(&manifest)
-        .unwrap()
-        .replace(&digest(&old), &digest(new));
-    fs::write(&manifest, text).unwrap();
+    let text = fs::read_to_string(&manifest).unwrap();
+    let mut described: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let train = &mut described["languages"][0]["train"];
+    assert_eq!(train["digest"], digest(&old));
+    *train = serde_json::json!({"documents": 1, "bytes": 3, "digest": digest(new)});
+    fs::write(&manifest, described.to_string()).unwrap();
     fs::write(&file, new).unwrap();
     let corpus = Corpus::open(&root.path().join("corpus")).unwrap();
     let (base, out) = (root.path().join("base"), root.path().join("tokens"));
