@@ -405,18 +405,56 @@ fn model(raw: &raw::Model, rules: &mut Rules) -> Option<Model> {
             rules.require(init_std > 0.0 && init_std < 1.0, || {
                 format!("model.init_std = {init_std} is not a standard deviation between 0 and 1; try 0.02")
             });
-            let path = rules.path("model.tokenizer.path", &pieces.path);
-            let tokenizer = match pieces.kind {
-                PiecesKind::Folder => Pieces::Folder { path },
-                PiecesKind::LlamaTokenizerJs => Pieces::LlamaTokenizerJs { path },
-            };
             Some(Model::Scratch {
                 shape,
                 init_std,
-                tokenizer,
+                tokenizer: tokenizer(pieces, rules)?,
             })
         }
     }
+}
+
+/// None where a rule is broken that leaves nothing to build.
+fn tokenizer(raw: &raw::Pieces, rules: &mut Rules) -> Option<Pieces> {
+    let trains = raw.kind == PiecesKind::Train;
+    let kind = match raw.kind {
+        PiecesKind::Folder => "folder",
+        PiecesKind::LlamaTokenizerJs => "llama_tokenizer_js",
+        PiecesKind::Train => "train",
+    };
+    for (key, typed, wanted, optional) in [
+        ("path", raw.path.is_some(), !trains, false),
+        ("algorithm", raw.algorithm.is_some(), trains, false),
+        ("pieces", raw.pieces.is_some(), trains, false),
+        ("alpha", raw.alpha.is_some(), trains, false),
+        ("words", raw.words.is_some(), trains, true),
+    ] {
+        rules.require(typed || optional || !wanted, || {
+            format!("model.tokenizer.{key} is missing, and kind: {kind} needs it; add it")
+        });
+        rules.require(wanted || !typed, || {
+            format!("model.tokenizer.{key} means nothing with kind: {kind}; remove it")
+        });
+    }
+    if !trains {
+        let path = rules.path("model.tokenizer.path", raw.path.as_deref()?);
+        return Some(match raw.kind {
+            PiecesKind::LlamaTokenizerJs => Pieces::LlamaTokenizerJs { path },
+            _ => Pieces::Folder { path },
+        });
+    }
+    let (algorithm, pieces, alpha) = (raw.algorithm?, raw.pieces?, raw.alpha?);
+    rules.require(pieces > 259, || {
+        format!("model.tokenizer.pieces = {pieces} is not more than 259, which 3 special pieces and 256 bytes take; try 32000")
+    });
+    check_alpha("model.tokenizer.alpha", alpha, rules);
+    let words = raw.words.clone().unwrap_or_default();
+    Some(Pieces::Train {
+        algorithm,
+        pieces,
+        alpha,
+        words,
+    })
 }
 
 fn check_shape(shape: &Shape, rules: &mut Rules) {

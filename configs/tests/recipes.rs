@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use configs::{
-    FullModule, Group, LanguageOf, Model, NewRows, OnUnreadable, Optimizer, Plan, Schedule, Sides, SourceKind, load,
+    Algorithm, FullModule, Group, LanguageOf, Model, NewRows, OnUnreadable, Optimizer, Pieces, Plan, Schedule, Sides,
+    SourceKind, WordRules, load,
 };
 use proptest::prelude::*;
 
@@ -189,6 +190,40 @@ fn each_group_has_a_rate_and_a_decay() {
         said.contains("`q_proj` is in train.lora.targets and in train.full"),
         "{said}"
     );
+}
+
+#[test]
+fn a_tokenizer_from_scratch_says_how_it_is_learned() {
+    let plan = tiny(&["model.tokenizer={kind: train, algorithm: unigram, pieces: 4000, alpha: 0.3}"]).unwrap();
+    let Model::Scratch { tokenizer, .. } = plan.model else {
+        panic!("{:?}", plan.model)
+    };
+    assert_eq!(
+        tokenizer,
+        Pieces::Train {
+            algorithm: Algorithm::Unigram,
+            pieces: 4000,
+            alpha: 0.3,
+            words: WordRules::default(),
+        }
+    );
+    for (typed, sentence) in [
+        (
+            "{kind: train, pieces: 4000, alpha: 0.3}",
+            "model.tokenizer.algorithm is missing, and kind: train needs it",
+        ),
+        (
+            "{kind: train, algorithm: bpe, pieces: 9, alpha: 0.3}",
+            "model.tokenizer.pieces = 9 is not more than 259",
+        ),
+        (
+            "{kind: folder, path: x, alpha: 1}",
+            "model.tokenizer.alpha means nothing with kind: folder",
+        ),
+    ] {
+        let said = tiny(&[&format!("model.tokenizer={typed}")]).unwrap_err();
+        assert!(said.contains(sentence), "{typed}: {said}");
+    }
 }
 
 #[test]

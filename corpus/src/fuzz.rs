@@ -81,3 +81,9 @@ pub fn indexed_files(bin: &[u8], idx: &[u8]) {
         }
     }
 }
+
+/// Reads bytes as a SentencePiece model and, where extending it would be allowed, converts it to `tokenizer.json`, whose
+/// text must then be cut as the model cuts it.
+pub fn sentencepiece(bytes: &[u8]) {
+    crate::vocabulary::sentencepiece::convert_bytes(bytes);
+}

@@ -38,6 +38,7 @@ pub use stream::{
 };
 pub use tokens::indexed::TokenType;
 pub use tokens::{LanguageTokens, MegatronFiles, TokenFile, TokenShards, TokenizeSettings, TokensManifest, tokenize};
+pub use vocabulary::from_scratch::{Algorithm, ScratchVocabulary, train_vocabulary};
 pub use vocabulary::llama_pieces::write_llama_tokenizer;
 pub use vocabulary::plain_bpe::{BpePieces, BpeTraining, LearnedMerge, train_bpe};
 pub use vocabulary::report::{Fertility, fertility};

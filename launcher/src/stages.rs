@@ -217,8 +217,11 @@ impl Stage {
                     init_std,
                     tokenizer,
                 } => {
-                    let (Pieces::Folder { path } | Pieces::LlamaTokenizerJs { path }) = tokenizer;
-                    json!([shape, init_std, tokenizer, plan.seed, fingerprint(path)?])
+                    let made_from = match tokenizer {
+                        Pieces::Folder { path } | Pieces::LlamaTokenizerJs { path } => fingerprint(path)?,
+                        Pieces::Train { .. } => corpus_digest(plan)?,
+                    };
+                    json!([shape, init_std, tokenizer, plan.seed, made_from])
                 }
             },
             Stage::Vocabulary => {
@@ -434,7 +437,6 @@ fn corpus_digest(plan: &Plan) -> anyhow::Result<String> {
 /// The config's words as the corpus crate's.
 fn vocabulary_settings(settings: &configs::Vocabulary, seed: u64) -> anyhow::Result<corpus::VocabularySettings> {
     let preserve: Result<Vec<corpus::Language>, _> = settings.preserve.iter().map(|name| name.parse()).collect();
-    let words = settings.words.clone();
     Ok(corpus::VocabularySettings {
         new_pieces: settings.new_pieces,
         alpha: settings.alpha,
@@ -448,16 +450,21 @@ fn vocabulary_settings(settings: &configs::Vocabulary, seed: u64) -> anyhow::Res
         preserve: preserve.context("vocabulary.preserve")?,
         special: settings.special.clone(),
         user_defined: settings.user_defined.clone(),
-        words: corpus::WordRules {
-            split_by_unicode_script: words.split_by_unicode_script,
-            split_by_number: words.split_by_number,
-            split_by_whitespace: words.split_by_whitespace,
-            split_digits: words.split_digits,
-            max_piece_length: words.max_piece_length,
-            character_coverage: words.character_coverage,
-            required_characters: words.required_characters,
-        },
+        words: word_rules(&settings.words),
     })
+}
+
+/// The config's rules as the corpus crate's.
+pub fn word_rules(words: &configs::WordRules) -> corpus::WordRules {
+    corpus::WordRules {
+        split_by_unicode_script: words.split_by_unicode_script,
+        split_by_number: words.split_by_number,
+        split_by_whitespace: words.split_by_whitespace,
+        split_digits: words.split_digits,
+        max_piece_length: words.max_piece_length,
+        character_coverage: words.character_coverage,
+        required_characters: words.required_characters.clone(),
+    }
 }
 
 fn tokenizer_digest(of: Stage, plan: &Plan) -> anyhow::Result<String> {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use configs::{Model, Pieces, Plan, Shape};
-use corpus::Tokenizer;
+use corpus::{Algorithm, ScratchVocabulary, Tokenizer};
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
@@ -25,6 +25,24 @@ pub fn init(plan: &Plan, out: &Path) -> Result<ModelConfig> {
     match tokenizer {
         Pieces::Folder { path } => folder.copy_tokenizer(path)?,
         Pieces::LlamaTokenizerJs { path } => corpus::write_llama_tokenizer(path, folder.path())?,
+        Pieces::Train {
+            algorithm,
+            pieces,
+            alpha,
+            words,
+        } => {
+            let settings = ScratchVocabulary {
+                algorithm: match algorithm {
+                    configs::Algorithm::Bpe => Algorithm::Bpe,
+                    configs::Algorithm::Unigram => Algorithm::Unigram,
+                },
+                pieces: *pieces,
+                alpha: *alpha,
+                words: launcher::stages::word_rules(words),
+            };
+            let corpus = corpus::Corpus::open(&plan.folders.corpus)?;
+            corpus::train_vocabulary(&corpus, &settings, folder.path(), &mut |_, _| {})?;
+        }
     }
     let config = config(shape, folder.path())?;
     write_weights(&folder, &config, Kind::Float, SHARD_BYTES, &mut |name, shape| {

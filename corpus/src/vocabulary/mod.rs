@@ -3,6 +3,7 @@
 
 mod continued_bpe;
 mod engine;
+pub(crate) mod from_scratch;
 pub(crate) mod llama_pieces;
 pub(crate) mod plain_bpe;
 pub(crate) mod report;

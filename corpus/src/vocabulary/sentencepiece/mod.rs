@@ -60,6 +60,34 @@ pub(crate) fn converted(folder: &Path) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(&tokenizer_json(&model, &agreement.merges, None)).map_err(Error::json(&path))
 }
 
+/// [`converted`], of bytes: for [`fuzz`](crate::fuzz). What comes out is what `tokenizers` can open.
+pub(crate) fn convert_bytes(bytes: &[u8]) {
+    let Ok(mut model) = ModelProto::parse(bytes) else {
+        return;
+    };
+    if check(&model, Growing::Yes).is_err() {
+        return;
+    }
+    let n_base = model.pieces.len();
+    if let Ok(agreement) = agree(&mut model, n_base) {
+        let json = tokenizer_json(&model, &agreement.merges, None).to_string();
+        let opened = tokenizers::Tokenizer::from_bytes(json).expect("a converted model opens");
+        let encoder = Encoder::new(&model);
+        let text: String = model.pieces.iter().rev().take(20).map(Piece::text).collect();
+        let theirs = opened
+            .encode_fast(text.as_str(), false)
+            .expect("a converted model encodes");
+        // Control pieces in the text are tokens to one and text to the other.
+        if !model
+            .pieces
+            .iter()
+            .any(|piece| piece.kind() == Kind::Control && text.contains(piece.text()))
+        {
+            assert_eq!(theirs.get_ids(), encoder.encode(&text), "{text:?}");
+        }
+    }
+}
+
 /// The `tokenizer.model` of a `tokenizer.json` in LLaMA's form.
 pub(crate) fn model_of(file: &Value) -> Result<Vec<u8>, String> {
     Ok(rebuilt(file)?.bytes())
@@ -229,7 +257,7 @@ pub(crate) fn check(model: &ModelProto, growing: Growing) -> Result<(), String> 
 }
 
 /// `<0x00>` … `<0xFF>`.
-fn byte_piece(byte: u8) -> String {
+pub(crate) fn byte_piece(byte: u8) -> String {
     format!("<0x{byte:02X}>")
 }
 

@@ -189,13 +189,17 @@ impl ModelProto {
     /// Reads a file; damage is told with the path.
     pub fn read(path: &Path) -> Result<ModelProto> {
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
-        let bad = |reason: String| Error::BadSentencePiece {
+        ModelProto::parse(&bytes).map_err(|reason| Error::BadSentencePiece {
             path: path.to_path_buf(),
             reason,
-        };
-        let model = ModelProto::decode(bytes.as_slice()).map_err(|e| bad(e.to_string()))?;
+        })
+    }
+
+    /// A model from a file's bytes.
+    pub fn parse(bytes: &[u8]) -> Result<ModelProto, String> {
+        let model = ModelProto::decode(bytes).map_err(|e| e.to_string())?;
         if model.pieces.is_empty() || model.trainer.is_none() {
-            return Err(bad("it lacks pieces or the trainer's part".to_owned()));
+            return Err("it lacks pieces or the trainer's part".to_owned());
         }
         Ok(model)
     }
