@@ -15,14 +15,17 @@ instrument="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
     -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Ccodegen-units=1"
 
+# With a target of its own, build scripts are not instrumented: nothing would link them with libFuzzer.
+host="$(rustc --version --verbose | sed -n 's/^host: //p')"
+
 echo "Building the fuzz targets"
 RUSTFLAGS="$(tr '\n' ' ' <<< "$instrument")" \
-    cargo build --release --locked --quiet --manifest-path tests/fuzz/Cargo.toml --target-dir "$out"
+    cargo build --release --locked --quiet --target "$host" --manifest-path tests/fuzz/Cargo.toml --target-dir "$out"
 for target in indexed jsonl sentencepiece; do
     seen="$out/corpus/$target"
     mkdir -p -- "$seen" "$out/crashes"
     echo "Fuzzing $target for $seconds s"
-    "$out/release/$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=10 -print_final_stats=1 -verbosity=0 \
+    "$out/$host/release/$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=10 -print_final_stats=1 -verbosity=0 \
         -artifact_prefix="$out/crashes/$target-" "$seen" "tests/fuzz/regression/$target" 2>&1 |
         grep -E 'executed_units|ERROR|panicked|SUMMARY|Test unit' || true
     if compgen -G "$out/crashes/$target-*" > /dev/null; then

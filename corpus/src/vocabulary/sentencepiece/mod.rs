@@ -6,7 +6,7 @@ pub(crate) mod encoder;
 pub(crate) mod proto;
 pub(crate) mod text;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
 use serde_json::Value;
@@ -54,7 +54,9 @@ pub(crate) fn converted(folder: &Path) -> Result<Vec<u8>> {
         path: path.clone(),
         reason,
     };
-    check(&model, Growing::Yes).map_err(bad)?;
+    check(&model, Growing::Yes)
+        .and_then(|()| check_characters(&model))
+        .map_err(bad)?;
     let n_base = model.pieces.len();
     let agreement = agree(&mut model, n_base).map_err(bad)?;
     serde_json::to_vec_pretty(&tokenizer_json(&model, &agreement.merges, None)).map_err(Error::json(&path))
@@ -65,7 +67,7 @@ pub(crate) fn convert_bytes(bytes: &[u8]) {
     let Ok(mut model) = ModelProto::parse(bytes) else {
         return;
     };
-    if check(&model, Growing::Yes).is_err() {
+    if check(&model, Growing::Yes).is_err() || check_characters(&model).is_err() {
         return;
     }
     let n_base = model.pieces.len();
@@ -439,16 +441,28 @@ fn falling(model: &ModelProto) -> impl Iterator<Item = f32> + use<> {
 }
 
 /// Characters that some piece has and that are no pieces: SentencePiece would merge them, `tokenizers` could not.
-fn complete_characters(model: &mut ModelProto) {
+fn missing_characters(model: &ModelProto) -> BTreeSet<char> {
     let encoder = Encoder::new(model);
-    let missing: std::collections::BTreeSet<char> = model
-        .pieces
-        .iter()
-        .filter(|piece| piece.kind() == Kind::Normal)
+    let normal = model.pieces.iter().filter(|piece| piece.kind() == Kind::Normal);
+    normal
         .flat_map(|piece| piece.text().chars())
         .filter(|c| encoder.known(c.encode_utf8(&mut [0; 4])).is_none())
-        .collect();
-    let new: Vec<Piece> = missing
+        .collect()
+}
+
+/// A model that is not to grow must have them all.
+fn check_characters(model: &ModelProto) -> Result<(), String> {
+    match missing_characters(model).first() {
+        None => Ok(()),
+        Some(c) => Err(format!(
+            "its pieces hold '{c}', which is no piece itself, and tokenizer.json cannot merge what it does not know"
+        )),
+    }
+}
+
+/// Makes pieces of the missing characters.
+fn complete_characters(model: &mut ModelProto) {
+    let new: Vec<Piece> = missing_characters(model)
         .into_iter()
         .zip(falling(model))
         .map(|(c, score)| Piece::new(c, score, Kind::Normal))
