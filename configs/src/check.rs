@@ -21,11 +21,10 @@ pub const LORA_TARGETS: [&str; 7] = [
 pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     let mut rules = Rules::default();
     let model = model(&raw.model, &mut rules);
-    // What is typed of the optimizer is checked against what is typed of training; each key's complaint comes once.
-    let full = full_modules(&raw.train.full, &mut Rules::default());
+    let full = full_modules(&raw.train.full, &mut rules);
     let folders = folders(&raw, &mut rules);
     let optimizer = optimizer(raw.optimizer, &raw.train, &full, &mut rules);
-    let train = train(raw.train, &mut rules);
+    let train = train(raw.train, full, &mut rules);
     let plan = Plan {
         folders,
         corpus: corpus(raw.corpus, &mut rules),
@@ -500,7 +499,8 @@ fn check_shape(shape: &Shape, rules: &mut Rules) {
     });
 }
 
-fn train(raw: raw::Train, rules: &mut Rules) -> Train {
+/// `full` is `train.full`, read.
+fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
     rules.at_least("train.steps", raw.steps, 1);
     rules.at_least("train.micro_rows", raw.micro_rows, 1);
     rules.at_least("train.rows_per_step", raw.rows_per_step, 1);
@@ -522,7 +522,6 @@ fn train(raw: raw::Train, rules: &mut Rules) -> Train {
          in full"
             .to_owned()
     });
-    let full = full_modules(&raw.full, rules);
     if let Some(lora) = &raw.lora {
         check_lora(lora, &full, rules);
     }

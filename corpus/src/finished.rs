@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
+
 use crate::{Error, Result};
 
 /// A folder being written; invisible under its name until [`finish`](Self::finish). Dropped before, it is removed, unless
@@ -76,6 +78,26 @@ impl Drop for Unfinished {
             let _ = fs::remove_dir_all(&self.partial);
         }
     }
+}
+
+/// Reads the manifest of a finished folder; `what` it is and the `command` that makes it are for the sentence where it is not.
+pub(crate) fn read_manifest<T: DeserializeOwned>(
+    folder: &Path,
+    marker: &'static str,
+    what: &'static str,
+    command: &'static str,
+) -> Result<T> {
+    let path = folder.join(marker);
+    if !path.is_file() {
+        return Err(Error::NotFinished {
+            path: folder.to_path_buf(),
+            what,
+            marker,
+            command,
+        });
+    }
+    let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+    serde_json::from_slice(&bytes).map_err(Error::json(&path))
 }
 
 /// Writes a file and syncs it; for files inside an [`Unfinished`] folder.

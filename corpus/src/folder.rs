@@ -3,13 +3,14 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::finished::read_manifest;
 use crate::{Document, Error, Language, NGrams, Progress, Result, Split};
 
 /// The file that says a corpus folder is finished.
@@ -194,18 +195,7 @@ fn is_zero(n: &usize) -> bool {
 impl Corpus {
     /// Opens a finished corpus folder.
     pub fn open(folder: &Path) -> Result<Corpus> {
-        let path = folder.join(MANIFEST);
-        if !path.is_file() {
-            let (what, command) = ("corpus", "panglot corpus");
-            return Err(Error::NotFinished {
-                path: folder.to_path_buf(),
-                what,
-                marker: MANIFEST,
-                command,
-            });
-        }
-        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-        let manifest = serde_json::from_slice(&bytes).map_err(Error::json(&path))?;
+        let manifest = read_manifest(folder, MANIFEST, "corpus", "panglot corpus")?;
         Ok(Corpus {
             folder: folder.to_path_buf(),
             manifest,

@@ -17,6 +17,7 @@ mod folder;
 pub mod fuzz;
 mod import;
 mod language;
+mod splitmix;
 mod stream;
 mod tokens;
 mod vocabulary;

@@ -55,7 +55,6 @@ fn settings(new_pieces: usize, scores: Scores) -> VocabularySettings {
         alpha: 0.3,
         max_piece_bytes: 48,
         multiple_of: 64,
-        seed: 1,
         scores,
         preserve: Vec::new(),
         special: Vec::new(),

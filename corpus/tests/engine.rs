@@ -242,7 +242,6 @@ fn real_text_in_500_languages_is_encoded_as_by_the_crate() {
         alpha: 0.3,
         max_piece_bytes: 32,
         multiple_of: 64,
-        seed: 1,
         scores: corpus::Scores::AfterBase,
         preserve: Vec::new(),
         special: Vec::new(),

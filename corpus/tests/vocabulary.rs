@@ -19,7 +19,6 @@ static SETTINGS: LazyLock<VocabularySettings> = LazyLock::new(|| VocabularySetti
     alpha: 0.3,
     max_piece_bytes: 12,
     multiple_of: 64,
-    seed: 1,
     scores: Scores::AfterBase,
     preserve: Vec::new(),
     special: Vec::new(),

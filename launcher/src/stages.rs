@@ -107,10 +107,7 @@ impl Maker<'_> {
             Stage::Model => return self.build_model(out),
             Stage::Vocabulary => {
                 let corpus = corpus::Corpus::open(&folders.corpus)?;
-                let settings = plan
-                    .vocabulary
-                    .as_ref()
-                    .map(|settings| vocabulary_settings(settings, plan.seed));
+                let settings = plan.vocabulary.as_ref().map(vocabulary_settings);
                 let settings = settings.transpose()?;
                 corpus::extend(&corpus, &folders.base_model, settings.as_ref(), out, &mut progress)?;
             }
@@ -226,10 +223,7 @@ impl Stage {
             },
             Stage::Vocabulary => {
                 // How rows start is the model's business, not the tokenizer's.
-                let settings = plan
-                    .vocabulary
-                    .as_ref()
-                    .map(|settings| vocabulary_settings(settings, plan.seed));
+                let settings = plan.vocabulary.as_ref().map(vocabulary_settings);
                 let settings = settings.transpose()?;
                 json!([settings, corpus_digest(plan)?, tokenizer_digest(Stage::Model, plan)?])
             }
@@ -435,14 +429,13 @@ fn corpus_digest(plan: &Plan) -> anyhow::Result<String> {
 }
 
 /// The config's words as the corpus crate's.
-fn vocabulary_settings(settings: &configs::Vocabulary, seed: u64) -> anyhow::Result<corpus::VocabularySettings> {
+fn vocabulary_settings(settings: &configs::Vocabulary) -> anyhow::Result<corpus::VocabularySettings> {
     let preserve: Result<Vec<corpus::Language>, _> = settings.preserve.iter().map(|name| name.parse()).collect();
     Ok(corpus::VocabularySettings {
         new_pieces: settings.new_pieces,
         alpha: settings.alpha,
         max_piece_bytes: settings.max_piece_bytes,
         multiple_of: settings.multiple_of,
-        seed,
         scores: match settings.scores {
             configs::Scores::AfterBase => corpus::Scores::AfterBase,
             configs::Scores::Kept => corpus::Scores::Kept,

@@ -130,7 +130,6 @@ impl Bench {
             alpha: 0.3,
             max_piece_bytes: 32,
             multiple_of: 64,
-            seed: 1,
             scores: Scores::AfterBase,
             preserve: Vec::new(),
             special: Vec::new(),

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::import::lines::{Lines, Packing};
-use crate::import::units::{Unit, for_each_unit, has_unspaced, mix, unit_hashes};
+use crate::import::units::{Unit, for_each_unit, has_unspaced, unit_hashes};
+use crate::splitmix::mix;
 use crate::{Error, EvaluationsEntry, Language, Result};
 
 /// Lengths of the n-grams.

@@ -13,7 +13,7 @@ use crate::finished::replace_file;
 use crate::import::records::{Column, Format, read_records};
 use crate::import::texts::{OneDocument, hand_on, read_texts};
 use crate::import::{LanguageOf, Sink, Source, SourceLanguage};
-use crate::{Document, Error, Language, Result, Skipped};
+use crate::{Document, Error, Language, Result};
 
 /// Files named one by one.
 pub(crate) struct Files {
@@ -87,14 +87,6 @@ impl Source for Files {
                 read_texts(path, *format, &self.text_column, OneDocument::Line, language, sink)
             }
         })
-    }
-
-    fn is_parallel(&self) -> bool {
-        false
-    }
-
-    fn skipped(&self) -> &[Skipped] {
-        &[]
     }
 
     fn path(&self) -> &Path {

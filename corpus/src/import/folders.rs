@@ -53,10 +53,6 @@ impl Source for Folders {
         })
     }
 
-    fn is_parallel(&self) -> bool {
-        false
-    }
-
     fn skipped(&self) -> &[Skipped] {
         &self.listing.skipped
     }

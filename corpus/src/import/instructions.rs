@@ -103,10 +103,6 @@ impl Source for Instructions {
         })
     }
 
-    fn is_parallel(&self) -> bool {
-        false
-    }
-
     fn skipped(&self) -> &[Skipped] {
         &self.skipped
     }

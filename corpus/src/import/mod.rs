@@ -293,8 +293,12 @@ pub(crate) trait Source: Sync {
     /// Hands every document of one language to the sink, in a fixed order. Memory does not grow with the language.
     fn read(&self, language: usize, sink: &mut dyn Sink) -> Result<()>;
     /// Whether a passage's name means the same passage in every language.
-    fn is_parallel(&self) -> bool;
-    fn skipped(&self) -> &[Skipped];
+    fn is_parallel(&self) -> bool {
+        false
+    }
+    fn skipped(&self) -> &[Skipped] {
+        &[]
+    }
     /// For the sentence about a source without text.
     fn path(&self) -> &Path;
     /// The files that the language is read from, where no other language is in them: then an interrupted import that goes

@@ -15,7 +15,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::finished::remove_folder;
-use crate::import::units::{Unit, hash, mix, unit_hashes};
+use crate::import::units::{Unit, hash, unit_hashes};
+use crate::splitmix::mix;
 use crate::{Error, Result};
 
 /// Units in a shingle.

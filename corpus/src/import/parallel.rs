@@ -8,7 +8,7 @@ use crate::import::records::Place;
 use crate::import::template::Template;
 use crate::import::texts::key_of;
 use crate::import::{Sides, Sink, Source, SourceLanguage};
-use crate::{Document, Error, Language, Result, Skipped};
+use crate::{Document, Error, Language, Result};
 
 const NAMES: [&str; 4] = ["source", "target", "source_language", "target_language"];
 
@@ -155,14 +155,6 @@ impl Source for Parallel {
     }
 
     /// Of several languages, that is: this has one.
-    fn is_parallel(&self) -> bool {
-        false
-    }
-
-    fn skipped(&self) -> &[Skipped] {
-        &[]
-    }
-
     fn path(&self) -> &Path {
         &self.source_path
     }

@@ -695,7 +695,7 @@ fn a_damaged_table_is_refused_or_read_but_never_a_panic() {
 fn speed_of_readers_and_hygiene() {
     let words: Vec<String> = (0..5000u64).map(|i| format!("word{:x}", i * i)).collect();
     let line = |i: u64| -> String {
-        let word = |j: u64| words[(crate::import::units::mix(i * 100 + j) % 5000) as usize].as_str();
+        let word = |j: u64| words[(crate::splitmix::mix(i * 100 + j) % 5000) as usize].as_str();
         (0..25).map(word).collect::<Vec<_>>().join(" ")
     };
     let lines: Vec<String> = (0..200_000).map(line).collect();

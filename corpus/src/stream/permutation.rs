@@ -1,6 +1,8 @@
 //! A keyed permutation of 0…n-1 that is computed, not stored: the order of a language's blocks in one epoch.
 //! A Feistel network over the next power of four, walked until the result falls below n (Black & Rogaway 2002).
 
+use crate::splitmix;
+
 /// A permutation of `0..n` chosen by a key.
 pub(crate) struct Permutation {
     n: u64,
@@ -46,12 +48,9 @@ impl Permutation {
     }
 }
 
-/// SplitMix64's finaliser: every output bit depends on every input bit.
+/// SplitMix64's output for the state `x`: unlike its finalizer alone, it does not leave 0 at 0.
 pub(crate) fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
+    splitmix::mix(x.wrapping_add(0x9E37_79B9_7F4A_7C15))
 }
 
 #[cfg(test)]

@@ -4,14 +4,13 @@
 pub(crate) mod indexed;
 mod megatron;
 
-use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::finished::{Unfinished, write_synced};
+use crate::finished::{Unfinished, read_manifest, write_synced};
 use crate::tokens::indexed::{Counts, Indexed, IndexedWriter};
 pub use crate::tokens::megatron::MegatronFiles;
 use crate::{Corpus, Document, Error, Language, Progress, Result, Split, TokenType, Tokenizer};
@@ -266,18 +265,7 @@ struct File {
 impl TokenShards {
     /// Opens a finished folder of token shards and checks the files' sizes against the manifest.
     pub fn open(folder: &Path) -> Result<TokenShards> {
-        let path = folder.join(MANIFEST);
-        if !path.is_file() {
-            let (what, command) = ("folder of token shards", "panglot tokenize");
-            return Err(Error::NotFinished {
-                path: folder.to_path_buf(),
-                what,
-                marker: MANIFEST,
-                command,
-            });
-        }
-        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-        let manifest: TokensManifest = serde_json::from_slice(&bytes).map_err(Error::json(&path))?;
+        let manifest: TokensManifest = read_manifest(folder, MANIFEST, "folder of token shards", "panglot tokenize")?;
         let own = Indexed::open(&folder.join(PREFIX))?;
         if manifest.token_type != own.token_type() {
             let (says, found) = (format!("{:?}", manifest.token_type), format!("{:?}", own.token_type()));

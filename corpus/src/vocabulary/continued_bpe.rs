@@ -314,7 +314,7 @@ fn replace_in_word(symbols: &mut [u32], word: u32, head: &Head, pair: Pair, new:
 }
 
 /// A pair in 64 bits; they sort alike.
-fn key(left: u32, right: u32) -> u64 {
+pub(crate) fn key(left: u32, right: u32) -> u64 {
     u64::from(left) << 32 | u64::from(right)
 }
 

@@ -8,9 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::finished::write_synced;
-use crate::vocabulary::sentencepiece::proto::{
-    Kind, ModelProto, ModelType, NormalizerSpec, Piece, SENTENCEPIECE, TrainerSpec,
-};
+use crate::vocabulary::sentencepiece::proto::{Kind, ModelProto, ModelType, Piece, SENTENCEPIECE};
 use crate::vocabulary::sentencepiece::{self, convert};
 use crate::vocabulary::settings::{Scores, VocabularySettings, WordRules};
 use crate::vocabulary::tokenizer::TOKENIZER;
@@ -89,7 +87,6 @@ fn bpe(
         // The rules count characters; no character has more bytes.
         max_piece_bytes: 4 * settings.words.max_piece_length,
         multiple_of: 1,
-        seed: 0,
         scores: Scores::AfterBase,
         preserve: Vec::new(),
         special: Vec::new(),
@@ -154,28 +151,6 @@ fn bare(model_type: ModelType) -> ModelProto {
     ];
     let special = special.map(|(text, kind)| Piece::new(text, 0.0, kind));
     let bytes = (0..=255).map(|byte| Piece::new(sentencepiece::byte_piece(byte), 0.0, Kind::Byte));
-    ModelProto {
-        pieces: special.into_iter().chain(bytes).collect(),
-        trainer: Some(TrainerSpec {
-            model_type: Some(model_type as i32),
-            vocab_size: Some(FIXED as i32),
-            byte_fallback: Some(true),
-            unk_id: Some(0),
-            unk_piece: Some("<unk>".to_owned()),
-            bos_id: Some(1),
-            eos_id: Some(2),
-            pad_id: Some(-1),
-            ..Default::default()
-        }),
-        normalizer: Some(NormalizerSpec {
-            name: Some("identity".to_owned()),
-            precompiled_charsmap: Some(Vec::new()),
-            add_dummy_prefix: Some(true),
-            remove_extra_whitespaces: Some(false),
-            escape_whitespaces: Some(true),
-            ..Default::default()
-        }),
-        self_test: None,
-        denormalizer: None,
-    }
+    let pieces = special.into_iter().chain(bytes).collect();
+    sentencepiece::with_bytes(pieces, model_type, "<unk>", [0, 1, 2], true)
 }

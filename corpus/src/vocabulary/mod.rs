@@ -20,7 +20,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::finished::{Unfinished, write_synced};
+use crate::finished::{Unfinished, read_manifest, write_synced};
 use crate::folder::digest_of;
 use crate::vocabulary::continued_bpe::{Limits, Pair, Symbols, learn};
 use crate::vocabulary::sentencepiece::proto::SENTENCEPIECE;
@@ -69,18 +69,7 @@ pub struct NewPiece {
 impl Vocabulary {
     /// Opens the folder that [`extend`] made.
     pub fn open(folder: &Path) -> Result<Vocabulary> {
-        let path = folder.join(VOCABULARY);
-        if !path.is_file() {
-            let (what, command) = ("vocabulary", "panglot vocab");
-            return Err(Error::NotFinished {
-                path: folder.to_path_buf(),
-                what,
-                marker: VOCABULARY,
-                command,
-            });
-        }
-        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-        serde_json::from_slice(&bytes).map_err(Error::json(&path))
+        read_manifest(folder, VOCABULARY, "vocabulary", "panglot vocab")
     }
 }
 

@@ -21,8 +21,6 @@ pub struct VocabularySettings {
     pub max_piece_bytes: usize,
     /// The embedding has a multiple of so many rows.
     pub multiple_of: usize,
-    /// Chooses documents where a language has more text than is needed.
-    pub seed: u64,
     /// Where new pieces stand among the base's.
     #[serde(default)]
     pub scores: Scores,

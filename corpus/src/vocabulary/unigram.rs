@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use serde_json::{Value, json};
 use tokenizers::models::unigram::{Unigram, UnigramTrainer};
 
+use crate::vocabulary::sentencepiece::byte_piece;
 use crate::vocabulary::words::WordCounts;
 use crate::{Error, Result};
 
@@ -124,7 +125,7 @@ fn settled(pieces: Vec<(String, f64)>) -> Vec<ScoredPiece> {
 /// `byte_fallback`, normaliser `identity` with `add_dummy_prefix`, without `remove_extra_whitespaces`, with
 /// `escape_whitespaces`.
 pub fn unigram_tokenizer_json(pieces: &[ScoredPiece]) -> Value {
-    let bytes = (0..=255u8).map(super::engine::byte_token);
+    let bytes = (0..=255u8).map(byte_piece);
     let fixed: Vec<String> = SPECIAL.iter().map(|piece| (*piece).to_owned()).chain(bytes).collect();
     // A word of the text may look like one of them. It is spelled otherwise.
     let known: HashSet<&str> = fixed.iter().map(String::as_str).collect();

@@ -187,15 +187,14 @@ pub fn rms_norm_backward(
                     }
                 }
                 let projection = total(lanes) / d as f32 * r * r * r;
-                for (((d_x, x), d_y), w) in d_x.iter_mut().zip(x).zip(d_y).zip(weight) {
-                    *d_x = E::round(d_y.widen() * w.widen() * r - x.widen() * projection);
-                }
-                if let Some(passed_by) = passed_by {
-                    // Again from the operands, so that the sum is rounded once.
-                    let passed_by = &passed_by[n * d..(n + 1) * d];
-                    for ((((d_x, x), d_y), w), p) in d_x.iter_mut().zip(x).zip(d_y).zip(weight).zip(passed_by) {
-                        *d_x = E::round(p.widen() + (d_y.widen() * w.widen() * r - x.widen() * projection));
-                    }
+                let of_norm = |x: E, d_y: E, w: E| d_y.widen() * w.widen() * r - x.widen() * projection;
+                let outputs = d_x.iter_mut().zip(x).zip(d_y).zip(weight);
+                match passed_by {
+                    None => outputs.for_each(|(((d_x, x), d_y), w)| *d_x = E::round(of_norm(*x, *d_y, *w))),
+                    // The sum is rounded once.
+                    Some(passed_by) => outputs
+                        .zip(&passed_by[n * d..(n + 1) * d])
+                        .for_each(|((((d_x, x), d_y), w), p)| *d_x = E::round(p.widen() + of_norm(*x, *d_y, *w))),
                 }
             });
         });

@@ -4,6 +4,8 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use crate::vocabulary::continued_bpe::key;
+
 /// Up to so many symbols a scan for the lowest rank beats a heap.
 const SHORT: usize = 40;
 
@@ -53,10 +55,6 @@ impl Merges {
     fn first_slot(&self, key: u64) -> usize {
         ((key ^ key >> 29).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> self.shift) as usize
     }
-}
-
-fn key(left: u32, right: u32) -> u64 {
-    u64::from(left) << 32 | u64::from(right)
 }
 
 /// Room for the loop, kept from word to word.

@@ -25,6 +25,7 @@ use tokenizers::{
 use crate::vocabulary::engine::cache::Cache;
 use crate::vocabulary::engine::merging::{Merges, Room, merge};
 use crate::vocabulary::engine::split::Expression;
+use crate::vocabulary::sentencepiece::byte_piece;
 
 type CrateTokenizer = tokenizers::Tokenizer;
 type CrateResult<T> = tokenizers::Result<T>;
@@ -719,7 +720,7 @@ impl Alphabet {
             }
         }
         let ids: Option<Vec<u32>> = (0..=255u8)
-            .map(|byte| model.vocab.get(&byte_token(byte)).copied())
+            .map(|byte| model.vocab.get(&byte_piece(byte)).copied())
             .collect();
         Alphabet::Characters {
             characters,
@@ -752,11 +753,6 @@ impl Alphabet {
             }
         }
     }
-}
-
-/// How SentencePiece writes a byte that stands for itself.
-pub(super) fn byte_token(byte: u8) -> String {
-    format!("<0x{byte:02X}>")
 }
 
 impl Characters {

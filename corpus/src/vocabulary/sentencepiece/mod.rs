@@ -258,7 +258,7 @@ pub(crate) fn check(model: &ModelProto, growing: Growing) -> Result<(), String> 
     Ok(())
 }
 
-/// `<0x00>` … `<0xFF>`.
+/// How SentencePiece writes a byte that stands for itself: `<0x00>` … `<0xFF>`.
 pub(crate) fn byte_piece(byte: u8) -> String {
     format!("<0x{byte:02X}>")
 }
@@ -355,32 +355,44 @@ fn rebuilt(file: &Value) -> Result<ModelProto, String> {
             .to_string()
             .contains("\"prepend_scheme\":\"first\"");
     let id_of = |token: &str| vocabulary.get(token).and_then(Value::as_i64).map_or(-1, |id| id as i32);
-    let mut model = ModelProto {
+    let ids = [unknown, "<s>", "</s>"].map(id_of);
+    let mut model = with_bytes(pieces, ModelType::Bpe, unknown, ids, prepends);
+    check(&model, Growing::Yes)?;
+    check_merges(&mut model, file)?;
+    Ok(model)
+}
+
+/// A model with byte fallback and identity normalisation, as LLaMA's; `ids` are those of unknown, start and end, −1 for none.
+pub(crate) fn with_bytes(
+    pieces: Vec<Piece>,
+    model_type: ModelType,
+    unknown: &str,
+    [unk_id, bos_id, eos_id]: [i32; 3],
+    dummy_prefix: bool,
+) -> ModelProto {
+    ModelProto {
         trainer: Some(TrainerSpec {
-            model_type: Some(ModelType::Bpe as i32),
+            model_type: Some(model_type as i32),
             vocab_size: Some(pieces.len() as i32),
             byte_fallback: Some(true),
-            unk_id: Some(id_of(unknown)),
+            unk_id: Some(unk_id),
             unk_piece: Some(unknown.to_owned()),
-            bos_id: Some(id_of("<s>")),
-            eos_id: Some(id_of("</s>")),
+            bos_id: Some(bos_id),
+            eos_id: Some(eos_id),
             pad_id: Some(-1),
             ..Default::default()
         }),
         normalizer: Some(NormalizerSpec {
             name: Some("identity".to_owned()),
             precompiled_charsmap: Some(Vec::new()),
-            add_dummy_prefix: Some(prepends),
+            add_dummy_prefix: Some(dummy_prefix),
             remove_extra_whitespaces: Some(false),
             ..Default::default()
         }),
         pieces,
         self_test: None,
         denormalizer: None,
-    };
-    check(&model, Growing::Yes)?;
-    check_merges(&mut model, file)?;
-    Ok(model)
+    }
 }
 
 /// Whether the file's merges do what the rebuilt scores say: each piece's own pair is listed, and ranks follow scores.
