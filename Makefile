@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus clean distclean
+.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus bench-model clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -39,6 +39,10 @@ soak-corpus: build  ## imports 2 GB of generated text under a limit of 1 GiB of 
 bench-corpus: setup-test build  ## the corpus crate side by side with its peers, into bench/results/corpus.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_corpus"
+
+bench-model: setup-test build  ## training steps side by side with transformers + PEFT, into bench/results/model.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_model"
 
 clean:  ## removes what was built; runs and fetched packages stay
 	@cargo clean

@@ -91,13 +91,19 @@ fn variables(threads: Option<usize>) -> Vec<(&'static str, String)> {
         .into_iter()
         .flat_map(|n| ["OMP_NUM_THREADS", "RAYON_NUM_THREADS"].map(|name| (name, n.to_string())));
     threads
-        .chain(ALLOCATOR.map(|(name, value)| (name, value.to_owned())))
+        .chain(MEMORY_AND_THREADS.map(|(name, value)| (name, value.to_owned())))
         .collect()
 }
 
 /// glibc gives every large tensor back to the kernel when it is freed and gets zeroed pages for the next: a seventh of an
-/// evaluation's time. With these it keeps them.
-const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_MMAP_MAX_", "0"), ("MALLOC_TRIM_THRESHOLD_", "17179869184")];
+/// evaluation's time. With these it keeps them, and asks for huge pages (from glibc 2.35 on). OpenMP's threads spin when they have
+/// nothing to do, in the way of our own: passive, they sleep. All three together take a quarter off a step in f32 on two cores.
+const MEMORY_AND_THREADS: [(&str, &str); 4] = [
+    ("MALLOC_MMAP_MAX_", "0"),
+    ("MALLOC_TRIM_THRESHOLD_", "17179869184"),
+    ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+    ("OMP_WAIT_POLICY", "PASSIVE"),
+];
 
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
@@ -128,7 +134,8 @@ mod tests {
 
     #[test]
     fn mpirun_s_line_fits_the_machine() {
-        let variables = "-x OMP_NUM_THREADS -x RAYON_NUM_THREADS -x MALLOC_MMAP_MAX_ -x MALLOC_TRIM_THRESHOLD_";
+        let variables = "-x OMP_NUM_THREADS -x RAYON_NUM_THREADS -x MALLOC_MMAP_MAX_ -x MALLOC_TRIM_THRESHOLD_ \
+                         -x GLIBC_TUNABLES -x OMP_WAIT_POLICY";
         assert_eq!(
             line(2, None, 8, false),
             format!("OMP_NUM_THREADS=4 mpirun --quiet -n 2 --bind-to none {variables} /bin/panglot-worker train")

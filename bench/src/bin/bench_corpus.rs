@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use bench::{Entry, Report, Results, median, number, peak_bytes, report, run};
 use clap::{Parser, Subcommand};
 use corpus::{
     Attention, BpeTraining, Corpus, Packing, Sampling, Scores, Split, Stream, StreamSettings, TokenShards, Tokenizer,
     VocabularySettings, WordRules, count_lines, extend, import_udhr, train_bpe, write_llama_tokenizer,
 };
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// Texts that a tokenizer is given at a time.
 const BATCH: usize = 4096;
@@ -70,16 +70,6 @@ enum Alone {
     Open { shards: PathBuf },
     Seek { shards: PathBuf },
     Rows { shards: PathBuf },
-}
-
-/// What one side reports.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Report {
-    seconds: f64,
-    #[serde(default)]
-    peak_bytes: u64,
-    #[serde(flatten)]
-    more: serde_json::Map<String, Value>,
 }
 
 fn main() -> Result<()> {
@@ -294,22 +284,6 @@ impl Bench {
     }
 }
 
-/// Runs one side; its last line is its report.
-fn run(command: &mut Command) -> Result<Report> {
-    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        bail!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr));
-    }
-    let report: Report = serde_json::from_str(said.lines().last().unwrap_or_default())?;
-    eprintln!(
-        "  {} → {:.3} s",
-        command.get_args().next().unwrap_or_default().display(),
-        report.seconds
-    );
-    Ok(report)
-}
-
 impl Alone {
     fn measure(&self) -> Result<Report> {
         match self {
@@ -347,15 +321,6 @@ impl Alone {
             Alone::Rows { shards } => rows(shards),
         }
     }
-}
-
-fn report(seconds: f64, more: Value) -> Result<Report> {
-    let more = serde_json::from_value(more)?;
-    Ok(Report {
-        seconds,
-        peak_bytes: 0,
-        more,
-    })
 }
 
 fn tokenize(tokenizer: &Path, texts: &Path) -> Result<Report> {
@@ -426,132 +391,6 @@ fn rows(shards: &Path) -> Result<Report> {
         seconds,
         json!({"tokens_per_s": tokens / seconds, "copy_tokens_per_s": copied, "sum": sum}),
     )
-}
-
-/// The most memory this process ever had, in bytes.
-fn peak_bytes() -> Result<u64> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line
-        .and_then(|line| line.trim().strip_suffix(" kB"))
-        .context("the kernel does not say VmHWM")?;
-    Ok(kib.trim().parse::<u64>()? * 1024)
-}
-
-/// One line of the results.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Entry {
-    name: String,
-    ours: f64,
-    peer: f64,
-    /// How many times better ours is.
-    ratio: f64,
-    unit: String,
-    #[serde(default)]
-    peer_is: String,
-    /// What cannot be beaten, in the same unit, and what it is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    floor: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    floor_is: Option<String>,
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    note: String,
-}
-
-impl Entry {
-    fn of(name: &str, ours: f64, peer: f64, unit: &str) -> Entry {
-        let less_is_better = !unit.ends_with("/s");
-        Entry {
-            name: name.to_owned(),
-            ours,
-            peer,
-            ratio: if less_is_better { peer / ours } else { ours / peer },
-            unit: unit.to_owned(),
-            peer_is: String::new(),
-            floor: None,
-            floor_is: None,
-            note: String::new(),
-        }
-    }
-
-    fn peer_is(mut self, peer_is: &str) -> Entry {
-        self.peer_is = peer_is.to_owned();
-        self
-    }
-
-    fn floor(mut self, floor: f64, floor_is: &str) -> Entry {
-        (self.floor, self.floor_is) = (Some(floor), Some(floor_is.to_owned()));
-        self
-    }
-
-    fn note(mut self, note: String) -> Entry {
-        self.note = note;
-        self
-    }
-}
-
-/// The results file; an entry measured again replaces the old one.
-struct Results {
-    path: PathBuf,
-    entries: Vec<Entry>,
-}
-
-impl Results {
-    fn open(path: &Path) -> Result<Results> {
-        let entries = match fs::read(path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("{} is not ours", path.display()))?,
-            Err(_) => Vec::new(),
-        };
-        Ok(Results {
-            path: path.to_path_buf(),
-            entries,
-        })
-    }
-
-    /// Written at once: a long run that is cut off keeps what it has.
-    fn put(&mut self, entry: Entry) -> Result<()> {
-        eprintln!(
-            "{}: ours {:.4}, peer {:.4} {}",
-            entry.name, entry.ours, entry.peer, entry.unit
-        );
-        match self.entries.iter_mut().find(|old| old.name == entry.name) {
-            Some(old) => *old = entry,
-            None => self.entries.push(entry),
-        }
-        if let Some(folder) = self.path.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        let beside = self.path.with_extension("json.partial");
-        fs::write(&beside, serde_json::to_vec_pretty(&self.entries)?)?;
-        Ok(fs::rename(&beside, &self.path)?)
-    }
-
-    fn print(&self) {
-        println!(
-            "{:<18}{:>14}{:>14}{:>9}{:>14}  unit",
-            "", "ours", "peer", "ratio", "floor"
-        );
-        for entry in &self.entries {
-            let floor = entry.floor.map_or(String::new(), |floor| format!("{floor:.3}"));
-            println!(
-                "{:<18}{:>14.3}{:>14.3}{:>8.2}×{:>14}  {}",
-                entry.name, entry.ours, entry.peer, entry.ratio, floor, entry.unit
-            );
-        }
-    }
-}
-
-fn median(reports: &[Report], of: impl Fn(&Report) -> f64) -> f64 {
-    let mut values: Vec<f64> = reports.iter().map(of).collect();
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        n => (values[(n - 1) / 2] + values[n / 2]) / 2.0,
-    }
-}
-
-fn number(report: &Report, key: &str) -> f64 {
-    report.more.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN)
 }
 
 fn text_of(path: &Path) -> Result<&str> {
