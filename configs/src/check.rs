@@ -47,6 +47,7 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     check_name(&plan.name, &mut rules);
     check_sampling(&plan.sampling, &mut rules);
     check_vocabulary(&plan, &mut rules);
+    check_text(&plan, &mut rules);
     check_batch(&plan, &mut rules);
     check_lengths(&plan, &mut rules);
     if rules.broken.is_empty() {
@@ -877,6 +878,50 @@ fn check_vocabulary(plan: &Plan, rules: &mut Rules) {
             vocabulary.new_pieces
         )
     });
+}
+
+/// Where every source is tokenised already there is no text: what only text can answer to is refused, since a run
+/// without it would not be the one that was asked for.
+fn check_text(plan: &Plan, rules: &mut Rules) {
+    let corpus = &plan.corpus;
+    if corpus.sources.is_empty() || corpus.has_text() {
+        return;
+    }
+    let why = "all of corpus.sources are tokenised already (kind: megatron), so there is no text";
+    rules.require(plan.vocabulary.is_none(), || {
+        format!("vocabulary learns new pieces from text, but {why}; add a source with text, or remove the section")
+    });
+    let learns = matches!(
+        &plan.model,
+        Model::Scratch {
+            tokenizer: Pieces::Train { .. },
+            ..
+        }
+    );
+    rules.require(!learns, || {
+        format!(
+            "model.tokenizer.kind: train learns pieces from text, but {why}; name the tokenizer that made the files"
+        )
+    });
+    rules.require(corpus.held_out == 0.0, || {
+        format!(
+            "corpus.held_out = {} holds text out, but {why}; set it to 0",
+            corpus.held_out
+        )
+    });
+    for (key, is_set) in [
+        ("held_out_most", corpus.held_out_most.is_some()),
+        ("deduplicate_lines", corpus.deduplicate_lines),
+        ("nfc", corpus.nfc),
+        ("near_duplicates", corpus.near_duplicates.is_some()),
+        ("contamination", corpus.contamination.is_some()),
+        ("document_start", corpus.document_start.is_some()),
+        ("document_end", corpus.document_end.is_some()),
+    ] {
+        rules.require(!is_set, || {
+            format!("corpus.{key} is about text, but {why}; remove it: documents are read as they lie in the files")
+        });
+    }
 }
 
 /// The global batch is dealt to ranks in whole micro-batches.

@@ -66,6 +66,14 @@ pub struct Corpus {
     pub document_end: Option<String>,
 }
 
+impl Corpus {
+    /// Whether any source is text, which can be held out and pieces be learned from; tokenised files are none.
+    pub fn has_text(&self) -> bool {
+        let is_text = |source: &Source| !matches!(source.kind, SourceKind::Megatron { .. });
+        self.sources.iter().any(is_text)
+    }
+}
+
 /// Evaluation texts that nothing is trained on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Contamination {
@@ -142,7 +150,8 @@ pub enum SourceKind {
         /// What stands before the answer: `{instruction}`, `{input}`; a line with an empty `{input}` is left out.
         prompt: String,
     },
-    /// A folder of `<lll_Ssss>*.bin` and `.idx`, tokenised already: no text is imported, its rows are read as they are.
+    /// A folder of `<lll_Ssss>*.bin` and `.idx`, tokenised already: no text is imported, its rows are read as they are. They
+    /// may be all there is; then nothing is held out and no vocabulary learned.
     Megatron { path: PathBuf },
 }
 

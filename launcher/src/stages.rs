@@ -230,8 +230,15 @@ impl Stage {
             Stage::Tokens => {
                 let corpus = &plan.corpus;
                 let documents = json!([corpus.document_start, corpus.document_end]);
+                let tokenised = corpus.sources.iter().filter_map(|source| match &source.kind {
+                    configs::SourceKind::Megatron { path } => {
+                        Some(fingerprint(path).map(|files| json!([source.name, files])))
+                    }
+                    _ => None,
+                });
                 json!([
                     documents,
+                    tokenised.collect::<anyhow::Result<Vec<_>>>()?,
                     corpus_digest(plan)?,
                     tokenizer_digest(Stage::Vocabulary, plan)?
                 ])
@@ -349,10 +356,6 @@ fn import_of(plan: &Plan, afresh: bool) -> anyhow::Result<(Vec<corpus::SourceSpe
             kind,
         });
     }
-    ensure!(
-        !sources.is_empty(),
-        "corpus.sources holds no text: all of them are tokenised already; add one with text"
-    );
     let mut settings = corpus::ImportSettings::new(plan.corpus.held_out, plan.seed);
     settings.held_out_most = plan.corpus.held_out_most;
     settings.deduplicate_lines = plan.corpus.deduplicate_lines;

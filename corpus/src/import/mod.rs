@@ -46,6 +46,7 @@ use crate::{CorpusManifest, Document, Error, Language, Progress, Result, Skipped
 /// - Documents lie in the order of their texts' hashes: shuffled, whatever the order of the sources' files.
 /// - Memory stays within `settings.memory_bytes`, whatever the size; beyond it, temporary files lie beside `out`.
 /// - An import that was interrupted goes on where it was: languages whose settings and files are unchanged are kept.
+/// - No sources at all give a corpus without text, beside which training reads files that are tokenised already.
 ///
 /// Progress counts bytes of input, over all passes.
 pub fn import(

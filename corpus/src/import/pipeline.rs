@@ -304,10 +304,12 @@ impl Run<'_> {
                 .flat_map(|opened| opened.source.skipped().to_vec())
                 .collect(),
         };
-        if manifest.total(Split::Train).0 == 0 {
+        if let Some(first) = self.sources.first()
+            && manifest.total(Split::Train).0 == 0
+        {
             let rule = "training needs at least two different documents";
             return Err(Error::EmptyCorpus {
-                path: self.sources[0].source.path().to_path_buf(),
+                path: first.source.path().to_path_buf(),
                 rule,
             });
         }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use configs::Plan;
+use corpus::Split;
 
 use super::{App, ConfigArgs, RunFolder, finish};
 use launcher::evaluation::{Comparison, Evaluation};
@@ -61,6 +62,12 @@ pub fn evaluate(app: &App, plan: &Plan, folder: PathBuf, name: &str) -> anyhow::
         folder.join("config.json").is_file(),
         "{} holds no model (no config.json); `panglot export` writes merged, `panglot model prepare` base",
         files::shown(&folder)
+    );
+    let corpus = corpus::Corpus::open(&plan.folders.corpus)?;
+    ensure!(
+        corpus.manifest().total(Split::HeldOut).0 > 0,
+        "{} holds no held-out text to measure on; add a source with text and set corpus.held_out above 0",
+        files::shown(&plan.folders.corpus)
     );
     let out = RunFolder(&plan.folders.run).evaluation(name);
     // Beside the result, the plan that it was measured by.
