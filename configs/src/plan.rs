@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -332,6 +333,30 @@ pub enum NewRows {
     NoisyMean,
     /// N(0, 0.02²), as the released MaLA-500 code leaves it.
     Normal,
+}
+
+impl NewRows {
+    pub const ALL: [NewRows; 4] = [NewRows::SubwordMean, NewRows::Mean, NewRows::NoisyMean, NewRows::Normal];
+
+    /// As the config spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            NewRows::SubwordMean => "subword_mean",
+            NewRows::Mean => "mean",
+            NewRows::NoisyMean => "noisy_mean",
+            NewRows::Normal => "normal",
+        }
+    }
+}
+
+impl FromStr for NewRows {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<NewRows, String> {
+        let known = || NewRows::ALL.map(NewRows::name).join(", ");
+        let found = NewRows::ALL.into_iter().find(|start| start.name() == name);
+        found.ok_or_else(|| format!("`{name}` is no start of new rows; known: {}", known()))
+    }
 }
 
 /// Which rows training reads: p_l ∝ n_l^α over training tokens n_l, and what departs from it. What is left out is off.
