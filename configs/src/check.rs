@@ -427,6 +427,8 @@ fn tokenizer(raw: &raw::Pieces, rules: &mut Rules) -> Option<Pieces> {
         ("algorithm", raw.algorithm.is_some(), trains, false),
         ("pieces", raw.pieces.is_some(), trains, false),
         ("alpha", raw.alpha.is_some(), trains, false),
+        ("floor_bytes", raw.floor_bytes.is_some(), trains, true),
+        ("cap_bytes", raw.cap_bytes.is_some(), trains, true),
         ("words", raw.words.is_some(), trains, true),
     ] {
         rules.require(typed || optional || !wanted, || {
@@ -448,11 +450,14 @@ fn tokenizer(raw: &raw::Pieces, rules: &mut Rules) -> Option<Pieces> {
         format!("model.tokenizer.pieces = {pieces} is not more than 259, which 3 special pieces and 256 bytes take; try 32000")
     });
     check_alpha("model.tokenizer.alpha", alpha, rules);
+    check_bytes("model.tokenizer", raw.floor_bytes, raw.cap_bytes, rules);
     let words = raw.words.clone().unwrap_or_default();
     Some(Pieces::Train {
         algorithm,
         pieces,
         alpha,
+        floor_bytes: raw.floor_bytes,
+        cap_bytes: raw.cap_bytes,
         words,
     })
 }
@@ -845,9 +850,27 @@ fn check_alpha(key: &str, alpha: f64, rules: &mut Rules) {
     });
 }
 
+/// Between which sizes languages are told apart where pieces are learned.
+fn check_bytes(section: &str, floor: Option<u64>, cap: Option<u64>, rules: &mut Rules) {
+    for (key, bytes) in [("floor_bytes", floor), ("cap_bytes", cap)] {
+        rules.require(bytes != Some(0), || {
+            format!("{section}.{key} = 0 is no size of a text; set it to 1 or more, or remove the line")
+        });
+    }
+    if let (Some(floor), Some(cap)) = (floor, cap) {
+        rules.require(floor <= cap, || {
+            format!(
+                "{section}.floor_bytes = {floor} is above cap_bytes = {cap}: no language could weigh both; lower the \
+                 floor, or set alpha: 0 for languages that all weigh alike"
+            )
+        });
+    }
+}
+
 fn check_vocabulary(plan: &Plan, rules: &mut Rules) {
     let Some(vocabulary) = &plan.vocabulary else { return };
     check_alpha("vocabulary.alpha", vocabulary.alpha, rules);
+    check_bytes("vocabulary", vocabulary.floor_bytes, vocabulary.cap_bytes, rules);
     rules.require(vocabulary.new_pieces >= 1, || {
         "vocabulary.new_pieces = 0 extends nothing; remove the vocabulary section to keep the base's own pieces"
             .to_owned()

@@ -240,8 +240,10 @@ pub enum Pieces {
     Train {
         algorithm: Algorithm,
         pieces: usize,
-        /// Exponent of the language sampling of the text that pieces are learned from.
+        /// Of the text that pieces are learned from; as in [`Vocabulary`].
         alpha: f64,
+        floor_bytes: Option<u64>,
+        cap_bytes: Option<u64>,
         words: WordRules,
     },
 }
@@ -258,8 +260,14 @@ pub enum Algorithm {
 #[serde(deny_unknown_fields)]
 pub struct Vocabulary {
     pub new_pieces: usize,
-    /// Exponent of the language sampling of the text that pieces are learned from.
+    /// Of the text that pieces are learned from, a language with n bytes weighs p ∝ clamp(n, floor, cap)^alpha.
     pub alpha: f64,
+    /// A language with less text weighs as if it had so much. `None`: no floor.
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub floor_bytes: Option<u64>,
+    /// A language with more text weighs as if it had only so much. `None`: no cap.
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub cap_bytes: Option<u64>,
     pub max_piece_bytes: usize,
     /// The matrices are padded to a multiple of this many rows.
     pub multiple_of: usize,
@@ -453,7 +461,7 @@ fn whole<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
     }
 }
 
-fn maybe_whole<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+pub(crate) fn maybe_whole<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
     #[derive(Deserialize)]
     struct Whole(#[serde(deserialize_with = "whole")] u64);
     Ok(Option::<Whole>::deserialize(from)?.map(|Whole(number)| number))

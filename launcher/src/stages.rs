@@ -436,7 +436,7 @@ fn vocabulary_settings(settings: &configs::Vocabulary) -> anyhow::Result<corpus:
     let preserve: Result<Vec<corpus::Language>, _> = settings.preserve.iter().map(|name| name.parse()).collect();
     Ok(corpus::VocabularySettings {
         new_pieces: settings.new_pieces,
-        alpha: settings.alpha,
+        sampling: text_sampling(settings.alpha, settings.floor_bytes, settings.cap_bytes),
         max_piece_bytes: settings.max_piece_bytes,
         multiple_of: settings.multiple_of,
         scores: match settings.scores {
@@ -448,6 +448,15 @@ fn vocabulary_settings(settings: &configs::Vocabulary) -> anyhow::Result<corpus:
         user_defined: settings.user_defined.clone(),
         words: word_rules(&settings.words),
     })
+}
+
+/// How languages share the text that pieces are learned from, in the corpus crate's words.
+pub fn text_sampling(alpha: f64, floor_bytes: Option<u64>, cap_bytes: Option<u64>) -> corpus::TextSampling {
+    corpus::TextSampling {
+        alpha,
+        floor_bytes: floor_bytes.unwrap_or(0),
+        cap_bytes: cap_bytes.unwrap_or(u64::MAX),
+    }
 }
 
 /// The config's rules as the corpus crate's.

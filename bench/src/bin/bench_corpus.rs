@@ -12,8 +12,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use corpus::{
-    Attention, BpeTraining, Corpus, Packing, Sampling, Scores, Split, Stream, StreamSettings, TokenShards, Tokenizer,
-    VocabularySettings, WordRules, count_lines, extend, import_udhr, train_bpe, write_llama_tokenizer,
+    Attention, BpeTraining, Corpus, Packing, Sampling, Scores, Split, Stream, StreamSettings, TextSampling,
+    TokenShards, Tokenizer, VocabularySettings, WordRules, count_lines, extend, import_udhr, train_bpe,
+    write_llama_tokenizer,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -127,7 +128,7 @@ impl Bench {
         let (extended, llama) = (self.folder.join("extended"), self.folder.join("llama"));
         let settings = VocabularySettings {
             new_pieces: 30_000,
-            alpha: 0.3,
+            sampling: TextSampling::by_size(0.3),
             max_piece_bytes: 32,
             multiple_of: 64,
             scores: Scores::AfterBase,
