@@ -270,7 +270,7 @@ fn learn_pieces(
     symbols.ban(occurring(corpus, base, settings)?);
     let limits = Limits {
         new_pieces: settings.new_pieces,
-        max_piece_bytes: settings.max_piece_bytes,
+        max_piece_chars: settings.max_piece_bytes,
     };
     let wanted = settings.new_pieces;
     let found = learn(&mut words, &mut symbols, &limits, &mut |done| {
