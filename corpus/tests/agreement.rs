@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{LazyLock, Mutex};
 
 use common::{fetched, write_folders};
@@ -94,7 +94,7 @@ fn check(folder: &Path, texts: &[String], thorough: usize, user_defined: &[Strin
 
 /// One process for all tests: `transformers` takes longer to import than most comparisons. It ends with its standard input.
 struct Python {
-    questions: ChildStdin,
+    process: Child,
     answers: BufReader<ChildStdout>,
 }
 
@@ -106,16 +106,14 @@ static PYTHON: LazyLock<Option<Mutex<Python>>> = LazyLock::new(|| {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    Some(Mutex::new(Python {
-        questions: process.stdin.take().unwrap(),
-        answers: BufReader::new(process.stdout.take().unwrap()),
-    }))
+    let answers = BufReader::new(process.stdout.take().unwrap());
+    Some(Mutex::new(Python { process, answers }))
 });
 
 impl Python {
     fn ask(&mut self, question: &str) -> String {
         let mut answer = String::new();
-        writeln!(self.questions, "{question}").unwrap();
+        writeln!(self.process.stdin.as_mut().unwrap(), "{question}").unwrap();
         self.answers.read_line(&mut answer).unwrap();
         assert!(!answer.is_empty(), "the Python process ended, see above");
         answer

@@ -54,7 +54,11 @@ pub fn day_zero(plan: &Plan, starts: &[NewRows], most_bytes: usize, comm: &dyn C
         documents.sort_by_key(|document| draw(plan.seed, &document.key));
         documents.truncate(1);
         for document in documents {
-            document.text.truncate(document.text.floor_char_boundary(most_bytes));
+            let text = &mut document.text;
+            let whole = (0..=most_bytes.min(text.len()))
+                .rev()
+                .find(|at| text.is_char_boundary(*at));
+            text.truncate(whole.unwrap_or(0));
         }
     }
     let folders = &plan.folders;
