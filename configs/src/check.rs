@@ -47,6 +47,7 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     check_name(&plan.name, &mut rules);
     check_sampling(&plan.sampling, &mut rules);
     check_vocabulary(&plan, &mut rules);
+    check_text(&plan, &mut rules);
     check_batch(&plan, &mut rules);
     check_lengths(&plan, &mut rules);
     if rules.broken.is_empty() {
@@ -426,6 +427,8 @@ fn tokenizer(raw: &raw::Pieces, rules: &mut Rules) -> Option<Pieces> {
         ("algorithm", raw.algorithm.is_some(), trains, false),
         ("pieces", raw.pieces.is_some(), trains, false),
         ("alpha", raw.alpha.is_some(), trains, false),
+        ("floor_bytes", raw.floor_bytes.is_some(), trains, true),
+        ("cap_bytes", raw.cap_bytes.is_some(), trains, true),
         ("words", raw.words.is_some(), trains, true),
     ] {
         rules.require(typed || optional || !wanted, || {
@@ -447,11 +450,14 @@ fn tokenizer(raw: &raw::Pieces, rules: &mut Rules) -> Option<Pieces> {
         format!("model.tokenizer.pieces = {pieces} is not more than 259, which 3 special pieces and 256 bytes take; try 32000")
     });
     check_alpha("model.tokenizer.alpha", alpha, rules);
+    check_bytes("model.tokenizer", raw.floor_bytes, raw.cap_bytes, rules);
     let words = raw.words.clone().unwrap_or_default();
     Some(Pieces::Train {
         algorithm,
         pieces,
         alpha,
+        floor_bytes: raw.floor_bytes,
+        cap_bytes: raw.cap_bytes,
         words,
     })
 }
@@ -844,9 +850,27 @@ fn check_alpha(key: &str, alpha: f64, rules: &mut Rules) {
     });
 }
 
+/// Between which sizes languages are told apart where pieces are learned.
+fn check_bytes(section: &str, floor: Option<u64>, cap: Option<u64>, rules: &mut Rules) {
+    for (key, bytes) in [("floor_bytes", floor), ("cap_bytes", cap)] {
+        rules.require(bytes != Some(0), || {
+            format!("{section}.{key} = 0 is no size of a text; set it to 1 or more, or remove the line")
+        });
+    }
+    if let (Some(floor), Some(cap)) = (floor, cap) {
+        rules.require(floor <= cap, || {
+            format!(
+                "{section}.floor_bytes = {floor} is above cap_bytes = {cap}: no language could weigh both; lower the \
+                 floor, or set alpha: 0 for languages that all weigh alike"
+            )
+        });
+    }
+}
+
 fn check_vocabulary(plan: &Plan, rules: &mut Rules) {
     let Some(vocabulary) = &plan.vocabulary else { return };
     check_alpha("vocabulary.alpha", vocabulary.alpha, rules);
+    check_bytes("vocabulary", vocabulary.floor_bytes, vocabulary.cap_bytes, rules);
     rules.require(vocabulary.new_pieces >= 1, || {
         "vocabulary.new_pieces = 0 extends nothing; remove the vocabulary section to keep the base's own pieces"
             .to_owned()
@@ -877,6 +901,50 @@ fn check_vocabulary(plan: &Plan, rules: &mut Rules) {
             vocabulary.new_pieces
         )
     });
+}
+
+/// Where every source is tokenised already there is no text: what only text can answer to is refused, since a run
+/// without it would not be the one that was asked for.
+fn check_text(plan: &Plan, rules: &mut Rules) {
+    let corpus = &plan.corpus;
+    if corpus.sources.is_empty() || corpus.has_text() {
+        return;
+    }
+    let why = "all of corpus.sources are tokenised already (kind: megatron), so there is no text";
+    rules.require(plan.vocabulary.is_none(), || {
+        format!("vocabulary learns new pieces from text, but {why}; add a source with text, or remove the section")
+    });
+    let learns = matches!(
+        &plan.model,
+        Model::Scratch {
+            tokenizer: Pieces::Train { .. },
+            ..
+        }
+    );
+    rules.require(!learns, || {
+        format!(
+            "model.tokenizer.kind: train learns pieces from text, but {why}; name the tokenizer that made the files"
+        )
+    });
+    rules.require(corpus.held_out == 0.0, || {
+        format!(
+            "corpus.held_out = {} holds text out, but {why}; set it to 0",
+            corpus.held_out
+        )
+    });
+    for (key, is_set) in [
+        ("held_out_most", corpus.held_out_most.is_some()),
+        ("deduplicate_lines", corpus.deduplicate_lines),
+        ("nfc", corpus.nfc),
+        ("near_duplicates", corpus.near_duplicates.is_some()),
+        ("contamination", corpus.contamination.is_some()),
+        ("document_start", corpus.document_start.is_some()),
+        ("document_end", corpus.document_end.is_some()),
+    ] {
+        rules.require(!is_set, || {
+            format!("corpus.{key} is about text, but {why}; remove it: documents are read as they lie in the files")
+        });
+    }
 }
 
 /// The global batch is dealt to ranks in whole micro-batches.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -64,6 +65,14 @@ pub struct Corpus {
     pub document_start: Option<String>,
     /// A special token put after every document in training.
     pub document_end: Option<String>,
+}
+
+impl Corpus {
+    /// Whether any source is text, which can be held out and pieces be learned from; tokenised files are none.
+    pub fn has_text(&self) -> bool {
+        let is_text = |source: &Source| !matches!(source.kind, SourceKind::Megatron { .. });
+        self.sources.iter().any(is_text)
+    }
 }
 
 /// Evaluation texts that nothing is trained on.
@@ -142,7 +151,8 @@ pub enum SourceKind {
         /// What stands before the answer: `{instruction}`, `{input}`; a line with an empty `{input}` is left out.
         prompt: String,
     },
-    /// A folder of `<lll_Ssss>*.bin` and `.idx`, tokenised already: no text is imported, its rows are read as they are.
+    /// A folder of `<lll_Ssss>*.bin` and `.idx`, tokenised already: no text is imported, its rows are read as they are. They
+    /// may be all there is; then nothing is held out and no vocabulary learned.
     Megatron { path: PathBuf },
 }
 
@@ -230,8 +240,10 @@ pub enum Pieces {
     Train {
         algorithm: Algorithm,
         pieces: usize,
-        /// Exponent of the language sampling of the text that pieces are learned from.
+        /// Of the text that pieces are learned from; as in [`Vocabulary`].
         alpha: f64,
+        floor_bytes: Option<u64>,
+        cap_bytes: Option<u64>,
         words: WordRules,
     },
 }
@@ -248,8 +260,14 @@ pub enum Algorithm {
 #[serde(deny_unknown_fields)]
 pub struct Vocabulary {
     pub new_pieces: usize,
-    /// Exponent of the language sampling of the text that pieces are learned from.
+    /// Of the text that pieces are learned from, a language with n bytes weighs p ∝ clamp(n, floor, cap)^alpha.
     pub alpha: f64,
+    /// A language with less text weighs as if it had so much. `None`: no floor.
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub floor_bytes: Option<u64>,
+    /// A language with more text weighs as if it had only so much. `None`: no cap.
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub cap_bytes: Option<u64>,
     pub max_piece_bytes: usize,
     /// The matrices are padded to a multiple of this many rows.
     pub multiple_of: usize,
@@ -323,6 +341,30 @@ pub enum NewRows {
     NoisyMean,
     /// N(0, 0.02²), as the released MaLA-500 code leaves it.
     Normal,
+}
+
+impl NewRows {
+    pub const ALL: [NewRows; 4] = [NewRows::SubwordMean, NewRows::Mean, NewRows::NoisyMean, NewRows::Normal];
+
+    /// As the config spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            NewRows::SubwordMean => "subword_mean",
+            NewRows::Mean => "mean",
+            NewRows::NoisyMean => "noisy_mean",
+            NewRows::Normal => "normal",
+        }
+    }
+}
+
+impl FromStr for NewRows {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<NewRows, String> {
+        let known = || NewRows::ALL.map(NewRows::name).join(", ");
+        let found = NewRows::ALL.into_iter().find(|start| start.name() == name);
+        found.ok_or_else(|| format!("`{name}` is no start of new rows; known: {}", known()))
+    }
 }
 
 /// Which rows training reads: p_l ∝ n_l^α over training tokens n_l, and what departs from it. What is left out is off.
@@ -419,7 +461,7 @@ fn whole<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
     }
 }
 
-fn maybe_whole<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+pub(crate) fn maybe_whole<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
     #[derive(Deserialize)]
     struct Whole(#[serde(deserialize_with = "whole")] u64);
     Ok(Option::<Whole>::deserialize(from)?.map(|Whole(number)| number))

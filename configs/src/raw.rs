@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
     Algorithm, Checkpoint, Evaluation, Group, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute, Sampling,
-    Schedule, Shape, Vocabulary, WordRules,
+    Schedule, Shape, Vocabulary, WordRules, maybe_whole,
 };
 
 #[derive(Debug, Deserialize)]
@@ -141,7 +141,13 @@ pub struct Pieces {
     pub algorithm: Option<Algorithm>,
     pub pieces: Option<usize>,
     pub alpha: Option<f64>,
-    /// None: SentencePiece's rules. With kind: train only.
+    /// None: no floor. This and the next two with kind: train only.
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub floor_bytes: Option<u64>,
+    /// None: no cap.
+    #[serde(default, deserialize_with = "maybe_whole")]
+    pub cap_bytes: Option<u64>,
+    /// None: SentencePiece's rules.
     pub words: Option<WordRules>,
 }
 

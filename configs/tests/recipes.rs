@@ -204,6 +204,8 @@ fn a_tokenizer_from_scratch_says_how_it_is_learned() {
             algorithm: Algorithm::Unigram,
             pieces: 4000,
             alpha: 0.3,
+            floor_bytes: None,
+            cap_bytes: None,
             words: WordRules::default(),
         }
     );
@@ -215,6 +217,14 @@ fn a_tokenizer_from_scratch_says_how_it_is_learned() {
         (
             "{kind: train, algorithm: bpe, pieces: 9, alpha: 0.3}",
             "model.tokenizer.pieces = 9 is not more than 259",
+        ),
+        (
+            "{kind: train, algorithm: bpe, pieces: 900, alpha: 0.3, floor_bytes: 2e6, cap_bytes: 1e6}",
+            "model.tokenizer.floor_bytes = 2000000 is above cap_bytes = 1000000",
+        ),
+        (
+            "{kind: folder, path: x, cap_bytes: 1e6}",
+            "model.tokenizer.cap_bytes means nothing with kind: folder",
         ),
         (
             "{kind: folder, path: x, alpha: 1}",

@@ -239,7 +239,7 @@ fn real_text_in_500_languages_is_encoded_as_by_the_crate() {
     byte_level_base(&base, 2000, &TEXTS);
     let settings = corpus::VocabularySettings {
         new_pieces: 3000,
-        alpha: 0.3,
+        sampling: corpus::TextSampling::by_size(0.3),
         max_piece_bytes: 32,
         multiple_of: 64,
         scores: corpus::Scores::AfterBase,

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use corpus::{
-    Algorithm, Corpus, ScratchVocabulary, SentencePiece, Split, Tokenizer, WordRules, import_folders, import_udhr,
-    train_vocabulary,
+    Algorithm, Corpus, ScratchVocabulary, SentencePiece, Split, TextSampling, Tokenizer, WordRules, import_folders,
+    import_udhr, train_vocabulary,
 };
 
 fn udhr() -> PathBuf {
@@ -15,7 +15,7 @@ fn settings(algorithm: Algorithm, pieces: usize) -> ScratchVocabulary {
     ScratchVocabulary {
         algorithm,
         pieces,
-        alpha: 0.3,
+        sampling: TextSampling::by_size(0.3),
         words: WordRules {
             character_coverage: 0.999,
             ..WordRules::default()

@@ -8,7 +8,8 @@ use std::sync::LazyLock;
 
 use common::{END, byte_level_base, write_folders};
 use corpus::{
-    Corpus, Scores, Split, Tokenizer, Vocabulary, VocabularySettings, WordRules, extend, fertility, import_folders,
+    Corpus, Scores, Split, TextSampling, Tokenizer, Vocabulary, VocabularySettings, WordRules, extend, fertility,
+    import_folders,
 };
 use proptest::prelude::*;
 use serde_json::Value;
@@ -16,7 +17,7 @@ use tokenizers::{Model, OffsetReferential, OffsetType, PreTokenizedString, PreTo
 
 static SETTINGS: LazyLock<VocabularySettings> = LazyLock::new(|| VocabularySettings {
     new_pieces: 150,
-    alpha: 0.3,
+    sampling: TextSampling::by_size(0.3),
     max_piece_bytes: 12,
     multiple_of: 64,
     scores: Scores::AfterBase,
@@ -251,6 +252,35 @@ fn the_same_settings_give_the_same_file() {
 }
 
 #[test]
+fn a_floor_and_a_cap_decide_what_languages_weigh() {
+    let pieces = |sampling: TextSampling| {
+        let settings = VocabularySettings {
+            sampling,
+            ..SETTINGS.clone()
+        };
+        let out = tempfile::tempdir().unwrap();
+        let out = out.path().join("v");
+        let vocabulary = extend(&FIXTURE.corpus, &FIXTURE.base, Some(&settings), &out, &mut |_, _| {}).unwrap();
+        vocabulary.pieces
+    };
+    let by_size = pieces(TextSampling::by_size(1.0));
+    let alike = pieces(TextSampling::by_size(0.0));
+    assert_ne!(by_size, alike);
+    let floor = pieces(TextSampling {
+        floor_bytes: 1 << 30,
+        ..TextSampling::by_size(1.0)
+    });
+    let cap = pieces(TextSampling {
+        cap_bytes: 1,
+        ..TextSampling::by_size(1.0)
+    });
+    assert!(
+        floor == alike && cap == alike,
+        "above all sizes, or below, they weigh all alike"
+    );
+}
+
+#[test]
 fn a_preserved_language_is_cut_as_before_and_tokens_of_their_own_are_found() {
     let settings = VocabularySettings {
         new_pieces: 60,
@@ -369,11 +399,23 @@ fn what_cannot_be_extended_says_why() {
     );
     check(
         VocabularySettings {
-            alpha: 1.5,
+            sampling: TextSampling::by_size(1.5),
             ..SETTINGS.clone()
         },
         &same,
         "vocabulary.alpha = 1.5: must lie between 0 and 1",
+    );
+    check(
+        VocabularySettings {
+            sampling: TextSampling {
+                floor_bytes: 9,
+                cap_bytes: 8,
+                ..TextSampling::by_size(0.3)
+            },
+            ..SETTINGS.clone()
+        },
+        &same,
+        "vocabulary.cap_bytes = 8: must be at least 1 and at least floor_bytes",
     );
     check(
         VocabularySettings {

@@ -1,4 +1,4 @@
-//! Results of `panglot eval`, and two of them compared language by language.
+//! Results of `panglot eval`, two of them compared language by language, and what a vocabulary costs before any step.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -31,6 +31,14 @@ pub struct LanguageResult {
     /// Summed negative log-likelihood.
     pub nats: f64,
     pub bits_per_byte: f64,
+}
+
+/// The base and, on the same text, the extended model that no step has trained: once for each start of its new rows, by
+/// whose name it goes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DayZero {
+    pub base: Evaluation,
+    pub extended: Vec<Evaluation>,
 }
 
 /// One language before and after, in bits per byte: independent of the tokenizer.
@@ -103,6 +111,43 @@ impl Evaluation {
         text::table(
             &["", "language", ">documents", ">bytes", ">tokens", ">bits per byte"],
             rows,
+        )
+    }
+}
+
+impl DayZero {
+    /// Means over languages, each counting once.
+    pub fn table(&self) -> String {
+        let base = self.base.macro_bits_per_byte;
+        let row = |name: String, measured: &Evaluation, change: String| {
+            let bits = measured.macro_bits_per_byte;
+            let nats = bits * std::f64::consts::LN_2;
+            vec![
+                name,
+                format!("{nats:.3}"),
+                format!("{bits:.3}"),
+                change,
+                text::count(measured.tokens),
+            ]
+        };
+        let mut rows = vec![row("the base, its own pieces".to_owned(), &self.base, String::new())];
+        rows.extend(self.extended.iter().map(|measured| {
+            let change = text::change(base, measured.macro_bits_per_byte);
+            row(format!("extended, new_rows: {}", measured.model), measured, change)
+        }));
+        let header = [
+            "before any step",
+            ">nats per byte",
+            ">bits per byte",
+            ">change",
+            ">tokens",
+        ];
+        let languages = text::counted(self.base.languages.len(), "language");
+        let bytes: u64 = self.base.languages.iter().map(|language| language.bytes).sum();
+        format!(
+            "{}\nMean over {languages}, {} of held-out text",
+            text::table(&header, rows),
+            text::bytes(bytes)
         )
     }
 }

@@ -33,6 +33,7 @@ Examples:
   panglot train configs/demo.yaml -n 2          on two ranks; the same line again resumes
   panglot train configs/tiny.yaml train.steps=5 a key of the config, for this time
   panglot corpus verify configs/demo.yaml       is every language still as it was imported?
+  panglot vocab configs/demo.yaml --loss=all    which start of the new rows loses least before any step
   panglot rows configs/demo.yaml --decode       what the model will read, and in which language
   panglot report configs/demo.yaml              one page to look at: runs/demo/report.html";
 
@@ -43,8 +44,8 @@ enum Command {
     /// Make the base model's folder: from a GGUF file, or random weights
     #[command(subcommand)]
     Model(commands::model::Command),
-    /// Learn new pieces and extend the base tokenizer
-    Vocab(commands::stage::Args),
+    /// Learn new pieces and extend the base tokenizer; with --loss, say what that costs before any step
+    Vocab(commands::stage::VocabArgs),
     /// Tokenise the corpus into shards (Megatron's indexed format)
     Tokenize(commands::stage::Args),
     /// Make all four of the above, each unless it is there and its inputs are unchanged
@@ -167,6 +168,26 @@ mod tests {
         assert!(
             Cli::try_parse_from(["panglot", "corpus"]).is_err(),
             "a config is needed"
+        );
+    }
+
+    #[test]
+    fn the_loss_of_a_vocabulary_is_asked_for_by_name() {
+        let loss = |line: &str| {
+            let Command::Vocab(args) = Cli::try_parse_from(line.split(' ')).unwrap().command else {
+                panic!("vocab")
+            };
+            (args.loss, args.stage.config.overrides)
+        };
+        let some = |names: &[&str]| Some(names.iter().map(|name| (*name).to_owned()).collect());
+        assert_eq!(loss("panglot vocab c.yaml"), (None, vec![]));
+        assert_eq!(
+            loss("panglot vocab c.yaml --loss seed=3"),
+            (some(&[""]), vec!["seed=3".to_owned()])
+        );
+        assert_eq!(
+            loss("panglot vocab c.yaml --loss=mean,normal").0,
+            some(&["mean", "normal"])
         );
     }
 

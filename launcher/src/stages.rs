@@ -230,8 +230,15 @@ impl Stage {
             Stage::Tokens => {
                 let corpus = &plan.corpus;
                 let documents = json!([corpus.document_start, corpus.document_end]);
+                let tokenised = corpus.sources.iter().filter_map(|source| match &source.kind {
+                    configs::SourceKind::Megatron { path } => {
+                        Some(fingerprint(path).map(|files| json!([source.name, files])))
+                    }
+                    _ => None,
+                });
                 json!([
                     documents,
+                    tokenised.collect::<anyhow::Result<Vec<_>>>()?,
                     corpus_digest(plan)?,
                     tokenizer_digest(Stage::Vocabulary, plan)?
                 ])
@@ -349,10 +356,6 @@ fn import_of(plan: &Plan, afresh: bool) -> anyhow::Result<(Vec<corpus::SourceSpe
             kind,
         });
     }
-    ensure!(
-        !sources.is_empty(),
-        "corpus.sources holds no text: all of them are tokenised already; add one with text"
-    );
     let mut settings = corpus::ImportSettings::new(plan.corpus.held_out, plan.seed);
     settings.held_out_most = plan.corpus.held_out_most;
     settings.deduplicate_lines = plan.corpus.deduplicate_lines;
@@ -433,7 +436,7 @@ fn vocabulary_settings(settings: &configs::Vocabulary) -> anyhow::Result<corpus:
     let preserve: Result<Vec<corpus::Language>, _> = settings.preserve.iter().map(|name| name.parse()).collect();
     Ok(corpus::VocabularySettings {
         new_pieces: settings.new_pieces,
-        alpha: settings.alpha,
+        sampling: text_sampling(settings.alpha, settings.floor_bytes, settings.cap_bytes),
         max_piece_bytes: settings.max_piece_bytes,
         multiple_of: settings.multiple_of,
         scores: match settings.scores {
@@ -445,6 +448,15 @@ fn vocabulary_settings(settings: &configs::Vocabulary) -> anyhow::Result<corpus:
         user_defined: settings.user_defined.clone(),
         words: word_rules(&settings.words),
     })
+}
+
+/// How languages share the text that pieces are learned from, in the corpus crate's words.
+pub fn text_sampling(alpha: f64, floor_bytes: Option<u64>, cap_bytes: Option<u64>) -> corpus::TextSampling {
+    corpus::TextSampling {
+        alpha,
+        floor_bytes: floor_bytes.unwrap_or(0),
+        cap_bytes: cap_bytes.unwrap_or(u64::MAX),
+    }
 }
 
 /// The config's rules as the corpus crate's.

@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
 """Encodes texts with every engine that reads a tokenizer folder, and says where one differs from the ids given.
 
-    compare_tokenizers.py FOLDER TEXTS
+    compare_tokenizers.py
 
-TEXTS is JSON: {"texts": [...], "ids": [[...], ...], "thorough": n, "user_defined": [...]}: ids without special tokens around them; the
-slower engines get the first n texts and every 50th of the others; strings that are one token wherever a text has them. Prints JSON: for each engine how many texts
-it encoded and the first that differ.
+Each line of standard input names a folder and a file of texts, with a tab between them; each line of standard output answers one. One
+process for many of them: importing transformers takes longer than most comparisons.
+
+The texts are JSON: {"texts": [...], "ids": [[...], ...], "thorough": n, "user_defined": [...]}: ids without special tokens around
+them; the slower engines get the first n texts and every 50th of the others; strings that are one token wherever a text has them.
+The answer is JSON: for each engine how many texts it encoded and the first that differ.
 
 transformers' LlamaTokenizer builds its own pre-tokenizer, whatever the folder says: it puts no space in front of a text that begins
-with one, and knows nothing of user-defined pieces. It is compared on the other texts.
+with one, and knows nothing of user-defined pieces. It is compared on the other texts. It is a BPE whatever the folder says, as is its
+slow sister: a unigram model is not for them.
 """
 
 import json
@@ -25,10 +29,14 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 
 def main():
-    folder, path = sys.argv[1:]
+    transformers.utils.logging.set_verbosity_error()
+    for line in sys.stdin:
+        print(json.dumps(verdicts(*line.rstrip("\n").split("\t"))), flush=True)
+
+
+def verdicts(folder, path):
     with open(path, encoding="utf-8") as file:
         given = json.load(file)
-    transformers.utils.logging.set_verbosity_error()
     cases, user_defined = list(zip(given["texts"], given["ids"], strict=True)), given["user_defined"]
     result = {}
 
@@ -47,6 +55,10 @@ def main():
     auto = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
     result[f"AutoTokenizer ({type(auto).__name__})"] = compare(cases, called(auto, texts), auto.decode)
 
+    with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
+        if json.load(file)["model"]["type"] == "Unigram":
+            return result
+
     cut_otherwise = lambda text: text.startswith((" ", "▁")) or any(string in text for string in user_defined)
     usual = [(text, ids) for text, ids in cases if not cut_otherwise(text)]
     llama = LlamaTokenizer.from_pretrained(folder, split_special_tokens=True)
@@ -57,7 +69,7 @@ def main():
     plain = [case for case in cases[:500] if "<unk>" not in case[0]]
     ids = [slow.convert_tokens_to_ids(slow.tokenize(text)) for text, _ in plain]
     result["SentencePieceBackend"] = compare(plain, ids, None)
-    json.dump(result, sys.stdout)
+    return result
 
 
 def called(tokenizer, texts):

@@ -1,15 +1,16 @@
 //! Negative log-likelihood of held-out text, language by language, for any Hugging Face folder with its own tokenizer.
 //!
 //! A document is scored as a whole: its start token, if the plan names one, is context only, and every token after it is a
-//! target. Bits per byte divide by the bytes of the text, so that models with different tokenizers compare.
+//! target. Bits per byte divide by the bytes of the text, so that models with different tokenizers compare: also the base
+//! and the extended model that no step has trained yet.
 
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use configs::{Plan, Precision};
-use corpus::{Corpus, Tokenizer};
-use launcher::evaluation::{Evaluation, LanguageResult};
+use configs::{NewRows, Plan, Precision};
+use corpus::{Corpus, Document, Language, Tokenizer, Vocabulary};
+use launcher::evaluation::{DayZero, Evaluation, LanguageResult};
 use launcher::events::Event;
 use sharding::Comm;
 use tch::{Kind, Tensor};
@@ -24,33 +25,123 @@ struct Window {
     context: usize,
 }
 
+/// What is scored: weights, the tokenizer that its text is cut by, and how the first grows to fit the second.
+struct Subject<'a> {
+    name: String,
+    model: &'a Path,
+    tokenizer: &'a Path,
+    grows: Trains,
+}
+
 /// Scores the held-out documents with the model in `folder`. Every rank returns the same report.
 pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Evaluation> {
+    let documents = held_out(plan, comm)?;
+    let subject = Subject {
+        name: folder.display().to_string(),
+        model: folder,
+        tokenizer: folder,
+        grows: Trains::default(),
+    };
+    score(plan, &documents, &subject, comm)
+}
+
+/// The base with its own tokenizer, and the extended model before any step, once for each of these starts of its new rows.
+/// All score the same text: the first `most_bytes` bytes of one document a language, drawn by the plan's seed.
+pub fn day_zero(plan: &Plan, starts: &[NewRows], most_bytes: usize, comm: &dyn Comm) -> Result<DayZero> {
+    let mut documents = held_out(plan, comm)?;
+    for (_, documents) in &mut documents {
+        // By the key: of parallel text all languages give the same passage.
+        documents.sort_by_key(|document| draw(plan.seed, &document.key));
+        documents.truncate(1);
+        for document in documents {
+            let text = &mut document.text;
+            let whole = (0..=most_bytes.min(text.len()))
+                .rev()
+                .find(|at| text.is_char_boundary(*at));
+            text.truncate(whole.unwrap_or(0));
+        }
+    }
+    let folders = &plan.folders;
+    let subject = |name: &str, tokenizer, vocabulary| Subject {
+        name: name.to_owned(),
+        model: &folders.base_model,
+        tokenizer,
+        grows: Trains {
+            vocabulary,
+            seed: plan.seed,
+            ..Trains::default()
+        },
+    };
+    let base = score(plan, &documents, &subject("base", &folders.base_model, None), comm)?;
+    let vocabulary = Vocabulary::open(&folders.vocabulary)?;
+    let extended = |start: &NewRows| {
+        let grown = Some((vocabulary.clone(), *start));
+        score(
+            plan,
+            &documents,
+            &subject(start.name(), &folders.vocabulary, grown),
+            comm,
+        )
+    };
+    Ok(DayZero {
+        base,
+        extended: starts.iter().map(extended).collect::<Result<_>>()?,
+    })
+}
+
+/// Where a document stands in the order that the seed draws.
+fn draw(seed: u64, key: &str) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&seed.to_le_bytes()).update(key.as_bytes());
+    hasher.finalize().into()
+}
+
+/// The held-out documents that the plan evaluates on, by language.
+fn held_out(plan: &Plan, comm: &dyn Comm) -> Result<Vec<(Language, Vec<Document>)>> {
+    if comm.rank() == 0 {
+        let name = "reading held-out documents".into();
+        Event::Phase { name }.emit();
+    }
+    let corpus = Corpus::open(&plan.folders.corpus)?;
+    let of = |language: Language| {
+        let mut documents = corpus.held_out(&language)?;
+        documents.sort_by(|a, b| a.key.cmp(&b.key));
+        documents.truncate(plan.evaluation.documents_per_language.unwrap_or(usize::MAX));
+        Ok((language, documents))
+    };
+    corpus.languages().into_iter().map(of).collect()
+}
+
+fn score(
+    plan: &Plan,
+    documents: &[(Language, Vec<Document>)],
+    subject: &Subject,
+    comm: &dyn Comm,
+) -> Result<Evaluation> {
     let started = Instant::now();
     let rank_0 = comm.rank() == 0;
-    let say = |name: &str| rank_0.then(|| Event::Phase { name: name.into() }.emit());
-    say("reading held-out documents");
-    let corpus = Corpus::open(&plan.folders.corpus)?;
-    let tokenizer = Tokenizer::open(folder)?;
-    let (mut scores, windows) = windows(plan, &corpus, &tokenizer)?;
+    let short = Path::new(&subject.name).file_name().unwrap_or_default().display();
+    let say = |name: String| rank_0.then(|| Event::Phase { name }.emit());
+    let tokenizer = Tokenizer::open(subject.tokenizer)?;
+    let (mut scores, windows) = windows(plan, documents, &tokenizer)?;
     ensure!(
         !windows.is_empty(),
         "the corpus {} has no held-out documents",
         plan.folders.corpus.display()
     );
 
-    say("loading the model");
-    let config = ModelConfig::open(folder)?;
+    say(format!("loading the model ({short})"));
+    let config = ModelConfig::open(subject.model)?;
     let model = Model::load(
         &config,
-        &Weights::open(folder)?,
+        &Weights::open(subject.model)?,
         kind(plan.train.precision),
-        &Trains::default(),
+        &subject.grows,
     )
-    .with_context(|| format!("loading {}", folder.display()))?;
+    .with_context(|| format!("loading {}", subject.model.display()))?;
     model.check_length(plan.evaluation.window, "evaluation.window")?;
 
-    say("scoring held-out documents");
+    say(format!("scoring held-out documents ({short})"));
     let batches = batches(&windows, plan.evaluation.tokens_per_batch);
     let total: u64 = windows.iter().map(|window| (window.ids.len() - 1) as u64).sum();
     let mut nats = vec![0.0; scores.len()];
@@ -63,7 +154,7 @@ pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Evaluatio
         if index % comm.world() != comm.rank() {
             continue;
         }
-        score(&model, &windows, batch, &mut nats);
+        add_nats(&model, &windows, batch, &mut nats);
         if rank_0 {
             Event::Progress {
                 done,
@@ -81,7 +172,7 @@ pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Evaluatio
     }
     let mean = |of: &dyn Fn(&LanguageResult) -> f64| scores.iter().map(of).sum::<f64>() / scores.len() as f64;
     Ok(Evaluation {
-        model: folder.display().to_string(),
+        model: subject.name.clone(),
         precision: precision_name(plan.train.precision),
         macro_bits_per_byte: mean(&|score| score.bits_per_byte),
         macro_nats_per_document: mean(&|score| score.nats / score.documents as f64),
@@ -106,7 +197,11 @@ fn precision_name(precision: Precision) -> String {
 }
 
 /// The documents to score, cut into windows, and an empty score for every language that has any.
-fn windows(plan: &Plan, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<(Vec<LanguageResult>, Vec<Window>)> {
+fn windows(
+    plan: &Plan,
+    documents: &[(Language, Vec<Document>)],
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<LanguageResult>, Vec<Window>)> {
     let start = match &plan.corpus.document_start {
         None => None,
         Some(token) => Some(tokenizer.id(token).with_context(|| {
@@ -114,10 +209,7 @@ fn windows(plan: &Plan, corpus: &Corpus, tokenizer: &Tokenizer) -> Result<(Vec<L
         })?),
     };
     let (mut scores, mut windows) = (Vec::new(), Vec::new());
-    for language in corpus.languages() {
-        let mut documents = corpus.held_out(&language)?;
-        documents.sort_by(|a, b| a.key.cmp(&b.key));
-        documents.truncate(plan.evaluation.documents_per_language.unwrap_or(usize::MAX));
+    for (language, documents) in documents {
         let mut score = LanguageResult {
             language: language.to_string(),
             documents: 0,
@@ -182,7 +274,7 @@ fn batches(windows: &[Window], tokens_per_batch: usize) -> Vec<Vec<usize>> {
 }
 
 /// Adds each window's nats to its language.
-fn score(model: &Model, windows: &[Window], batch: &[usize], nats: &mut [f64]) {
+fn add_nats(model: &Model, windows: &[Window], batch: &[usize], nats: &mut [f64]) {
     let length = windows[batch[0]].ids.len();
     let shape = [batch.len() as i64, length as i64];
     let (mut ids, mut targets) = (vec![0; batch.len() * length], vec![IGNORE; batch.len() * length]);

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use configs::Plan;
+use configs::{NewRows, Plan};
 use launcher::events::Event;
 use launcher::exit;
 use launcher::place::Place;
@@ -47,6 +47,19 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Score a sample of the held-out documents with the base, and with the extended model that no step has trained.
+    DayZero {
+        #[arg(long)]
+        plan: PathBuf,
+        /// How new rows start; each in its turn.
+        #[arg(long, required = true, value_delimiter = ',')]
+        new_rows: Vec<NewRows>,
+        /// Of each document.
+        #[arg(long)]
+        most_bytes: usize,
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Write the newest checkpoint as a merged model and as a PEFT adapter.
     Export {
         #[arg(long)]
@@ -84,6 +97,7 @@ fn start(command: Command) -> Result<i32> {
         Command::InitModel { plan }
         | Command::Train { plan }
         | Command::Eval { plan, .. }
+        | Command::DayZero { plan, .. }
         | Command::Export { plan, .. } => Some(read_plan(plan)?),
     };
     let threads = plan.as_ref().and_then(|plan| plan.launch.threads_per_rank);
@@ -141,6 +155,18 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm) -> Result<i32> {
                 launcher::files::write_json(&out, &report)?;
             }
             done(report)
+        }
+        Command::DayZero {
+            new_rows,
+            most_bytes,
+            out,
+            ..
+        } => {
+            let measured = trainer::evaluate::day_zero(plan(), &new_rows, most_bytes, comm)?;
+            if comm.rank() == 0 {
+                launcher::files::write_json(&out, &measured)?;
+            }
+            done(serde_json::json!({ "written": out }))
         }
         Command::Export { merged, adapter, .. } => {
             done(trainer::export::export_newest(plan(), comm, &merged, &adapter)?)

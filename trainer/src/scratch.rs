@@ -29,6 +29,8 @@ pub fn init(plan: &Plan, out: &Path) -> Result<ModelConfig> {
             algorithm,
             pieces,
             alpha,
+            floor_bytes,
+            cap_bytes,
             words,
         } => {
             let settings = ScratchVocabulary {
@@ -37,7 +39,7 @@ pub fn init(plan: &Plan, out: &Path) -> Result<ModelConfig> {
                     configs::Algorithm::Unigram => Algorithm::Unigram,
                 },
                 pieces: *pieces,
-                alpha: *alpha,
+                sampling: launcher::stages::text_sampling(*alpha, *floor_bytes, *cap_bytes),
                 words: launcher::stages::word_rules(words),
             };
             let corpus = corpus::Corpus::open(&plan.folders.corpus)?;

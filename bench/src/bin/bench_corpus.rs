@@ -13,8 +13,9 @@ use anyhow::{Context, Result, ensure};
 use bench::{Entry, Report, Results, median, number, peak_bytes, report, run};
 use clap::{Parser, Subcommand};
 use corpus::{
-    Attention, BpeTraining, Corpus, Packing, Sampling, Scores, Split, Stream, StreamSettings, TokenShards, Tokenizer,
-    VocabularySettings, WordRules, count_lines, extend, import_udhr, train_bpe, write_llama_tokenizer,
+    Attention, BpeTraining, Corpus, Packing, Sampling, Scores, Split, Stream, StreamSettings, TextSampling,
+    TokenShards, Tokenizer, VocabularySettings, WordRules, count_lines, extend, import_udhr, train_bpe,
+    write_llama_tokenizer,
 };
 use serde_json::json;
 
@@ -117,7 +118,7 @@ impl Bench {
         let (extended, llama) = (self.folder.join("extended"), self.folder.join("llama"));
         let settings = VocabularySettings {
             new_pieces: 30_000,
-            alpha: 0.3,
+            sampling: TextSampling::by_size(0.3),
             max_piece_bytes: 32,
             multiple_of: 64,
             scores: Scores::AfterBase,

@@ -135,6 +135,12 @@ impl Evaluations {
         found.into_iter().map(evidence).collect()
     }
 
+    /// What it holds in memory.
+    pub fn bytes(&self) -> usize {
+        let index = |index: &Index| size_of_val(&index.grams[..]) + size_of_val(&index.begins[..]);
+        index(&self.words) + index(&self.characters) + size_of_val(&self.places[..])
+    }
+
     /// For the manifest.
     pub fn entry(&self) -> EvaluationsEntry {
         EvaluationsEntry {
@@ -286,6 +292,19 @@ mod tests {
 
     fn matches(evaluations: &Evaluations, language: &str, text: &str) -> Vec<Match> {
         evaluations.matches(&language.parse().unwrap(), text)
+    }
+
+    #[test]
+    fn memory_is_what_the_settings_say_it_is() {
+        let temp = tempfile::tempdir().unwrap();
+        let file = temp.path().join("a.txt");
+        let n_words = 40_000;
+        let words: Vec<String> = (0..n_words).map(|i| format!("word{i}")).collect();
+        let lines: Vec<String> = words.chunks(2000).map(|line| line.join(" ")).collect();
+        fs::write(&file, lines.join("\n")).unwrap();
+        let all = Evaluations::read(&[file], NGrams::default()).unwrap();
+        let bytes_a_word = all.bytes() as f64 / f64::from(n_words);
+        assert!((24.0..26.0).contains(&bytes_a_word), "{bytes_a_word}");
     }
 
     #[test]

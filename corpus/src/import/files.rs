@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::fingerprint::fingerprint;
+use crate::fingerprint::{fingerprint, size};
 use crate::finished::replace_file;
 use crate::import::records::{Column, Format, read_records};
 use crate::import::texts::{OneDocument, hand_on, read_texts};
 use crate::import::{LanguageOf, Sink, Source, SourceLanguage};
-use crate::{Document, Error, Language, Result};
+use crate::{Document, Error, Language, Progress, Result};
 
 /// Files named one by one.
 pub(crate) struct Files {
@@ -28,8 +28,14 @@ pub(crate) struct Files {
 
 impl Files {
     /// Text files are read a document a line and have no language column. Rows divided by language go to `scratch`, compressed;
-    /// what an earlier call with the same files has left there is used again.
-    pub fn open(paths: &[PathBuf], text_column: &str, language: &LanguageOf, scratch: &Path) -> Result<Files> {
+    /// what an earlier call with the same files has left there is used again. Progress counts bytes of files that are divided.
+    pub fn open(
+        paths: &[PathBuf],
+        text_column: &str,
+        language: &LanguageOf,
+        scratch: &Path,
+        progress: Progress,
+    ) -> Result<Files> {
         let records = |path: &PathBuf| Ok((path.clone(), Format::of_records(path)?));
         let any = |path: &PathBuf| match Format::of(path) {
             Some(format) => Ok((path.clone(), format)),
@@ -43,7 +49,7 @@ impl Files {
             }
             LanguageOf::Column(name) => {
                 let files = paths.iter().map(records).collect::<Result<Vec<_>>>()?;
-                let languages = divide(&files, text_column, name, scratch)?;
+                let languages = divide(&files, text_column, name, scratch, progress)?;
                 let spools = languages
                     .iter()
                     .enumerate()
@@ -100,6 +106,8 @@ impl Source for Files {
 
 /// Kept in memory before all of it is appended to the languages' files.
 const SPOOL_BYTES: usize = 64 << 20;
+/// Bytes of text between two words about progress.
+const TELL_EVERY: u64 = 1 << 20;
 const DIVIDED: &str = "divided.json";
 
 /// Says that a scratch folder is finished, and of what.
@@ -124,6 +132,7 @@ fn divide(
     text_column: &str,
     language_column: &str,
     scratch: &Path,
+    progress: Progress,
 ) -> Result<Vec<Language>> {
     let input = input_of(files, text_column, language_column)?;
     let done = scratch.join(DIVIDED);
@@ -144,9 +153,19 @@ fn divide(
         without_language: Vec::new(),
         held_bytes: 0,
     };
-    for (path, format) in files {
+    let sizes = files.iter().map(|(path, _)| size(path)).collect::<Result<Vec<u64>>>()?;
+    let total = sizes.iter().sum();
+    let mut before = 0;
+    for ((path, format), size) in files.iter().zip(sizes) {
+        // Of packed files the text is longer: the bar waits for the next file.
+        let (mut text_bytes, mut told) = (0, 0);
         read_records(path, *format, &columns, &mut spool, &mut |record, sink| {
             let text = record.text(0).trim();
+            text_bytes += text.len() as u64;
+            if text_bytes - told >= TELL_EVERY {
+                told = text_bytes;
+                progress(before + text_bytes.min(size), total);
+            }
             match record.text(1).parse() {
                 Ok(_) if text.is_empty() => Ok(()),
                 Ok(language) => sink.document(Document {
@@ -158,6 +177,8 @@ fn divide(
                 Err(error) => sink.unreadable(record.place.error(error.to_string())),
             }
         })?;
+        before += size;
+        progress(before, total);
     }
     spool.flush()?;
     let languages: Vec<_> = spool.rows.into_keys().collect();

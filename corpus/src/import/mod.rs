@@ -46,8 +46,9 @@ use crate::{CorpusManifest, Document, Error, Language, Progress, Result, Skipped
 /// - Documents lie in the order of their texts' hashes: shuffled, whatever the order of the sources' files.
 /// - Memory stays within `settings.memory_bytes`, whatever the size; beyond it, temporary files lie beside `out`.
 /// - An import that was interrupted goes on where it was: languages whose settings and files are unchanged are kept.
+/// - No sources at all give a corpus without text, beside which training reads files that are tokenised already.
 ///
-/// Progress counts bytes of input, over all passes.
+/// Progress counts bytes of input, over all passes; dividing files by a language column comes before, and counts for itself.
 pub fn import(
     sources: &[SourceSpec],
     settings: &ImportSettings,
@@ -73,7 +74,7 @@ pub fn import(
 
 /// Which reader reads a source. `scratch` is a folder of the source's own that lasts as long as the import, and lies there
 /// again when an interrupted one goes on; it need not exist.
-fn open(spec: &SourceSpec, scratch: &Path) -> Result<Opened> {
+fn open(spec: &SourceSpec, scratch: &Path, progress: Progress) -> Result<Opened> {
     let source: Box<dyn Source> = match &spec.kind {
         SourceKind::Udhr { path } => Box::new(Udhr::open(path)?),
         SourceKind::Folders {
@@ -85,7 +86,7 @@ fn open(spec: &SourceSpec, scratch: &Path) -> Result<Opened> {
             paths,
             language,
             text_column,
-        } => Box::new(Files::open(paths, text_column, language, scratch)?),
+        } => Box::new(Files::open(paths, text_column, language, scratch, progress)?),
         SourceKind::Parallel {
             sides,
             languages,
@@ -237,10 +238,12 @@ pub struct ImportSettings {
     /// Of documents in a language that share so much of their 5-grams, from 0.5 to 1, one stays: a held-out one, or else
     /// the first. `None`: only equal texts are duplicates.
     pub near_duplicates: Option<f64>,
-    /// Evaluation texts that nothing may be trained on. Their n-grams are held in memory: 25 bytes a word.
+    /// Evaluation texts that nothing may be trained on. Their n-grams are held in memory: 25 bytes a word. More than three
+    /// quarters of `memory_bytes` come on top of it.
     pub contamination: Option<Contamination>,
     pub on_unreadable: OnUnreadable,
-    /// Bytes of memory for all workers together, beyond one document a worker and what readers hold.
+    /// Bytes of memory for all workers together and the n-grams of evaluation texts. Beyond it, each worker holds one document
+    /// (64 MiB at most) and, where it reads a table, 256 rows of Parquet or one batch of Arrow.
     #[serde(skip)]
     pub memory_bytes: usize,
     /// Do not go on with an interrupted import.

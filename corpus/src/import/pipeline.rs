@@ -48,7 +48,7 @@ pub(crate) struct Opened {
 }
 
 /// Opens a source that may keep what it needs in a folder of its own until the import ends.
-type Opener<'a> = &'a dyn Fn(&SourceSpec, &Path) -> Result<Opened>;
+type Opener<'a> = &'a dyn Fn(&SourceSpec, &Path, Progress) -> Result<Opened>;
 
 /// What one source has of a language.
 struct Part {
@@ -132,8 +132,8 @@ fn make(
     kept: &Kept,
     progress: Progress,
 ) -> Result<CorpusManifest> {
-    let open = |spec: &SourceSpec| open(spec, &kept.path(&format!("{}.rows", spec.name)));
-    let sources = &sources.iter().map(open).collect::<Result<Vec<_>>>()?;
+    let mut open = |spec: &SourceSpec| open(spec, &kept.path(&format!("{}.rows", spec.name)), progress);
+    let sources = &sources.iter().map(&mut open).collect::<Result<Vec<_>>>()?;
     let units = units(sources, settings)?;
     let n_workers = rayon::current_num_threads().clamp(1, MOST_WORKERS);
     let run = Run {
@@ -144,11 +144,17 @@ fn make(
         folder,
         kept,
         n_workers,
-        budget: settings.memory_bytes / n_workers / 2,
+        budget: sorters_bytes(settings.memory_bytes, checks) / n_workers / 2,
         stop: AtomicBool::new(false),
         done: AtomicU64::new(0),
     };
     run.make(progress)
+}
+
+/// What the n-grams of evaluation texts leave of the memory; a quarter at least, or sorting would go by ever smaller runs.
+fn sorters_bytes(memory_bytes: usize, checks: &Checks) -> usize {
+    let index = checks.evaluations.as_ref().map_or(0, Evaluations::bytes);
+    memory_bytes.saturating_sub(index).max(memory_bytes / 4)
 }
 
 /// What is looked for beside equal texts, made ready.
@@ -304,10 +310,12 @@ impl Run<'_> {
                 .flat_map(|opened| opened.source.skipped().to_vec())
                 .collect(),
         };
-        if manifest.total(Split::Train).0 == 0 {
+        if let Some(first) = self.sources.first()
+            && manifest.total(Split::Train).0 == 0
+        {
             let rule = "training needs at least two different documents";
             return Err(Error::EmptyCorpus {
-                path: self.sources[0].source.path().to_path_buf(),
+                path: first.source.path().to_path_buf(),
                 rule,
             });
         }
@@ -407,7 +415,7 @@ impl Run<'_> {
 
     /// Between the passes: parallel sources' lotteries, and the texts that any lottery drew.
     fn held_out(&self, choices: Vec<Choice>) -> Result<HeldOut> {
-        let budget = self.settings.memory_bytes / 4;
+        let budget = sorters_bytes(self.settings.memory_bytes, self.checks) / 4;
         let mut texts = Sorter::new(self.kept.path("all-texts"), budget);
         let records = |path: &Path, length: usize, each: &mut dyn FnMut(&[u8]) -> Result<()>| -> Result<()> {
             let mut file = BufReader::new(File::open(path).map_err(Error::io("open", path))?);
@@ -974,7 +982,7 @@ mod tests {
     fn import(source: [Opened; 1], settings: &ImportSettings, out: &Path) -> Result<CorpusManifest> {
         let specs = [source[0].spec.clone()];
         let source = std::cell::RefCell::new(source.into_iter());
-        let open = |_: &SourceSpec, _: &Path| Ok(source.borrow_mut().next().expect("opened once"));
+        let open = |_: &SourceSpec, _: &Path, _: Progress| Ok(source.borrow_mut().next().expect("opened once"));
         run(&specs, &open, settings, out, &mut |_, _| {})
     }
 

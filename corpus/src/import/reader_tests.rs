@@ -334,6 +334,7 @@ fn text_columns_of_every_kind_and_format_are_read() {
                 column,
                 &LanguageOf::Fixed(deu.clone()),
                 Path::new(""),
+                &mut |_, _| {},
             )
             .unwrap();
             let seen = read(&source);
@@ -364,6 +365,7 @@ fn a_wrong_column_is_told_which_there_are() {
             column,
             &LanguageOf::Fixed(eng.clone()),
             Path::new(""),
+            &mut |_, _| {},
         )
         .unwrap();
         read(&source).unreadable
@@ -375,10 +377,16 @@ fn a_wrong_column_is_told_which_there_are() {
     check_one(&said("number"), "a.parquet: column 'number' holds Int64, not text");
     assert_eq!(said("content").len(), 0);
     let odd = write(&temp.path().join("a.csv"), b"text\n");
-    let said = Files::open(&[odd], "text", &LanguageOf::Fixed(eng.clone()), Path::new(""))
-        .err()
-        .unwrap()
-        .to_string();
+    let said = Files::open(
+        &[odd],
+        "text",
+        &LanguageOf::Fixed(eng.clone()),
+        Path::new(""),
+        &mut |_, _| {},
+    )
+    .err()
+    .unwrap()
+    .to_string();
     assert!(
         said.contains("a.csv does not hold records by its name; expected .jsonl"),
         "{said}"
@@ -425,6 +433,37 @@ fn a_truncated_table_names_its_file_and_last_good_row() {
 }
 
 #[test]
+fn dividing_files_says_how_far_it_is() {
+    let temp = tempfile::tempdir().unwrap();
+    let line = |i: usize| format!(r#"{{"lang": "eng_Latn", "text": "{}"}}"#, format!("{i} ").repeat(200));
+    let many: Vec<String> = (0..8000).map(line).collect();
+    let files = [
+        write(&temp.path().join("a.jsonl"), many.join("\n").as_bytes()),
+        write(
+            &temp.path().join("b.jsonl.gz"),
+            &gzip(many[..4000].join("\n").as_bytes()),
+        ),
+    ];
+    let sizes = [&files[0], &files[1]].map(|file| fs::metadata(file).unwrap().len());
+    let (scratch, column) = (temp.path().join("scratch"), LanguageOf::Column("lang".into()));
+    let mut told = Vec::new();
+    let mut open = || {
+        told.clear();
+        Files::open(&files, "text", &column, &scratch, &mut |done, total| {
+            told.push((done, total))
+        })
+        .unwrap();
+        told.clone()
+    };
+    let first = open();
+    assert!(first.len() > 6, "{first:?}");
+    assert!(first.is_sorted() && first.iter().all(|(_, total)| *total == sizes[0] + sizes[1]));
+    assert!(first.iter().any(|(done, _)| *done == sizes[0]), "{first:?}");
+    assert_eq!(first.last().unwrap().0, sizes[0] + sizes[1]);
+    assert_eq!(open(), [], "they are divided already");
+}
+
+#[test]
 fn rows_of_many_languages_are_divided_by_language() {
     let temp = tempfile::tempdir().unwrap();
     let jsonl = write(
@@ -456,7 +495,7 @@ fn rows_of_many_languages_are_divided_by_language() {
     let files = [jsonl.clone(), parquet];
     let scratch = temp.path().join("scratch");
     let column = LanguageOf::Column("lang".into());
-    let open = || Files::open(&files, "text", &column, &scratch).unwrap();
+    let open = || Files::open(&files, "text", &column, &scratch, &mut |_, _| {}).unwrap();
     let source = open();
     let seen = read(&source);
     let expected = [
@@ -491,7 +530,7 @@ fn rows_of_many_languages_are_divided_by_language() {
     assert_eq!(texts(&read(&open()))[2..], ["fra_Latn: un"]);
 
     write(&jsonl, b"");
-    let said = Files::open(&files[..1], "text", &column, &scratch);
+    let said = Files::open(&files[..1], "text", &column, &scratch, &mut |_, _| {});
     let said = said.err().unwrap().to_string();
     assert!(
         said.contains("a.jsonl.gz holds no text: no row names a language"),
@@ -645,7 +684,7 @@ proptest! {
         };
         let path = write(&temp.path().join(format!("x.{ending}")), &bytes);
         let eng = language("eng_Latn");
-        let seen = read(&Files::open(&[path], "text", &LanguageOf::Fixed(eng.clone()), Path::new("")).unwrap());
+        let seen = read(&Files::open(&[path], "text", &LanguageOf::Fixed(eng.clone()), Path::new(""), &mut |_, _| {}).unwrap());
         let read: Vec<_> = seen.documents.into_iter().map(|d| d.text).collect();
         let expected: Vec<_> = texts.iter().map(|text| text.trim()).filter(|text| !text.is_empty()).collect();
         prop_assert_eq!(read, expected);
@@ -681,6 +720,7 @@ fn a_damaged_table_is_refused_or_read_but_never_a_panic() {
                 column,
                 &LanguageOf::Fixed(eng.clone()),
                 Path::new(""),
+                &mut |_, _| {},
             )
             .unwrap();
             refused += usize::from(!read(&source).unreadable.is_empty());

@@ -33,7 +33,8 @@ pub(crate) type Admits = Box<dyn Fn(&str) -> bool>;
 /// What may become a piece.
 pub(crate) struct Limits {
     pub new_pieces: usize,
-    pub max_piece_bytes: usize,
+    /// Of a piece's string as [`Symbols`] have it: a byte each where the vocabulary is byte-level, else a character.
+    pub max_piece_chars: usize,
 }
 
 /// The symbols of a vocabulary; new ones are appended.
@@ -90,13 +91,13 @@ impl Symbols {
     }
 
     /// Adds the pair's symbol, unless it is banned, would be too long, not admitted or repeat a piece.
-    fn merge(&mut self, pair: Pair, weight: u64, max_bytes: usize) -> Option<u32> {
+    fn merge(&mut self, pair: Pair, weight: u64, max_chars: usize) -> Option<u32> {
         if self.banned.contains(&pair) {
             return None;
         }
         let string = format!("{}{}", self.string(pair.0), self.string(pair.1));
         let admitted = self.admits.as_ref().is_none_or(|admits| admits(&string));
-        if string.chars().count() > max_bytes || !admitted || self.taken.contains(&string) {
+        if string.chars().count() > max_chars || !admitted || self.taken.contains(&string) {
             return None;
         }
         self.taken.insert(string.clone());
@@ -205,7 +206,7 @@ pub(crate) fn learn(words: &mut Words, symbols: &mut Symbols, limits: &Limits, p
         }
         // Merged or refused, the pair is done with: it never comes to stand anywhere again.
         let touched = pairs.0.remove(&key).map(|seen| seen.words).unwrap_or_default();
-        let Some(new) = symbols.merge(pair_of(key), weight, limits.max_piece_bytes) else {
+        let Some(new) = symbols.merge(pair_of(key), weight, limits.max_piece_chars) else {
             continue;
         };
         let Changes { gone, fresh } = words.replace(&touched, pair_of(key), new);
@@ -428,7 +429,7 @@ mod tests {
 
     const FEW: Limits = Limits {
         new_pieces: 9,
-        max_piece_bytes: 16,
+        max_piece_chars: 16,
     };
 
     #[test]
@@ -452,7 +453,7 @@ mod tests {
         );
         let mut words = Words::from_iter([word(&[0, 1, 2], 9), word(&[2, 2], 1), word(&[1, 2, 1, 2], 3)]);
         let limits = Limits {
-            max_piece_bytes: 2,
+            max_piece_chars: 2,
             ..FEW
         };
         learn(&mut words, &mut known, &limits, &mut |_| {});
@@ -488,7 +489,7 @@ mod tests {
                 .filter(|(pair, (_, count))| *count >= 2 && !refused.contains(pair))
                 .max_by_key(|(pair, (weight, _))| (*weight, Reverse(*pair)));
             let Some((pair, (weight, _))) = heaviest else { return };
-            let Some(new) = symbols.merge(pair, weight, limits.max_piece_bytes) else {
+            let Some(new) = symbols.merge(pair, weight, limits.max_piece_chars) else {
                 refused.insert(pair);
                 continue;
             };
@@ -511,10 +512,10 @@ mod tests {
         fn learning_is_what_its_definition_says(
             words in prop::collection::vec((prop::collection::vec(0u32..4, 0..14), 0u64..5, 1u64..4), 0..12),
             banned in prop::collection::vec((0u32..4, 0u32..4), 0..3),
-            max_piece_bytes in 2usize..7,
+            max_piece_chars in 2usize..7,
         ) {
             let words: Vec<Word> = words.into_iter().map(|(symbols, weight, count)| Word { symbols, weight, count }).collect();
-            let limits = Limits { new_pieces: 20, max_piece_bytes };
+            let limits = Limits { new_pieces: 20, max_piece_chars };
             let start = || {
                 let mut known = symbols("abcd");
                 known.ban(banned.iter().copied());

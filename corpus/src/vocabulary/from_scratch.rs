@@ -22,8 +22,8 @@ pub struct ScratchVocabulary {
     pub algorithm: Algorithm,
     /// All of them: `<unk>`, `<s>`, `</s>`, the 256 bytes, and the learned ones.
     pub pieces: usize,
-    /// Languages weigh p_l ∝ n_l^alpha, n_l in bytes.
-    pub alpha: f64,
+    /// How languages share the training text.
+    pub sampling: TextSampling,
     /// How text is cut before pieces are learned; a unigram model is trained on whole words, and of these rules has the
     /// piece length only.
     pub words: WordRules,
@@ -83,7 +83,7 @@ fn bpe(
     let file = convert::tokenizer_json(&bare, &[], None);
     let settings = VocabularySettings {
         new_pieces: learned,
-        alpha: settings.alpha,
+        sampling: settings.sampling.clone(),
         // The rules count characters; no character has more bytes.
         max_piece_bytes: 4 * settings.words.max_piece_length,
         multiple_of: 1,
@@ -104,12 +104,8 @@ fn unigram(
     learned: usize,
     progress: Progress,
 ) -> Result<(ModelProto, Value)> {
-    let sampling = TextSampling {
-        alpha: settings.alpha,
-        floor_bytes: 0,
-        cap_bytes: u64::MAX,
-    };
-    let words = sampled_words(corpus, &sampling, &|text, word| {
+    settings.sampling.check()?;
+    let words = sampled_words(corpus, &settings.sampling, &|text, word| {
         let mut room = Vec::new();
         text.lines()
             .for_each(|line| metaspace_words(line, &mut room, &mut *word));

@@ -26,7 +26,7 @@ use crate::vocabulary::continued_bpe::{Limits, Pair, Symbols, learn};
 use crate::vocabulary::sentencepiece::proto::SENTENCEPIECE;
 use crate::vocabulary::settings::{Scores, VocabularySettings, WordRules};
 use crate::vocabulary::tokenizer::{TOKENIZER, tokenizer_file};
-use crate::vocabulary::words::{TextSampling, encoded_words};
+use crate::vocabulary::words::encoded_words;
 use crate::{Corpus, Error, Progress, Result, Split, Tokenizer};
 
 const VOCABULARY: &str = "vocabulary.json";
@@ -256,7 +256,7 @@ fn learn_pieces(
     settings: &VocabularySettings,
     progress: Progress,
 ) -> Result<Vec<Learned>> {
-    let mut words = encoded_words(corpus, base, &TextSampling::of(settings))?;
+    let mut words = encoded_words(corpus, base, &settings.sampling)?;
     // Ids that the base leaves free keep an empty string; no word holds them.
     let strings = (0..base.size() as u32)
         .map(|id| base.piece(id).unwrap_or_default())
@@ -270,7 +270,7 @@ fn learn_pieces(
     symbols.ban(occurring(corpus, base, settings)?);
     let limits = Limits {
         new_pieces: settings.new_pieces,
-        max_piece_bytes: settings.max_piece_bytes,
+        max_piece_chars: settings.max_piece_bytes,
     };
     let wanted = settings.new_pieces;
     let found = learn(&mut words, &mut symbols, &limits, &mut |done| {

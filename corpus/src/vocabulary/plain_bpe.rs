@@ -54,7 +54,7 @@ pub fn train_bpe(words: WordCounts, training: &BpeTraining, progress: Progress) 
     let mut symbols = Symbols::new(characters.iter().map(char::to_string).collect(), std::iter::empty());
     let limits = Limits {
         new_pieces: training.pieces.saturating_sub(characters.len()),
-        max_piece_bytes: training.max_piece_characters,
+        max_piece_chars: training.max_piece_characters,
     };
     learn(&mut spelled, &mut symbols, &limits, &mut |done| {
         progress(characters.len() as u64 + done, training.pieces as u64)

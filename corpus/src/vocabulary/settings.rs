@@ -8,6 +8,7 @@ use unicode_categories::UnicodeCategories;
 use unicode_script::{Script, UnicodeScript};
 
 use crate::vocabulary::sentencepiece::encoder::SPACE;
+use crate::vocabulary::words::TextSampling;
 use crate::{Error, Language, Result};
 
 /// What the new pieces shall be.
@@ -15,8 +16,8 @@ use crate::{Error, Language, Result};
 pub struct VocabularySettings {
     /// Exactly so many are learned, or it is an error. Special and user-defined ones come on top.
     pub new_pieces: usize,
-    /// Languages weigh p_l ∝ n_l^alpha, n_l in bytes.
-    pub alpha: f64,
+    /// How languages share the training text.
+    pub sampling: TextSampling,
     /// No piece is longer: one repeated line must not become a token.
     pub max_piece_bytes: usize,
     /// The embedding has a multiple of so many rows.
@@ -101,12 +102,6 @@ impl VocabularySettings {
                 "must be at least 1; to keep the base's vocabulary leave `vocabulary` out",
             ),
             (
-                !(0.0..=1.0).contains(&self.alpha),
-                "alpha",
-                self.alpha.to_string(),
-                "must lie between 0 and 1; MaLA-500 uses 0.3",
-            ),
-            (
                 self.max_piece_bytes < 2,
                 "max_piece_bytes",
                 self.max_piece_bytes.to_string(),
@@ -144,6 +139,7 @@ impl VocabularySettings {
         if let Some((_, setting, value, rule)) = rules.into_iter().find(|(wrong, ..)| *wrong) {
             return Err(Error::VocabularySetting { setting, value, rule });
         }
+        self.sampling.check()?;
         check_strings(&self.special, "special")?;
         check_strings(&self.user_defined, "user_defined")?;
         let inside = |a: &String| self.user_defined.iter().any(|b| a != b && b.contains(a.as_str()));

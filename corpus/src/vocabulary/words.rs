@@ -6,11 +6,11 @@ use std::io::{self, Read};
 
 use rayon::prelude::*;
 use rustc_hash::FxHasher;
+use serde::{Deserialize, Serialize};
 
 use crate::stream::shares::weights;
-use crate::vocabulary::VocabularySettings;
 use crate::vocabulary::continued_bpe::{Word, Words};
-use crate::{Corpus, Language, Result, Split, Tokenizer};
+use crate::{Corpus, Error, Language, Result, Split, Tokenizer};
 
 /// More text of one language teaches the vocabulary nothing; documents beyond it are left out.
 const MOST_BYTES_PER_LANGUAGE: usize = 64 << 20;
@@ -25,7 +25,7 @@ const MOST_WORDS: usize = 64 << 20;
 const PART_BYTES: usize = 4 << 20;
 
 /// How languages share the training of a vocabulary: they weigh p_l ∝ clamp(n_l, floor, cap)^alpha, n_l in bytes.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TextSampling {
     pub alpha: f64,
     /// A language with less text weighs as if it had so many bytes.
@@ -35,13 +35,27 @@ pub struct TextSampling {
 }
 
 impl TextSampling {
-    /// As the settings say: no floor, no cap.
-    pub fn of(settings: &VocabularySettings) -> TextSampling {
+    /// No floor, no cap.
+    pub fn by_size(alpha: f64) -> TextSampling {
         TextSampling {
-            alpha: settings.alpha,
+            alpha,
             floor_bytes: 0,
             cap_bytes: u64::MAX,
         }
+    }
+
+    /// The first value that no sampling can have, with its rule.
+    pub(crate) fn check(&self) -> Result<()> {
+        let (setting, value, rule) = if !(0.0..=1.0).contains(&self.alpha) {
+            let rule = "must lie between 0 and 1; MaLA-500 uses 0.3";
+            ("alpha", self.alpha.to_string(), rule)
+        } else if self.cap_bytes < self.floor_bytes.max(1) {
+            let rule = "must be at least 1 and at least floor_bytes; raise it, or leave it out";
+            ("cap_bytes", self.cap_bytes.to_string(), rule)
+        } else {
+            return Ok(());
+        };
+        Err(Error::VocabularySetting { setting, value, rule })
     }
 
     /// Relative weights of languages with so many bytes of text; 0 for those without any.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use configs::Plan;
+use corpus::Split;
 
 use super::{App, ConfigArgs, RunFolder, finish};
 use launcher::evaluation::{Comparison, Evaluation};
@@ -62,6 +63,7 @@ pub fn evaluate(app: &App, plan: &Plan, folder: PathBuf, name: &str) -> anyhow::
         "{} holds no model (no config.json); `panglot export` writes merged, `panglot model prepare` base",
         files::shown(&folder)
     );
+    require_held_out(plan)?;
     let out = RunFolder(&plan.folders.run).evaluation(name);
     // Beside the result, the plan that it was measured by.
     let plan_file = out.with_extension("plan.json");
@@ -81,4 +83,15 @@ pub fn evaluate(app: &App, plan: &Plan, folder: PathBuf, name: &str) -> anyhow::
         &mut View::new(),
     )?;
     Evaluation::read(&out).context("the worker finished, but its result cannot be read")
+}
+
+/// Fails where there is nothing to measure on, before a model is loaded for it.
+pub fn require_held_out(plan: &Plan) -> anyhow::Result<()> {
+    let corpus = corpus::Corpus::open(&plan.folders.corpus)?;
+    ensure!(
+        corpus.manifest().total(Split::HeldOut).0 > 0,
+        "{} holds no held-out text to measure on; add a source with text and set corpus.held_out above 0",
+        files::shown(&plan.folders.corpus)
+    );
+    Ok(())
 }

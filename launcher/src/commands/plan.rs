@@ -26,12 +26,19 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let stream = made.then(|| sampling::stream(&plan)).transpose()?;
     let parts = stream.as_ref().map(|stream| stream.plan());
     app.print(&json!({ "plan": plan, "derived": derived, "parts": parts }), || {
-        let table = stream
-            .map(|stream| sampling::table(&plan, &stream, 10))
-            .unwrap_or_default();
-        let table: String = table.lines().map(|line| format!("\n# {}", line.trim_end())).collect();
-        format!("{}\n\n{derived}\n#{table}", yaml.trim_end())
+        let table = stream.map(|stream| sampling::table(&plan, &stream, 10));
+        page(&yaml, &derived, table.as_deref())
     })
+}
+
+/// What the config says, and as comments what follows from it: all of it is YAML again.
+fn page(yaml: &str, derived: &Derived, table: Option<&str>) -> String {
+    // An empty line stands before the table, where there is one.
+    let lines = table.iter().flat_map(|table| std::iter::once("").chain(table.lines()));
+    let table: String = lines
+        .map(|line| format!("\n{}", format!("# {line}").trim_end()))
+        .collect();
+    format!("{}\n\n{derived}{table}", yaml.trim_end())
 }
 
 /// What follows from a plan, and from the prepared folders as far as they are there.
@@ -203,6 +210,21 @@ impl std::fmt::Display for Derived {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_empty_line_stands_before_the_table_and_nowhere_else() {
+        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tiny.yaml");
+        let plan = configs::load(&recipe, &["folders.prepared=no/such/folder".to_owned()]).unwrap();
+        let derived = Derived::of(&plan);
+        let lines = |table: Option<&str>| -> Vec<String> {
+            let shown = page("name: tiny\n", &derived, table);
+            let lines = shown.lines().skip_while(|line| !line.starts_with("# tokens there are"));
+            lines.skip(1).map(str::to_owned).collect()
+        };
+        let unknown = "# parameters          known once the base model is there (`panglot model prepare`)";
+        assert_eq!(lines(None), [unknown]);
+        assert_eq!(lines(Some("part  \n  a")), [unknown, "#", "# part", "#   a"]);
+    }
 
     #[test]
     fn mala_500_has_the_parameters_that_its_paper_counts() {

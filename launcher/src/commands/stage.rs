@@ -1,10 +1,11 @@
 //! `panglot corpus`, `vocab`, `tokenize`, `prepare`: the stages before training, and their tables.
 
-use configs::Plan;
+use configs::{NewRows, Plan};
 use corpus::{Corpus, Vocabulary};
 use serde_json::json;
 
 use super::{App, ConfigArgs, finish};
+use launcher::evaluation::DayZero;
 use launcher::events::Event;
 use launcher::report::vocabulary::{self as report, Fertility};
 use launcher::stages::{Maker, Outcome, STAGES, Stage};
@@ -18,6 +19,17 @@ pub struct Args {
     /// Make it again even if nothing has changed
     #[arg(long)]
     pub force: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct VocabArgs {
+    #[command(flatten)]
+    pub stage: Args,
+    /// Measure the loss on a sample of held-out text before any step, base against extended; =all, or =mean,normal,
+    /// compares starts of the new rows
+    #[arg(long, value_name = "NEW_ROWS", num_args = 0..=1, require_equals = true, default_missing_value = "",
+          value_delimiter = ',')]
+    pub loss: Option<Vec<String>>,
 }
 
 /// `panglot corpus CONFIG` makes it, `panglot corpus verify CONFIG` looks after it.
@@ -92,9 +104,11 @@ fn make_corpus(app: &App, config: &ConfigArgs, force: bool) -> anyhow::Result<()
     })
 }
 
-pub fn vocab(app: &App, args: &Args) -> anyhow::Result<()> {
-    let plan = args.config.load()?;
-    make(app, &plan, &[Stage::Vocabulary], args.force)?;
+pub fn vocab(app: &App, args: &VocabArgs) -> anyhow::Result<()> {
+    let plan = args.stage.config.load()?;
+    let starts = args.loss.as_ref().map(|names| starts(&plan, names)).transpose()?;
+    make(app, &plan, &[Stage::Vocabulary], args.stage.force)?;
+    let day_zero = starts.map(|starts| measure_day_zero(app, &plan, &starts)).transpose()?;
     let vocabulary = Vocabulary::open(&plan.folders.vocabulary)?;
     let fertility = Fertility::measure(&plan)?;
     let page = plan.folders.vocabulary.join("report.html");
@@ -111,11 +125,62 @@ pub fn vocab(app: &App, args: &Args) -> anyhow::Result<()> {
         "tokens_per_byte_after": fertility.after,
         "report": page,
         "languages": fertility.languages,
+        "day_zero": day_zero,
     });
     app.print(&result, || {
         let table = report::table(&vocabulary, &fertility);
-        format!("{table}\nEvery language, with a plot: {}", files::shown(&page))
+        let loss = day_zero
+            .map(|measured| format!("\n\n{}", measured.table()))
+            .unwrap_or_default();
+        format!("{table}\nEvery language, with a plot: {}{loss}", files::shown(&page))
     })
+}
+
+/// The starts of new rows that `--loss` names: none are the config's own.
+fn starts(plan: &Plan, names: &[String]) -> anyhow::Result<Vec<NewRows>> {
+    let Some(vocabulary) = &plan.vocabulary else {
+        anyhow::bail!(
+            "--loss compares the base with its extension, but the config has no vocabulary section: nothing is extended; \
+             `panglot eval --model base` measures the base"
+        );
+    };
+    match names {
+        [none] if none.is_empty() => Ok(vec![vocabulary.new_rows]),
+        [all] if all == "all" => Ok(NewRows::ALL.to_vec()),
+        names => {
+            let start = |name: &String| {
+                name.parse()
+                    .map_err(|error| anyhow::anyhow!("--loss: {error}, or all for each of them"))
+            };
+            names.iter().map(start).collect()
+        }
+    }
+}
+
+/// Bytes of text a language: the mean over hundreds of languages is steady with little of each.
+const DAY_ZERO_BYTES: usize = 256;
+
+/// Lets a worker measure, and keeps its result beside the vocabulary.
+fn measure_day_zero(app: &App, plan: &Plan, starts: &[NewRows]) -> anyhow::Result<DayZero> {
+    super::eval::require_held_out(plan)?;
+    let out = plan.folders.vocabulary.join("day_zero.json");
+    let plan_file = out.with_extension("plan.json");
+    files::write_json(&plan_file, plan)?;
+    let names: Vec<_> = starts.iter().map(|start| start.name()).collect();
+    let args = vec![
+        "day-zero".into(),
+        "--plan".into(),
+        plan_file.into(),
+        "--new-rows".into(),
+        names.join(",").into(),
+        "--most-bytes".into(),
+        DAY_ZERO_BYTES.to_string().into(),
+        "--out".into(),
+        out.clone().into(),
+    ];
+    let job = app.worker()?.job(plan.launch.ranks, plan.launch.threads_per_rank, args);
+    finish("measuring the loss before any step", &job, &mut View::new())?;
+    files::read_json(&out)
 }
 
 pub fn tokenize(app: &App, args: &Args) -> anyhow::Result<()> {
@@ -135,7 +200,13 @@ pub fn prepare(app: &App, args: &Args) -> anyhow::Result<()> {
         .map(|(stage, outcome)| json!({ "stage": stage, "folder": stage.folder(&plan), "made": *outcome != Outcome::Kept }))
         .collect();
     app.print(&result, || {
-        "Everything is prepared. Next: panglot train, with the same config.".to_owned()
+        let loss = match plan.vocabulary {
+            Some(_) if plan.corpus.held_out > 0.0 => {
+                " `panglot vocab --loss` says what the new pieces cost before any step."
+            }
+            _ => "",
+        };
+        format!("Everything is prepared. Next: panglot train, with the same config.{loss}")
     })
 }
 

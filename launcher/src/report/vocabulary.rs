@@ -87,11 +87,11 @@ impl LanguageFertility {
 /// For the terminal: the languages at both ends, and what was added.
 pub fn table(vocabulary: &Vocabulary, fertility: &Fertility) -> String {
     if vocabulary.pieces.is_empty() {
-        let pieces = text::count(vocabulary.base_size);
-        return format!(
-            "The base's own {pieces} pieces are kept: {:.3} tokens per byte, mean over languages",
-            fertility.before
-        );
+        let kept = format!("The base's own {} pieces are kept", text::count(vocabulary.base_size));
+        return match fertility.languages.len() {
+            0 => kept + "; there is no held-out text to measure them on",
+            _ => format!("{kept}: {:.3} tokens per byte, mean over languages", fertility.before),
+        };
     }
     let rows = fertility.languages.iter().map(row).collect();
     let mut rows = text::ends(rows, COLUMNS.len());

@@ -607,8 +607,8 @@ fn learn_admitted(
     symbols.admits = Some(Box::new(move |piece| rules.admit(piece, max_bytes)));
     let limits = Limits {
         new_pieces,
-        // In characters, for which each `char` of the symbols counts; bytes are the rules' business.
-        max_piece_bytes: settings.words.max_piece_length,
+        // Bytes are the rules' business.
+        max_piece_chars: settings.words.max_piece_length,
     };
     learn(words, symbols, &limits, &mut |done| {
         progress(done.min(settings.new_pieces as u64), settings.new_pieces as u64)

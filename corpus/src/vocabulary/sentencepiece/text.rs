@@ -8,13 +8,13 @@ use rayon::prelude::*;
 use crate::vocabulary::continued_bpe::Words;
 use crate::vocabulary::sentencepiece::encoder::{Encoder, SPACE};
 use crate::vocabulary::settings::{VocabularySettings, WordRules};
-use crate::vocabulary::words::{TextSampling, WordCounts, covering_characters, sampled_words};
+use crate::vocabulary::words::{WordCounts, covering_characters, sampled_words};
 use crate::{Corpus, Document, Result, Split};
 
 /// The distinct words of all languages' training text, with ▁ for the space; cut line by line, as SentencePiece reads its
 /// input.
 pub(crate) fn weighted_words(corpus: &Corpus, encoder: &Encoder, settings: &VocabularySettings) -> Result<WordCounts> {
-    sampled_words(corpus, &TextSampling::of(settings), &|text, word| {
+    sampled_words(corpus, &settings.sampling, &|text, word| {
         for line in text.lines() {
             let line = encoder.normalized(line);
             settings
