@@ -471,7 +471,7 @@ mod tests {
 
     #[test]
     fn a_rotation_is_the_formula_and_turns_back() {
-        let rotary = super::super::Rotary::new(9, 8, 10_000.0, None);
+        let rotary = crate::model::Rotary::new(9, 8, 10_000.0, None);
         let x = random(&[2, 6, 3, 8]);
         let y = rotary.apply(x.copy());
         close(&rotary.apply_backward(&y), &x);
