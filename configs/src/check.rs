@@ -531,6 +531,7 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
         rows_per_step: raw.rows_per_step,
         micro_rows: raw.micro_rows,
         precision: raw.precision,
+        device: raw.device.unwrap_or_default(),
         recompute: raw.recompute,
         zero: raw.zero,
         lora: raw.lora,

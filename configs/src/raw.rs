@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Algorithm, Checkpoint, Evaluation, Group, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute, Sampling,
-    Schedule, Shape, Vocabulary, WordRules,
+    Algorithm, Checkpoint, Device, Evaluation, Group, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute,
+    Sampling, Schedule, Shape, Vocabulary, WordRules,
 };
 
 #[derive(Debug, Deserialize)]
@@ -161,6 +161,8 @@ pub struct Train {
     pub rows_per_step: usize,
     pub micro_rows: usize,
     pub precision: Precision,
+    /// None: `cpu`.
+    pub device: Option<Device>,
     pub recompute: Recompute,
     pub zero: u8,
     /// None: the body has no LoRA and stays as it is.

@@ -12,7 +12,7 @@ use corpus::{Corpus, Tokenizer};
 use launcher::evaluation::{Evaluation, LanguageResult};
 use launcher::events::Event;
 use sharding::Comm;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{IGNORE, Model, Trains};
@@ -25,7 +25,7 @@ struct Window {
 }
 
 /// Scores the held-out documents with the model in `folder`. Every rank returns the same report.
-pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Evaluation> {
+pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm, device: Device) -> Result<Evaluation> {
     let started = Instant::now();
     let rank_0 = comm.rank() == 0;
     let say = |name: &str| rank_0.then(|| Event::Phase { name: name.into() }.emit());
@@ -43,7 +43,7 @@ pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Evaluatio
     let config = ModelConfig::open(folder)?;
     let model = Model::load(
         &config,
-        &Weights::open(folder)?,
+        &Weights::open(folder)?.on(device),
         kind(plan.train.precision),
         &Trains::default(),
     )
@@ -198,8 +198,8 @@ fn score(model: &Model, windows: &[Window], batch: &[usize], nats: &mut [f64]) {
         targets[first..][..window_ids.len() - context].copy_from_slice(&window_ids[*context..]);
     }
     let (ids_bt, targets_bt) = (
-        Tensor::from_slice(&ids).view(shape),
-        Tensor::from_slice(&targets).view(shape),
+        Tensor::from_slice(&ids).view(shape).to_device(model.device),
+        Tensor::from_slice(&targets).view(shape).to_device(model.device),
     );
     let nll_bt = model.head.nll(model.head_matrix(), &model.hidden(&ids_bt), &targets_bt);
     let sums: Vec<f64> = Vec::try_from(nll_bt.sum_dim_intlist(-1, false, Kind::Double)).expect("one sum a row, in f64");

@@ -1,9 +1,9 @@
 //! The LLaMA family as a list of stages (embedding, layers, head), each with an explicit forward and backward.
 //! Knows nothing of ranks, files' places or schedules.
 
-mod attention;
+pub(crate) mod attention;
 mod head;
-mod kernels;
+pub(crate) mod kernels;
 mod layer;
 mod linear;
 mod load;
@@ -11,9 +11,8 @@ mod new_rows;
 mod rotary;
 
 use configs::{Group, Recompute};
-use rayon::prelude::*;
 use sharding::{BucketSpec, ParamSpec, Zero};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use attention::Documents;
 pub use head::{Head, IGNORE, Loss};
@@ -65,8 +64,11 @@ impl Weight {
 fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) {
     let _ = if a.kind() == sum.kind() {
         sum.addmm_(a, b)
-    } else {
+    } else if sum.device() == Device::Cpu {
         sum.g_add_(&a.matmul(b))
+    } else {
+        // On a GPU the product stays f32 and goes straight into the sum: neither rounded nor stored between.
+        sum.addmm_dtype_out(&sum.shallow_clone(), a, b, sum.kind())
     };
 }
 
@@ -80,6 +82,8 @@ pub struct Model {
     pub head_weight: Option<Weight>,
     pub rotary: Rotary,
     pub kind: Kind,
+    /// Where its weights lie and its stages compute.
+    pub device: Device,
     pub buckets: Buckets,
 }
 
@@ -109,30 +113,21 @@ pub struct DropoutRows {
     /// Global row numbers.
     pub rows: Vec<u64>,
     pub sequence_length: usize,
+    /// Where masks are made.
+    pub device: Device,
 }
 
 impl DropoutRows {
     /// 0 with probability `p`, else 1 / (1 − p): [rows · sequence_length, width].
     fn mask(&self, module: &str, width: usize, p: f64, kind: Kind) -> Tensor {
-        let per_row = self.sequence_length * width;
-        let threshold = (p * u64::MAX as f64) as u64;
-        let kept = (1.0 / (1.0 - p)) as f32;
         let word = blake3::hash(module.as_bytes());
         let module = u64::from_le_bytes(word.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
-        let mut mask = vec![0f32; self.rows.len() * per_row];
-        mask.par_chunks_mut(per_row).zip(&self.rows).for_each(|(mask, &row)| {
-            let stream = self.stream.fork(row).fork(module);
-            for (index, value) in mask.iter_mut().enumerate() {
-                *value = if stream.bits(index as u64) < threshold {
-                    0.0
-                } else {
-                    kept
-                };
-            }
-        });
-        Tensor::from_slice(&mask)
-            .view([(self.rows.len() * self.sequence_length) as i64, width as i64])
-            .to_kind(kind)
+        let rows = self.rows.iter();
+        let streams: Vec<random::Stream> = rows.map(|&row| self.stream.fork(row).fork(module)).collect();
+        let shape = [(self.rows.len() * self.sequence_length) as i64, width as i64];
+        let mut mask = Tensor::empty(shape, (kind, self.device));
+        kernels::dropout_mask(&mut mask, &streams, p);
+        mask
     }
 }
 
