@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus clean distclean
+.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -39,6 +39,12 @@ soak-corpus: build  ## imports 2 GB of generated text under a limit of 1 GiB of 
 bench-corpus: setup-test build  ## the corpus crate side by side with its peers, into bench/results/corpus.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_corpus"
+
+gpu-check: build  ## every kernel, attention and training steps: this machine's GPU against its CPU
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" gpu-check
+
+bench-gpu: setup-test build  ## training a 7B model on this machine's GPU, side by side, into bench/results/gpu.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" bench-gpu --python "$$PANGLOT_PYTHON" --out bench/results/gpu.json
 
 clean:  ## removes what was built; runs and fetched packages stay
 	@cargo clean

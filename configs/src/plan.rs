@@ -464,6 +464,9 @@ pub struct Train {
     /// Rows of one micro-batch on one rank.
     pub micro_rows: usize,
     pub precision: Precision,
+    /// In what the layers' frozen matrices are kept and multiplied; `None`: in `precision`.
+    #[serde(default)]
+    pub frozen_precision: Option<FrozenPrecision>,
     /// Where the ranks compute.
     #[serde(default)]
     pub device: Device,
@@ -473,6 +476,14 @@ pub struct Train {
     pub lora: Option<Lora>,
     /// Modules trained in full.
     pub full: Vec<FullModule>,
+}
+
+/// What frozen matrices may be kept in besides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FrozenPrecision {
+    /// 8 bits, E4M3, a factor a row; on GPUs with units for it.
+    Fp8,
 }
 
 /// What ranks compute on.

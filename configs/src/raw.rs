@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Algorithm, Checkpoint, Device, Evaluation, Group, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute,
-    Sampling, Schedule, Shape, Vocabulary, WordRules,
+    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Group, Launch, Lora, OnUnreadable, OneDocument,
+    Precision, Recompute, Sampling, Schedule, Shape, Vocabulary, WordRules,
 };
 
 #[derive(Debug, Deserialize)]
@@ -161,6 +161,8 @@ pub struct Train {
     pub rows_per_step: usize,
     pub micro_rows: usize,
     pub precision: Precision,
+    /// None: as `precision`.
+    pub frozen_precision: Option<FrozenPrecision>,
     /// None: `cpu`.
     pub device: Option<Device>,
     pub recompute: Recompute,

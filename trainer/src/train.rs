@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use configs::Plan;
+use configs::{FrozenPrecision, Plan};
 use corpus::{Stream, TokenShards, Vocabulary};
 use launcher::events::{Event, StepMetrics};
 use sharding::{Comm, Stage, Zero};
@@ -70,6 +70,11 @@ pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm, device: Device) -> Result<(
     } else {
         Stage::OptimizerState
     };
+    // An export reads the base itself.
+    if plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu {
+        sharding::cuda::check_fp8(device)?;
+        model.quantize_frozen()?;
+    }
     let specs = model.register();
     ensure!(
         !specs.is_empty(),

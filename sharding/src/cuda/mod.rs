@@ -42,6 +42,11 @@ pub enum Error {
         architecture: String,
         log: String,
     },
+    #[error(
+        "train.frozen_precision = fp8, but {name} has compute capability {major}.{minor} and units for FP8 came with 8.9; \
+         leave frozen_precision out"
+    )]
+    NoFp8 { name: String, major: i32, minor: i32 },
     #[error("CUDA's driver: {call}: {error}")]
     Driver { call: String, error: String },
 }
@@ -112,6 +117,24 @@ pub fn gpu(index: usize) -> Result<Gpu> {
         compute_capability: context.compute_capability().map_err(driver("cuDeviceGetAttribute"))?,
         memory_bytes: context.total_mem().map_err(driver("cuDeviceTotalMem"))? as u64,
     })
+}
+
+/// # Errors
+/// When the device has no units for 8-bit floating-point numbers.
+pub fn check_fp8(device: Device) -> Result<()> {
+    let index = match device {
+        Device::Cuda(index) => index,
+        _ => return Err(Error::NoDriver("fp8 is for GPUs;".into())),
+    };
+    let Gpu {
+        name,
+        compute_capability: (major, minor),
+        ..
+    } = gpu(index)?;
+    if (major, minor) < (8, 9) {
+        return Err(Error::NoFp8 { name, major, minor });
+    }
+    Ok(())
 }
 
 /// Bytes of the GPU's memory that are taken, by anyone. libtorch keeps what it once took, so that after a step this is

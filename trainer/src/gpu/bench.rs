@@ -52,6 +52,9 @@ pub struct Settings {
     /// Where the results go, as JSON; only when both sides were measured.
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Our frozen matrices in FP8; the peer's stay bf16.
+    #[arg(long)]
+    fp8: bool,
     /// Times each kernel and GEMM of a layer by itself instead.
     #[arg(long)]
     table: bool,
@@ -109,6 +112,9 @@ pub fn bench(settings: &Settings) -> Result<()> {
     for round in 0..settings.rounds {
         let mut command = Command::new(&program);
         command.args(["bench-gpu", "--ours", "--recompute", &settings.recompute]);
+        if settings.fp8 {
+            command.arg("--fp8");
+        }
         ours.push(child(command.args(settings.numbers()), "ours", round)?);
         if let Some(python) = &settings.python {
             let mut command = Command::new(python);
@@ -145,7 +151,12 @@ pub fn bench(settings: &Settings) -> Result<()> {
         gib(memory(&peers))
     );
     let note = format!(
-        "{} layers, {} rows of {} tokens a step, recompute {}{}",
+        "{}{} layers, {} rows of {} tokens a step, recompute {}{}",
+        if settings.fp8 {
+            "ours with frozen matrices in FP8, "
+        } else {
+            ""
+        },
         settings.layers,
         settings.rows,
         settings.tokens,
@@ -163,9 +174,14 @@ pub fn bench(settings: &Settings) -> Result<()> {
         device: gpu.name.clone(),
         date: today(),
     };
+    let names = if settings.fp8 {
+        ["lora_7b_fp8", "lora_7b_fp8_memory"]
+    } else {
+        ["lora_7b_bf16", "lora_7b_bf16_memory"]
+    };
     let entries = [
-        entry("lora_7b_bf16", speed(&ours), speed(&peers), "tokens/s"),
-        entry("lora_7b_bf16_memory", gib(memory(&ours)), gib(memory(&peers)), "GiB"),
+        entry(names[0], speed(&ours), speed(&peers), "tokens/s"),
+        entry(names[1], gib(memory(&ours)), gib(memory(&peers)), "GiB"),
     ];
     match &settings.out {
         Some(out) => launcher::files::write_json(out, &entries)?,
@@ -232,6 +248,10 @@ fn measure(settings: &Settings, device: Device) -> Result<Measured> {
         seed: 1,
     };
     let mut model = Model::load(&config, &Weights::made_up().on(device), Kind::BFloat16, &trains)?;
+    if settings.fp8 {
+        cuda::check_fp8(device)?;
+        model.quantize_frozen()?;
+    }
     let specs = model.register();
     let mut initial = model.initial_values();
     let zero = Zero::new(
@@ -305,6 +325,19 @@ fn table(device: Device) -> Result<()> {
     line("forward GEMM, 4096 to 4096", gemm(n, d, d), tera_flop, &mut || {
         drop(x.matmul(&w.tr()))
     });
+    if cuda::check_fp8(device).is_ok() {
+        let fp8 = crate::model::fp8::Fp8::of(&up.tr().contiguous());
+        line(
+            "fp8 4096 to 11008, with quantising",
+            gemm(n, d, f),
+            tera_flop,
+            &mut || drop(fp8.forward(&x)),
+        );
+        let (bytes, quantised) = ((n * d) as f64 * 3.0, &x);
+        line("quantise rows", bytes, tera_bytes, &mut || {
+            drop(kernels::quantize_rows(quantised))
+        });
+    }
     line("forward GEMM, 4096 to 11008", gemm(n, d, f), tera_flop, &mut || {
         drop(x.matmul(&up.tr()))
     });

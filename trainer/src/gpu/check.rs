@@ -13,6 +13,7 @@ use crate::batch::{Batch, MicroBatch};
 use crate::evaluate::kind;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::attention::{attend, attend_backward};
+use crate::model::fp8::Fp8;
 use crate::model::{Documents, IGNORE, Model, Trains, kernels};
 use crate::random::Stream;
 use crate::step::Trainer;
@@ -40,6 +41,10 @@ pub fn check() -> Result<()> {
         check_attention(&mut table, kind);
     }
     check_adamw(&mut table);
+    match cuda::check_fp8(device) {
+        Ok(()) => check_fp8(&mut table),
+        Err(_) => println!("  (no units for FP8 here: its products are not compared)"),
+    }
     for precision in [Precision::F32, Precision::Bf16] {
         check_training(&mut table, precision)?;
     }
@@ -210,6 +215,16 @@ fn check_adamw(table: &mut Table) {
     });
     table.compare("sum_of_squares", Kind::Float, 1e-12, |on| {
         vec![Tensor::from(adamw::sum_of_squares(&g.to_device(on)))]
+    });
+}
+
+fn check_fp8(table: &mut Table) {
+    let [w, x, d_y] = [("w", [1024, 4096]), ("x", [500, 4096]), ("d_y", [500, 1024])]
+        .map(|(name, shape)| random(&shape, Kind::BFloat16, name));
+    // The same 8-bit rows on both sides but for values on a border; the GPU sums in less than f32.
+    table.compare("fp8 products", Kind::BFloat16, 1e-2, |on| {
+        let fp8 = Fp8::of(&w.to_device(on));
+        vec![fp8.forward(&x.to_device(on)), fp8.backward(&d_y.to_device(on))]
     });
 }
 

@@ -227,7 +227,12 @@ fn load_layer(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trai
             .as_ref()
             .filter(|lora| lora.targets.iter().any(|target| target == name));
         let lora = wanted.map(|lora| lora_pair(&path, lora, out, input, trains.seed, weights.device()));
-        Ok(Linear { path, weight_oi, lora })
+        Ok(Linear {
+            path,
+            weight_oi,
+            lora,
+            fp8: None,
+        })
     };
     let norms = trains.group(FullModule::Norms);
     let norm = |name: &str| {

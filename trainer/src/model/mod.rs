@@ -2,6 +2,7 @@
 //! Knows nothing of ranks, files' places or schedules.
 
 pub(crate) mod attention;
+pub(crate) mod fp8;
 mod head;
 pub(crate) mod kernels;
 mod layer;
@@ -10,11 +11,13 @@ mod load;
 mod new_rows;
 mod rotary;
 
+use anyhow::{Result, ensure};
 use configs::{Group, Recompute};
 use sharding::{BucketSpec, ParamSpec, Zero};
 use tch::{Device, Kind, Tensor};
 
 pub use attention::Documents;
+use fp8::Fp8;
 pub use head::{Head, IGNORE, Loss};
 pub use layer::{Layer, Saved};
 pub use linear::{Linear, LoraPair};
@@ -157,6 +160,28 @@ impl Model {
             let d_x_nd = d_x_btd.reshape([-1, dim]).to_kind(Kind::Float);
             let _ = grad.index_add_(0, &ids_bt.view([-1]), &d_x_nd);
         }
+    }
+
+    /// Keeps the layers' frozen matrices in FP8 from here on, and no longer in the compute precision: a model for training
+    /// steps, which can be neither merged nor exported.
+    ///
+    /// # Errors
+    /// When a side of a matrix is no multiple of 16.
+    pub fn quantize_frozen(&mut self) -> Result<()> {
+        for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
+            if linear.weight_oi.group.is_some() {
+                continue;
+            }
+            let size = linear.weight_oi.value.size();
+            ensure!(
+                size.iter().all(|side| side % 16 == 0),
+                "train.frozen_precision = fp8, but {} is {size:?} and FP8's GEMMs take multiples of 16; leave it out",
+                linear.path
+            );
+            linear.fp8 = Some(Fp8::of(&linear.weight_oi.value));
+            linear.weight_oi.value = Tensor::new();
+        }
+        Ok(())
     }
 
     /// lm_head, or the embedding that stands for it.

@@ -311,6 +311,18 @@ pub fn dropout_mask(mask_nd: &mut Tensor, streams: &[random::Stream], p: f64) {
     by_kind!(mask_nd, each(mask_nd, streams, p));
 }
 
+/// 8-bit floating-point rows (E4M3), each with a factor, f32: x ≈ factor · y, and the largest of each row's y is 448. For
+/// checks: libtorch's own operations, of which none multiplies such rows on a CPU.
+pub fn quantize_rows(x_nd: &Tensor) -> (Tensor, Tensor) {
+    let x_nd = x_nd.to_kind(Kind::Float);
+    let most_n1 = x_nd.abs().amax([-1i64], true);
+    let factor_n1 = (&most_n1 / 448.0).where_self(&most_n1.not_equal(0.0), &most_n1.ones_like());
+    (
+        (x_nd / &factor_n1).to_kind(Kind::Float8e4m3fn),
+        factor_n1.squeeze_dim(-1),
+    )
+}
+
 fn width(tensor: &Tensor) -> usize {
     *tensor.size().last().expect("a matrix has axes") as usize
 }

@@ -447,13 +447,14 @@ mod tests {
                 let _ = x.get(1).narrow(0, 0, 20).g_mul_scalar_(1e-3);
                 let x = x.to_kind(kind);
                 let (y, scale) = quantize_rows(&x);
-                let wide = x.to_kind(Kind::Float);
-                let exact_scale = wide.abs().amax([-1i64], false) / 448.0;
-                close(&scale.narrow(0, 1, n - 1), &exact_scale.narrow(0, 1, n - 1));
-                let exact = (wide / scale.unsqueeze(1))
-                    .to_kind(Kind::Float8e4m3fn)
-                    .to_kind(Kind::Float);
-                assert_eq!(y.to_kind(Kind::Float), exact);
+                let (exact_y, exact_scale) = cpu::quantize_rows(&x);
+                close(&scale, &exact_scale);
+                // An f32 factor may differ in its last bit, and a value on the border then goes the other way.
+                let different = y.to_kind(Kind::Float).not_equal_tensor(&exact_y.to_kind(Kind::Float));
+                let different = different.to_kind(Kind::Float).mean(Kind::Double).double_value(&[]);
+                assert!(different < 2e-3, "{different}");
+                let exact = (x.to_kind(Kind::Float) / scale.unsqueeze(1)).to_kind(Kind::Float8e4m3fn);
+                assert_eq!(y.to_kind(Kind::Float), exact.to_kind(Kind::Float));
             }
         }
     }

@@ -70,7 +70,7 @@ pub fn dropout_mask(mask_nd: &mut Tensor, streams: &[random::Stream], p: f64) {
     where_it_lies!(mask_nd, dropout_mask(mask_nd, streams, p));
 }
 
-/// 8-bit floating-point rows (E4M3), each with a factor, f32: x ≈ factor · y. GPU only, as the GEMMs that read them.
+/// 8-bit floating-point rows (E4M3), each with a factor, f32: x ≈ factor · y, and the largest of each row's y is 448.
 pub fn quantize_rows(x_nd: &Tensor) -> (Tensor, Tensor) {
-    cuda::quantize_rows(x_nd)
+    where_it_lies!(x_nd, quantize_rows(x_nd))
 }
