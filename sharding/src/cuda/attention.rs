@@ -35,6 +35,8 @@ type FlashForward = unsafe extern "C" fn(
     debug_mask: *mut Handle,
 ) -> i32;
 
+pub(super) const FORWARD: &str = "aoti_torch_cuda__flash_attention_forward";
+
 /// Where sequences begin and end that lie one after the other.
 pub struct Sequences {
     /// 0, then the end of each: i32, on the GPU.
@@ -62,8 +64,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, sequences: Option<&Sequences>
     // SAFETY: the type is the header's. Handles are those of tensors borrowed for the call, which only reads them; null
     // pointers are options left out. On success five new tensors are written, which are ours to free.
     let code = unsafe {
-        let forward =
-            symbol::<FlashForward>("aoti_torch_cuda__flash_attention_forward").unwrap_or_else(|e| panic!("{e}"));
+        let forward = symbol::<FlashForward>(FORWARD).unwrap_or_else(|e| panic!("{e}"));
         forward(
             handle(q),
             handle(k),

@@ -105,6 +105,8 @@ impl Launch<'_> {
 
     fn on_gpu(&self, name: &str, index: usize) -> Result<()> {
         let function = self.source.function(name, index)?;
+        // A thread that has not used the GPU yet has no context.
+        context(index)?.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
         // Pointers, whole numbers and f32 (in the first four bytes): each argument's bytes, and an address for each.
         let mut values: Vec<u64> = self.arguments.iter().map(Argument::bits).collect();
         let sizes: Vec<usize> = self.arguments.iter().map(Argument::size).collect();

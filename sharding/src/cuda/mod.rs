@@ -82,7 +82,7 @@ pub fn load() -> Result<usize> {
         if !driver_is_there() {
             return Err(Error::NoDriver(String::new()));
         }
-        libtorch_cuda()?;
+        check_libtorch()?;
         match Cuda::device_count() {
             n if n > 0 && Cuda::is_available() => Ok(n as usize),
             _ => Err(Error::NoDriver("the driver shows no GPU to this process;".into())),
@@ -172,16 +172,25 @@ fn stream(index: usize) -> Result<sys::CUstream> {
     type GetStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
     let mut stream = std::ptr::null_mut();
     // SAFETY: the function's declaration in libtorch's c/shim.h; it writes one pointer.
-    let code = unsafe { symbol::<GetStream>("aoti_torch_get_current_cuda_stream")?(index as i32, &mut stream) };
+    let code = unsafe { symbol::<GetStream>(GET_STREAM)?(index as i32, &mut stream) };
     if code == 0 {
         Ok(stream.cast())
     } else {
         Err(Error::Driver {
-            call: "aoti_torch_get_current_cuda_stream".into(),
+            call: GET_STREAM.into(),
             error: format!("code {code}"),
         })
     }
 }
+
+/// # Errors
+/// When this libtorch has not the functions that are called by name.
+fn check_libtorch() -> Result<()> {
+    // SAFETY: the address is only looked up.
+    unsafe { symbol::<*const c_void>(GET_STREAM).and_then(|_| symbol::<*const c_void>(attention::FORWARD)) }.map(drop)
+}
+
+const GET_STREAM: &str = "aoti_torch_get_current_cuda_stream";
 
 /// libtorch_cuda.so, its names visible to libtorch.
 fn libtorch_cuda() -> Result<&'static Library> {
@@ -228,6 +237,11 @@ fn index_of(tensor: &Tensor) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn libtorchs_cuda_half_loads_without_a_driver_and_has_what_is_called_by_name() {
+        check_libtorch().unwrap_or_else(|error| panic!("{error}; `make setup-test` provides it"));
+    }
 
     #[test]
     fn a_gpu_that_is_not_there_is_refused_with_the_next_move() {
