@@ -68,6 +68,11 @@ fn mpi_has_one_door() {
 }
 
 #[test]
+fn cuda_has_one_door() {
+    only_in(&["sharding/src/cuda"], &["cudarc::", "libloading::", "dlopen"]);
+}
+
+#[test]
 fn each_protobuf_has_one_door() {
     // SentencePiece's model, TensorBoard's events.
     let doors = [
@@ -81,6 +86,7 @@ fn each_protobuf_has_one_door() {
 fn unsafe_code_stays_behind_the_doors() {
     let doors = [
         "sharding/src/mpi.rs",
+        "sharding/src/cuda",
         "sharding/src/memory.rs",
         "corpus/src/tokens/indexed.rs",
         "trainer/src/hf/weights.rs",

@@ -41,6 +41,28 @@ fn rows_that_do_not_divide_among_ranks_get_a_number_that_does() {
     );
 }
 
+#[test]
+fn a_gpu_that_is_not_there_ends_the_run() {
+    if Path::new("/proc/driver/nvidia/version").exists() {
+        eprintln!("\nSKIPPED: this machine has a CUDA driver, so that a GPU cannot be missing\n");
+        return;
+    }
+    let run = tempfile::tempdir().expect("a folder");
+    let mut command = train(&["train.device=cuda"]);
+    command.arg(format!("folders.prepared={}", prepared().display()));
+    command.arg(format!("folders.run={}", run.path().join("run").display()));
+    check(command, &["no CUDA driver here", "set train.device: cpu"]);
+}
+
+#[test]
+fn eight_bits_are_for_gpus() {
+    let overrides = ["train.frozen_precision=fp8", "train.precision=bf16"];
+    check(
+        train(&overrides),
+        &["train.frozen_precision = fp8", "train.device: cuda"],
+    );
+}
+
 /// `panglot corpus` on a folder of texts that `fill` writes.
 fn corpus(fill: impl Fn(&Path)) -> (Command, tempfile::TempDir) {
     let folder = tempfile::tempdir().expect("a folder");

@@ -528,6 +528,14 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
          in full"
             .to_owned()
     });
+    rules.require(
+        raw.frozen_precision.is_none() || (raw.device == Some(Device::Cuda) && raw.precision == Precision::Bf16),
+        || {
+            "train.frozen_precision = fp8 is for train.device: cuda and train.precision: bf16, since only GPUs have units \
+             that multiply 8-bit numbers; set both, or leave frozen_precision out"
+                .to_owned()
+        },
+    );
     if let Some(lora) = &raw.lora {
         check_lora(lora, &full, rules);
     }
@@ -537,6 +545,8 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
         rows_per_step: raw.rows_per_step,
         micro_rows: raw.micro_rows,
         precision: raw.precision,
+        frozen_precision: raw.frozen_precision,
+        device: raw.device.unwrap_or_default(),
         recompute: raw.recompute,
         zero: raw.zero,
         lora: raw.lora,

@@ -506,12 +506,36 @@ pub struct Train {
     /// Rows of one micro-batch on one rank.
     pub micro_rows: usize,
     pub precision: Precision,
+    /// In what the layers' frozen matrices are kept and multiplied; `None`: in `precision`.
+    #[serde(default)]
+    pub frozen_precision: Option<FrozenPrecision>,
+    /// Where the ranks compute.
+    #[serde(default)]
+    pub device: Device,
     pub recompute: Recompute,
     /// ZeRO stage: 0 (every rank holds all optimizer state) or 1 (each a slice).
     pub zero: u8,
     pub lora: Option<Lora>,
     /// Modules trained in full.
     pub full: Vec<FullModule>,
+}
+
+/// What frozen matrices may be kept in besides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FrozenPrecision {
+    /// 8 bits, E4M3, a factor a row; on GPUs with units for it.
+    Fp8,
+}
+
+/// What ranks compute on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    #[default]
+    Cpu,
+    /// Each rank on an NVIDIA GPU of its own; where there is none the run ends.
+    Cuda,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Algorithm, Checkpoint, Evaluation, Group, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute, Sampling,
-    Schedule, Shape, Vocabulary, WordRules, maybe_whole,
+    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Group, Launch, Lora, OnUnreadable, OneDocument,
+    Precision, Recompute, Sampling, Schedule, Shape, Vocabulary, WordRules, maybe_whole,
 };
 
 #[derive(Debug, Deserialize)]
@@ -167,6 +167,10 @@ pub struct Train {
     pub rows_per_step: usize,
     pub micro_rows: usize,
     pub precision: Precision,
+    /// None: as `precision`.
+    pub frozen_precision: Option<FrozenPrecision>,
+    /// None: `cpu`.
+    pub device: Option<Device>,
     pub recompute: Recompute,
     pub zero: u8,
     /// None: the body has no LoRA and stays as it is.

@@ -1,8 +1,14 @@
-//! AdamW over flat slices: one pass, threaded, vectorised by the compiler.
+//! AdamW over flat slices: one pass, threaded and vectorised by the compiler on the CPU, one kernel on a GPU (`adamw.cu`).
 //! Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; bias correction as in
 //! Kingma and Ba 2015.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use crate::cuda::kernels::{Argument, Launch, Source};
+use crate::memory::{f32s, f32s_mut};
 
 /// What one update of one parameter group needs.
 #[derive(Clone, Copy, Debug)]
@@ -21,20 +27,69 @@ pub struct AdamW {
 /// Elements a task: 16 k × 4 arrays × 4 bytes stay within a core's second-level cache.
 const CHUNK: usize = 1 << 14;
 
-/// θ ← θ − lr·(m̂ / (√v̂ + ε) + λθ), with m and v updated in place. All slices are equally long.
-pub fn update(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-    assert!(theta.len() == m.len() && theta.len() == v.len() && theta.len() == g.len());
-    let t = (how.updates_before + 1) as f64;
-    let decay = (1.0 - how.lr * how.weight_decay) as f32;
-    let step_size = (how.lr / (1.0 - how.beta1.powf(t))) as f32;
-    let v_correction = (1.0 / (1.0 - how.beta2.powf(t)).sqrt()) as f32;
-    let (beta1, beta2, epsilon, scale) = (
-        how.beta1 as f32,
-        how.beta2 as f32,
-        how.epsilon as f32,
-        how.gradient_scale as f32,
+/// θ ← θ − lr·(m̂ / (√v̂ + ε) + λθ), with m and v updated in place, for the elements in `range`. Flat f32 tensors of one length
+/// on one device.
+pub fn update(how: &AdamW, theta: &mut Tensor, m: &mut Tensor, v: &mut Tensor, g: &Tensor, range: Range<usize>) {
+    let n = theta.numel();
+    assert!(
+        [m.numel(), v.numel(), g.numel()] == [n; 3] && range.end <= n,
+        "one length, and the range within it"
     );
+    match theta.device() {
+        Device::Cpu => {
+            let g = &f32s(g)[range.clone()];
+            let [theta, m, v] = [theta, m, v].map(|tensor| &mut f32s_mut(tensor)[range.clone()]);
+            update_slices(how, theta, m, v, g);
+        }
+        _ => update_on_gpu(how, theta, m, v, g, range),
+    }
+}
 
+/// Σ g² in f64, in an order that does not change. Any device; returns when it is known.
+pub fn sum_of_squares(g: &Tensor) -> f64 {
+    match g.device() {
+        Device::Cpu => sum_on_cpu(f32s(g)),
+        _ => sum_on_gpu(g),
+    }
+}
+
+/// What an update needs, as the elements' arithmetic takes it.
+struct Constants {
+    decay: f32,
+    step_size: f32,
+    v_correction: f32,
+    beta1: f32,
+    beta2: f32,
+    epsilon: f32,
+    scale: f32,
+}
+
+impl AdamW {
+    fn constants(&self) -> Constants {
+        let t = (self.updates_before + 1) as f64;
+        Constants {
+            decay: (1.0 - self.lr * self.weight_decay) as f32,
+            step_size: (self.lr / (1.0 - self.beta1.powf(t))) as f32,
+            v_correction: (1.0 / (1.0 - self.beta2.powf(t)).sqrt()) as f32,
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            epsilon: self.epsilon as f32,
+            scale: self.gradient_scale as f32,
+        }
+    }
+}
+
+/// [`update`] on the CPU's memory: one pass, threaded, vectorised by the compiler. All slices are equally long.
+pub fn update_slices(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+    let Constants {
+        decay,
+        step_size,
+        v_correction,
+        beta1,
+        beta2,
+        epsilon,
+        scale,
+    } = how.constants();
     let chunks = theta
         .par_chunks_mut(CHUNK)
         .zip(m.par_chunks_mut(CHUNK))
@@ -50,14 +105,83 @@ pub fn update(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &
     });
 }
 
-/// Σ g² in f64.
-pub fn sum_of_squares(g: &[f32]) -> f64 {
+fn sum_on_cpu(g: &[f32]) -> f64 {
     // Chunks are summed in order, so that the result does not depend on which thread was first.
     let partial: Vec<f64> = g
         .par_chunks(CHUNK)
         .map(|chunk| chunk.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
         .collect();
     partial.iter().sum()
+}
+
+/// The kernels of this file.
+pub static SOURCE: Source = Source {
+    file: "adamw.cu",
+    text: include_str!("adamw.cu"),
+};
+
+const BLOCK: usize = 256;
+/// Blocks that share a slice: several for each of a GPU's hundred-odd processors, and the same on every GPU, since the order
+/// of a sum depends on them.
+const MOST_BLOCKS: usize = 2048;
+
+fn update_on_gpu(how: &AdamW, theta: &mut Tensor, m: &mut Tensor, v: &mut Tensor, g: &Tensor, range: Range<usize>) {
+    let constants = how.constants();
+    Launch {
+        source: &SOURCE,
+        kernel: "adamw",
+        kind: theta.kind(),
+        grid: [range.len().div_ceil(4 * BLOCK).min(MOST_BLOCKS), 1],
+        block: BLOCK,
+        arguments: vec![
+            Argument::Write(theta),
+            Argument::Write(m),
+            Argument::Write(v),
+            Argument::Read(g),
+            Argument::Whole(range.start as i64),
+            Argument::Whole(range.len() as i64),
+            Argument::Real(constants.decay),
+            Argument::Real(constants.step_size),
+            Argument::Real(constants.v_correction),
+            Argument::Real(constants.beta1),
+            Argument::Real(constants.beta2),
+            Argument::Real(constants.epsilon),
+            Argument::Real(constants.scale),
+        ],
+    }
+    .start();
+}
+
+fn sum_on_gpu(g: &Tensor) -> f64 {
+    let blocks = g.numel().div_ceil(4 * BLOCK).clamp(1, MOST_BLOCKS);
+    let mut partial_b = Tensor::empty([blocks as i64], (Kind::Double, g.device()));
+    let mut sum_1 = Tensor::empty([1], (Kind::Double, g.device()));
+    fn launch(kernel: &'static str, blocks: usize, block: usize, arguments: Vec<Argument>) {
+        Launch {
+            source: &SOURCE,
+            kernel,
+            kind: Kind::Float,
+            grid: [blocks, 1],
+            block,
+            arguments,
+        }
+        .start();
+    }
+    let n = Argument::Whole(g.numel() as i64);
+    launch(
+        "squares",
+        blocks,
+        BLOCK,
+        vec![Argument::Read(g), n, Argument::Write(&mut partial_b)],
+    );
+    let n = Argument::Whole(blocks as i64);
+    launch(
+        "total",
+        1,
+        1024,
+        vec![Argument::Read(&partial_b), n, Argument::Write(&mut sum_1)],
+    );
+    sum_1.double_value(&[0])
 }
 
 #[cfg(test)]
@@ -76,7 +200,7 @@ mod tests {
             gradient_scale: 1.0,
         };
         let (mut theta, mut m, mut v) = (vec![1.0f32, -2.0], vec![0.0; 2], vec![0.0; 2]);
-        update(&how, &mut theta, &mut m, &mut v, &[3.0, -0.5]);
+        update_slices(&how, &mut theta, &mut m, &mut v, &[3.0, -0.5]);
         // θ(1 − 0.1·0.5) ∓ 0.1
         assert!(
             (theta[0] - 0.85).abs() < 1e-6 && (theta[1] + 1.8).abs() < 1e-6,
@@ -100,9 +224,48 @@ mod tests {
         let halves: Vec<f32> = g.iter().map(|x| x / 2.0).collect();
         let run = |how: AdamW, g: &[f32]| {
             let (mut theta, mut m, mut v) = (vec![1.0f32; g.len()], vec![0.1; g.len()], vec![0.2; g.len()]);
-            update(&how, &mut theta, &mut m, &mut v, g);
+            update_slices(&how, &mut theta, &mut m, &mut v, g);
             theta
         };
         assert_eq!(run(how(0.5), &g), run(how(1.0), &halves));
+    }
+
+    #[test]
+    fn the_gpus_kernels_compile_for_every_architecture() {
+        for architecture in crate::cuda::kernels::ARCHITECTURES {
+            SOURCE.compile(architecture).unwrap_or_else(|error| panic!("{error}"));
+        }
+        assert_eq!(SOURCE.kernels(), ["adamw_f32", "squares_f32", "total_f32"]);
+    }
+
+    #[test]
+    fn the_gpus_kernels_do_what_the_cpus_do() {
+        let how = AdamW {
+            lr: 0.01,
+            beta1: 0.9,
+            beta2: 0.99,
+            epsilon: 1e-3,
+            weight_decay: 0.1,
+            updates_before: 4,
+            gradient_scale: 0.7,
+        };
+        let random = |n: i64| Tensor::randn([n], (Kind::Float, Device::Cpu));
+        // Whole and partial packs and blocks; a start that is no multiple of 16 bytes; nothing at all.
+        for (n, range) in [(2600, 0..2600), (2600, 5..2003), (7, 3..6), (7, 2..2)] {
+            let state = [random(n), random(n), random(n).abs()];
+            let g = random(n);
+            let run = |update: fn(&AdamW, &mut Tensor, &mut Tensor, &mut Tensor, &Tensor, Range<usize>)| {
+                let [mut theta, mut m, mut v] = state.each_ref().map(Tensor::copy);
+                update(&how, &mut theta, &mut m, &mut v, &g, range.clone());
+                [theta, m, v]
+            };
+            for (gpu, cpu) in run(update_on_gpu).iter().zip(run(update)) {
+                // The same operations in the same order; the compiler may fuse a product and a sum.
+                let difference = (gpu - cpu).abs().max().double_value(&[]);
+                assert!(difference < 5e-7, "{n}, {range:?}: {difference}");
+            }
+            let (gpu, cpu) = (sum_on_gpu(&g), sum_of_squares(&g));
+            assert!((gpu / cpu - 1.0).abs() < 1e-12, "{gpu}, not {cpu}");
+        }
     }
 }

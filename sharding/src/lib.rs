@@ -3,6 +3,7 @@
 
 pub mod adamw;
 pub mod comm;
+pub mod cuda;
 pub mod layout;
 pub mod memory;
 #[cfg(feature = "mpi")]

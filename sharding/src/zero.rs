@@ -7,7 +7,6 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::adamw::{self, AdamW};
-use crate::memory::{f32s, f32s_mut};
 use crate::{BucketSpec, Comm, Error, Layout, Pending, Reduce, Result};
 
 /// How much of the training state is sharded.
@@ -76,7 +75,7 @@ pub struct Zero {
 
 impl Zero {
     /// Allocates what `specs` train. `initial(bucket, param)` gives each parameter's f32 value and must be the same on all
-    /// ranks. `kind` is the compute precision.
+    /// ranks; a bucket lies on the device of its first. `kind` is the compute precision.
     ///
     /// # Errors
     /// When a rank registers other parameters than rank 0.
@@ -95,10 +94,11 @@ impl Zero {
         check_ranks_agree(comm, &layout)?;
         let mut buckets = Vec::with_capacity(layout.buckets.len());
         for (b, bucket) in layout.buckets.iter().enumerate() {
-            let zeros = |len: usize, kind| Tensor::f_zeros([len as i64], (kind, Device::Cpu));
+            let values: Vec<Tensor> = (0..bucket.params.len()).map(|p| initial(b, p)).collect();
+            let device = values.first().map_or(Device::Cpu, Tensor::device);
+            let zeros = |len: usize, kind| Tensor::f_zeros([len as i64], (kind, device));
             let master = zeros(bucket.padded, Kind::Float)?;
-            for (p, (range, param)) in bucket.ranges.iter().zip(&bucket.params).enumerate() {
-                let value = initial(b, p);
+            for ((range, param), value) in bucket.ranges.iter().zip(&bucket.params).zip(values) {
                 assert_eq!(
                     value.size(),
                     param.shape,
@@ -192,7 +192,7 @@ impl Zero {
         let squares: f64 = self
             .buckets
             .iter()
-            .map(|state| adamw::sum_of_squares(f32s(&state.grads_slice)))
+            .map(|state| adamw::sum_of_squares(&state.grads_slice))
             .sum();
         let mut values = vec![squares * share];
         values.extend_from_slice(ride_along);
@@ -209,18 +209,9 @@ impl Zero {
     /// One AdamW update of this rank's slices; `groups[g]` is the learning rate and so on of parameter group g.
     pub fn update(&mut self, groups: &[AdamW]) {
         for (bucket, state) in self.layout.buckets.iter().zip(&mut self.buckets) {
-            let grads = f32s(&state.grads_slice);
             let Slice { theta, m, v } = &mut state.slice;
-            let (theta, m, v) = (f32s_mut(theta), f32s_mut(m), f32s_mut(v));
             for (part, group) in bucket.groups_in_slice(self.my_slice) {
-                let range = || part.clone();
-                adamw::update(
-                    &groups[group],
-                    &mut theta[range()],
-                    &mut m[range()],
-                    &mut v[range()],
-                    &grads[range()],
-                );
+                adamw::update(&groups[group], theta, m, v, &state.grads_slice, part);
             }
         }
         self.updates += 1;

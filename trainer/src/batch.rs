@@ -2,7 +2,7 @@
 
 use configs::Train;
 use corpus::{Row, RowsDigest, Stream};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::model::{Documents, IGNORE};
 
@@ -67,6 +67,26 @@ impl MicroBatch {
             targets_bt: Tensor::from_slice(&targets).view(shape),
             rows: indices.to_vec(),
             documents: Documents::new(rows.iter().map(|row| row.document_starts.as_slice()), length),
+        }
+    }
+}
+
+impl Batch {
+    /// The same on `device`.
+    pub fn on(mut self, device: Device) -> Batch {
+        let micro_batches = self.micro_batches.into_iter().map(|micro| micro.on(device));
+        self.micro_batches = micro_batches.collect();
+        self
+    }
+}
+
+impl MicroBatch {
+    pub fn on(self, device: Device) -> MicroBatch {
+        MicroBatch {
+            ids_bt: self.ids_bt.to_device(device),
+            targets_bt: self.targets_bt.to_device(device),
+            documents: self.documents.map(|documents| documents.on(device)),
+            ..self
         }
     }
 }

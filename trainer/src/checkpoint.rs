@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use sharding::memory::{bytes, f32s_mut};
 use sharding::zero::Slice;
 use sharding::{Comm, Layout, Zero};
+use tch::Device;
 
 const FORMAT: u32 = 1;
 const MANIFEST: &str = "manifest.json";
@@ -265,7 +266,11 @@ pub fn load(checkpoint: &Path, manifest: &Manifest, comm: &dyn Comm, zero: &mut 
             let (mine, slice) = zero.slice_mut(index);
             let Slice { theta, m, v } = slice;
             for (name, tensor) in [("theta", theta), ("m", m), ("v", v)] {
-                reader.read_overlap(&format!("{}.{name}", bucket.name), &theirs, &mine, f32s_mut(tensor))?;
+                let mut host = tensor.to_device(Device::Cpu);
+                reader.read_overlap(&format!("{}.{name}", bucket.name), &theirs, &mine, f32s_mut(&mut host))?;
+                if tensor.device() != Device::Cpu {
+                    tensor.copy_(&host);
+                }
             }
         }
     }
@@ -296,7 +301,7 @@ pub fn differences(theirs: &Identity, ours: &Identity) -> Vec<String> {
             plan.remove(key);
         }
         let train = plan["train"].as_object_mut().expect("train is an object");
-        for key in ["micro_rows", "recompute", "zero"] {
+        for key in ["micro_rows", "recompute", "zero", "device"] {
             train.remove(key);
         }
         value
@@ -346,13 +351,19 @@ fn is_plain_name(name: &str) -> bool {
 
 /// Writes this rank's slices, padding left out; the digest is of the buffer in memory, not of what a disk gave back.
 fn write_slices(partial: &Path, slice: usize, zero: &Zero) -> Result<Option<FileEntry>> {
-    let mut tensors = Vec::new();
+    // On the host; where they are there already, the same memory.
+    let mut slices = Vec::new();
     for (index, bucket) in zero.layout().buckets.iter().enumerate() {
         let (range, Slice { theta, m, v }) = zero.slice(index);
         for (name, tensor) in [("theta", theta), ("m", m), ("v", v)] {
-            let view = TensorView::new(Dtype::F32, vec![range.len()], &bytes(tensor)[..4 * range.len()])?;
-            tensors.push((format!("{}.{name}", bucket.name), view));
+            let name = format!("{}.{name}", bucket.name);
+            slices.push((name, range.len(), tensor.to_device(Device::Cpu)));
         }
+    }
+    let mut tensors = Vec::new();
+    for (name, length, tensor) in &slices {
+        let view = TensorView::new(Dtype::F32, vec![*length], &bytes(tensor)[..4 * length])?;
+        tensors.push((name, view));
     }
     let buffer = safetensors::serialize(tensors, None)?;
     let digest = blake3::Hasher::new().update_rayon(&buffer).finalize();

@@ -13,7 +13,7 @@ use corpus::{Corpus, Document, Language, Tokenizer, Vocabulary};
 use launcher::evaluation::{DayZero, Evaluation, LanguageResult};
 use launcher::events::Event;
 use sharding::Comm;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{IGNORE, Model, Trains};
@@ -34,7 +34,7 @@ struct Subject<'a> {
 }
 
 /// Scores the held-out documents with the model in `folder`. Every rank returns the same report.
-pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Evaluation> {
+pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm, device: Device) -> Result<Evaluation> {
     let documents = held_out(plan, comm)?;
     let subject = Subject {
         name: folder.display().to_string(),
@@ -42,12 +42,18 @@ pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm) -> Result<Evaluatio
         tokenizer: folder,
         grows: Trains::default(),
     };
-    score(plan, &documents, &subject, comm)
+    score(plan, &documents, &subject, comm, device)
 }
 
 /// The base with its own tokenizer, and the extended model before any step, once for each of these starts of its new rows.
 /// All score the same text: the first `most_bytes` bytes of one document a language, drawn by the plan's seed.
-pub fn day_zero(plan: &Plan, starts: &[NewRows], most_bytes: usize, comm: &dyn Comm) -> Result<DayZero> {
+pub fn day_zero(
+    plan: &Plan,
+    starts: &[NewRows],
+    most_bytes: usize,
+    comm: &dyn Comm,
+    device: Device,
+) -> Result<DayZero> {
     let mut documents = held_out(plan, comm)?;
     for (_, documents) in &mut documents {
         // By the key: of parallel text all languages give the same passage.
@@ -72,7 +78,13 @@ pub fn day_zero(plan: &Plan, starts: &[NewRows], most_bytes: usize, comm: &dyn C
             ..Trains::default()
         },
     };
-    let base = score(plan, &documents, &subject("base", &folders.base_model, None), comm)?;
+    let base = score(
+        plan,
+        &documents,
+        &subject("base", &folders.base_model, None),
+        comm,
+        device,
+    )?;
     let vocabulary = Vocabulary::open(&folders.vocabulary)?;
     let extended = |start: &NewRows| {
         let grown = Some((vocabulary.clone(), *start));
@@ -81,6 +93,7 @@ pub fn day_zero(plan: &Plan, starts: &[NewRows], most_bytes: usize, comm: &dyn C
             &documents,
             &subject(start.name(), &folders.vocabulary, grown),
             comm,
+            device,
         )
     };
     Ok(DayZero {
@@ -117,6 +130,7 @@ fn score(
     documents: &[(Language, Vec<Document>)],
     subject: &Subject,
     comm: &dyn Comm,
+    device: Device,
 ) -> Result<Evaluation> {
     let started = Instant::now();
     let rank_0 = comm.rank() == 0;
@@ -134,7 +148,7 @@ fn score(
     let config = ModelConfig::open(subject.model)?;
     let model = Model::load(
         &config,
-        &Weights::open(subject.model)?,
+        &Weights::open(subject.model)?.on(device),
         kind(plan.train.precision),
         &subject.grows,
     )
@@ -290,8 +304,8 @@ fn add_nats(model: &Model, windows: &[Window], batch: &[usize], nats: &mut [f64]
         targets[first..][..window_ids.len() - context].copy_from_slice(&window_ids[*context..]);
     }
     let (ids_bt, targets_bt) = (
-        Tensor::from_slice(&ids).view(shape),
-        Tensor::from_slice(&targets).view(shape),
+        Tensor::from_slice(&ids).view(shape).to_device(model.device),
+        Tensor::from_slice(&targets).view(shape).to_device(model.device),
     );
     let nll_bt = model.head.nll(model.head_matrix(), &model.hidden(&ids_bt), &targets_bt);
     let sums: Vec<f64> = Vec::try_from(nll_bt.sum_dim_intlist(-1, false, Kind::Double)).expect("one sum a row, in f64");

@@ -17,7 +17,8 @@ use crate::train;
 
 /// Writes the newest checkpoint's model to both folders and checks them. Without LoRA there is no adapter.
 pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path) -> Result<Value> {
-    let (mut trainer, identity) = train::build(plan, comm)?;
+    // On the host, wherever the model was trained: nothing here is worth waiting for a GPU.
+    let (mut trainer, identity) = train::build(plan, comm, tch::Device::Cpu)?;
     let folder = plan.folders.run.join("checkpoints");
     let found = checkpoint::newest(&folder)?
         .with_context(|| format!("{} holds no checkpoint to export; train first", folder.display()))?;

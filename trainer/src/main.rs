@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use configs::{NewRows, Plan};
 use launcher::events::Event;
 use launcher::exit;
 use launcher::place::Place;
 use sharding::Comm;
+use tch::Device;
 use trainer::train::End;
 
 #[derive(Parser)]
@@ -69,6 +70,13 @@ enum Command {
         #[arg(long)]
         adapter: PathBuf,
     },
+    /// Compare this machine's GPU with its CPU: every kernel, attention, training steps.
+    GpuCheck,
+    /// Measure training on this machine's GPU, against `transformers` and PEFT where --python names them.
+    BenchGpu {
+        #[command(flatten)]
+        settings: trainer::gpu::Settings,
+    },
 }
 
 fn main() -> ExitCode {
@@ -91,9 +99,20 @@ fn main() -> ExitCode {
 
 /// Finds this process's place, joins its peers and runs the command. Once the ranks have met, an error on one ends all.
 fn start(command: Command) -> Result<i32> {
+    match &command {
+        Command::GpuCheck => {
+            set_threads(cores())?;
+            return trainer::gpu::check().map(|()| exit::FINISHED);
+        }
+        Command::BenchGpu { settings } => {
+            set_threads(cores())?;
+            return trainer::gpu::bench(settings).map(|()| exit::FINISHED);
+        }
+        _ => {}
+    }
     let place = Place::detect()?;
     let plan = match &command {
-        Command::ImportGguf { .. } => None,
+        Command::ImportGguf { .. } | Command::GpuCheck | Command::BenchGpu { .. } => None,
         Command::InitModel { plan }
         | Command::Train { plan }
         | Command::Eval { plan, .. }
@@ -101,12 +120,17 @@ fn start(command: Command) -> Result<i32> {
         | Command::Export { plan, .. } => Some(read_plan(plan)?),
     };
     let threads = plan.as_ref().and_then(|plan| plan.launch.threads_per_rank);
+    // Before the first tensor, and before ranks meet: libtorch asks once whether CUDA is there.
+    let device = match (&command, &plan) {
+        (Command::Train { .. } | Command::Eval { .. } | Command::DayZero { .. }, Some(plan)) => device_of(plan, &place)?,
+        _ => Device::Cpu,
+    };
     set_threads(threads.unwrap_or_else(|| cores().div_ceil(place.local_world).max(1)))?;
     let comm = sharding::join(place.world)?;
     if let Some(plan) = &plan {
         log_to(&plan.folders.run.join("logs").join(format!("rank-{}.log", place.rank)))?;
     }
-    match run(command, plan.as_ref(), comm.as_ref()) {
+    match run(command, plan.as_ref(), comm.as_ref(), device) {
         Ok(code) => Ok(code),
         Err(error) if comm.world() > 1 => {
             eprintln!(
@@ -120,7 +144,22 @@ fn start(command: Command) -> Result<i32> {
     }
 }
 
-fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm) -> Result<i32> {
+/// The device that the plan names, this rank's own where it is a GPU.
+fn device_of(plan: &Plan, place: &Place) -> Result<Device> {
+    Ok(match plan.train.device {
+        configs::Device::Cpu => Device::Cpu,
+        configs::Device::Cuda => {
+            ensure!(
+                place.world == 1,
+                "train.device = cuda with {} ranks: ranks on GPUs need NCCL, which this build has not; start one rank",
+                place.world
+            );
+            sharding::cuda::device(place.local_rank)?
+        }
+    })
+}
+
+fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -> Result<i32> {
     let plan = || plan.expect("every command but import-gguf reads a plan");
     let progress = &mut |done: u64, total: u64| {
         Event::Progress {
@@ -145,12 +184,12 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm) -> Result<i32> {
             let config = trainer::scratch::init(plan(), &plan().folders.base_model)?;
             done(serde_json::to_value(config)?)
         }
-        Command::Train { .. } => match trainer::train::train(plan(), comm)? {
+        Command::Train { .. } => match trainer::train::train(plan(), comm, device)? {
             End::Finished => done(serde_json::json!({ "run": plan().folders.run, "steps": plan().train.steps })),
             End::WantsMoreTime => Ok(exit::MORE_TIME),
         },
         Command::Eval { model, out, .. } => {
-            let report = serde_json::to_value(trainer::evaluate::evaluate(plan(), &model, comm)?)?;
+            let report = serde_json::to_value(trainer::evaluate::evaluate(plan(), &model, comm, device)?)?;
             if comm.rank() == 0 {
                 launcher::files::write_json(&out, &report)?;
             }
@@ -162,12 +201,13 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm) -> Result<i32> {
             out,
             ..
         } => {
-            let measured = trainer::evaluate::day_zero(plan(), &new_rows, most_bytes, comm)?;
+            let measured = trainer::evaluate::day_zero(plan(), &new_rows, most_bytes, comm, device)?;
             if comm.rank() == 0 {
                 launcher::files::write_json(&out, &measured)?;
             }
             done(serde_json::json!({ "written": out }))
         }
+        Command::GpuCheck | Command::BenchGpu { .. } => unreachable!("run before ranks meet"),
         Command::Export { merged, adapter, .. } => {
             done(trainer::export::export_newest(plan(), comm, &merged, &adapter)?)
         }

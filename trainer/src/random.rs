@@ -27,6 +27,11 @@ impl Stream {
         Stream(mix(self.0 ^ mix(key.wrapping_add(GOLDEN))))
     }
 
+    /// What the values are a function of, with their index: for generators elsewhere that compute the same.
+    pub fn key(self) -> u64 {
+        self.0
+    }
+
     pub fn bits(self, index: u64) -> u64 {
         mix(self.0.wrapping_add(index.wrapping_add(1).wrapping_mul(GOLDEN)))
     }
@@ -41,6 +46,11 @@ impl Stream {
         let radius = (-2.0 * (1.0 - self.uniform(2 * index)).ln()).sqrt();
         radius * (std::f64::consts::TAU * self.uniform(2 * index + 1)).cos()
     }
+}
+
+/// [`Stream::bits`] are below it with probability `p`.
+pub fn threshold(p: f64) -> u64 {
+    (p * u64::MAX as f64) as u64
 }
 
 #[cfg(test)]

@@ -124,6 +124,7 @@ impl Trainer<'_> {
             stream: random::Stream::new(self.plan.seed, "dropout").fork(self.step),
             rows: micro.rows.clone(),
             sequence_length: self.plan.train.sequence_length,
+            device: self.model.device,
         })
     }
 

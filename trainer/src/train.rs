@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use configs::Plan;
+use configs::{FrozenPrecision, Plan};
 use corpus::{Stream, TokenShards, Vocabulary};
 use launcher::events::{Event, StepMetrics};
 use sharding::{Comm, Stage, Zero};
+use tch::Device;
 
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Identity, Progress};
@@ -34,8 +35,8 @@ pub enum End {
     WantsMoreTime,
 }
 
-/// The model a plan trains, bound to its slices, and what a checkpoint must agree with.
-pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Result<(Trainer<'a>, Identity)> {
+/// The model a plan trains, on `device` and bound to its slices, and what a checkpoint must agree with.
+pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm, device: Device) -> Result<(Trainer<'a>, Identity)> {
     let base = &plan.folders.base_model;
     let config = ModelConfig::open(base)?;
     let weights = Weights::open(base)?;
@@ -60,6 +61,7 @@ pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Result<(Trainer<'a>, Ide
         vocabulary: new_rows,
         seed: plan.seed,
     };
+    let weights = weights.on(device);
     let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
         .with_context(|| format!("loading {}", base.display()))?;
     model.check_length(plan.train.sequence_length, "train.sequence_length")?;
@@ -68,6 +70,11 @@ pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Result<(Trainer<'a>, Ide
     } else {
         Stage::OptimizerState
     };
+    // An export reads the base itself.
+    if plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu {
+        sharding::cuda::check_fp8(device)?;
+        model.quantize_frozen()?;
+    }
     let specs = model.register();
     ensure!(
         !specs.is_empty(),
@@ -91,7 +98,7 @@ pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Result<(Trainer<'a>, Ide
 }
 
 /// Trains until the plan's last step, from the newest checkpoint if there is one.
-pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
+pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     let rank_0 = comm.rank() == 0;
     let say = |event: Event| rank_0.then(|| event.emit());
     say(Event::Phase {
@@ -101,7 +108,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
     let stream = launcher::sampling::stream(plan)?;
-    let (mut trainer, identity) = build(plan, comm)?;
+    let (mut trainer, identity) = build(plan, comm, device)?;
     let folder = plan.folders.run.join("checkpoints");
     let mut progress = resume(&folder, &mut trainer, &identity)?;
     let mut log = if rank_0 {
@@ -118,7 +125,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
         let started = Instant::now();
         let step = trainer.step;
         let rows_step = if plan.debug.overfit_one_batch { 0 } else { step };
-        let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world());
+        let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world()).on(device);
         let report = trainer.train_step(&batch, stop.load(Ordering::Relaxed))?;
         progress = Progress {
             step: trainer.step,
@@ -220,7 +227,8 @@ fn save(folder: &Path, trainer: &Trainer, identity: &Identity, progress: Progres
 fn check_ranks_equal(trainer: &Trainer) -> Result<()> {
     let mut hasher = blake3::Hasher::new();
     for bucket in 0..trainer.zero.layout().buckets.len() {
-        hasher.update_rayon(sharding::memory::bytes(trainer.zero.params(bucket)));
+        let params = trainer.zero.params(bucket).to_device(Device::Cpu);
+        hasher.update_rayon(sharding::memory::bytes(&params));
     }
     let all = trainer.comm.all_gather_bytes(hasher.finalize().as_bytes())?;
     let different: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();

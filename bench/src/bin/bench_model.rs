@@ -382,7 +382,7 @@ fn update_alone(parameters: usize, updates: usize) -> Result<Report> {
             gradient_scale: 1.0,
         };
         let started = Instant::now();
-        adamw::update(&how, &mut theta, &mut m, &mut v, &g);
+        adamw::update_slices(&how, &mut theta, &mut m, &mut v, &g);
         seconds.push(started.elapsed().as_secs_f64());
     }
     // The first one touches the moments' memory for the first time.

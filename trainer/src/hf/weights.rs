@@ -12,9 +12,10 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorI
 use serde::Deserialize;
 use serde_json::json;
 use sharding::memory;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{ModelConfig, NewFolder};
+use crate::random;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -27,7 +28,14 @@ pub struct Weights {
     files: Vec<TensorFile>,
     /// Which file holds each tensor that the model has, ordered by name.
     place: BTreeMap<String, usize>,
+    /// Where copies go.
+    device: Device,
+    /// There are no files: values are made up.
+    made_up: bool,
 }
+
+/// Of made-up values, after which they begin again: a prime, so that rows of a matrix differ.
+const MADE_UP: usize = 1_048_583;
 
 impl Weights {
     /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `dir`, and checks them
@@ -57,15 +65,43 @@ impl Weights {
                 }
             }
         }
-        let mut weights = Weights { files, place };
+        let mut weights = Weights {
+            files,
+            place,
+            device: Device::Cpu,
+            made_up: false,
+        };
         weights
             .check(config)
             .with_context(|| format!("the weights in {} do not fit config.json", dir.display()))?;
         Ok(weights)
     }
 
-    /// A copy of tensor `name` on the CPU, converted to `kind`. `shape` is what the caller expects it to be.
+    /// Weights that look random, the same every time and everywhere, of any shape that is asked for: for measurements and
+    /// checks, which need no model's files. Matrices are N(0, 0.02²), norms 1.
+    pub fn made_up() -> Weights {
+        Weights {
+            files: Vec::new(),
+            place: BTreeMap::new(),
+            device: Device::Cpu,
+            made_up: true,
+        }
+    }
+
+    /// The same weights, copied to `device` from here on, one tensor at a time.
+    pub fn on(self, device: Device) -> Weights {
+        Weights { device, ..self }
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// A copy of tensor `name` on the device, converted to `kind`. `shape` is what the caller expects it to be.
     pub fn tensor(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        if self.made_up {
+            return Ok(make_up(name, shape, kind, self.device));
+        }
         let file = self
             .place
             .get(name)
@@ -76,11 +112,8 @@ impl Weights {
             "tensor {name} is {:?}, expected {shape:?}; config.json and weights are of different models",
             tensor.size()
         );
-        Ok(if tensor.kind() == kind {
-            tensor
-        } else {
-            tensor.to_kind(kind)
-        })
+        // As it is stored it is the smallest to carry.
+        Ok(tensor.to_device(self.device).to_kind(kind))
     }
 
     /// BLAKE3 over every tensor's name, type, shape and bytes, in the order of the names: the same however the model is
@@ -169,6 +202,21 @@ impl Weights {
         }
         Ok(())
     }
+}
+
+fn make_up(name: &str, shape: &[i64], kind: Kind, device: Device) -> Tensor {
+    if name.ends_with("norm.weight") {
+        return Tensor::ones(shape, (kind, device));
+    }
+    let stream = random::Stream::new(0, name);
+    let values: Vec<f32> = (0..MADE_UP as u64)
+        .into_par_iter()
+        .map(|index| (0.02 * stream.normal(index)) as f32)
+        .collect();
+    let n: i64 = shape.iter().product();
+    let values = Tensor::from_slice(&values).to_device(device).to_kind(kind);
+    let repeated = values.repeat([n.div_euclid(MADE_UP as i64) + 1]);
+    repeated.narrow(0, 0, n).copy().view(shape)
 }
 
 /// One mapped safetensors file.

@@ -1,17 +1,28 @@
-//! Causal scaled dot-product attention through libtorch's fused kernels, without autograd.
+//! Causal scaled dot-product attention through libtorch's fused kernels, without autograd: one for the CPU, flash attention
+//! on GPUs in bf16, and written out for what neither takes.
 //! Source: Dao et al. 2022, "FlashAttention": softmax statistics are kept, probabilities are not.
 
-use tch::Tensor;
+use sharding::cuda::attention::{self as gpu, Flash, Sequences};
+use tch::{Device, Kind, Tensor};
 
 /// What the backward pass reads.
 pub struct Attended {
     pub out_bthd: Tensor,
-    /// One for the whole micro-batch, or one a document.
-    logsumexps: Vec<Tensor>,
+    kept: Kept,
+}
+
+enum Kept {
+    /// ln Σ eˣ of the scores: one tensor for the whole micro-batch, or one a document.
+    LogSumExps(Vec<Tensor>),
+    Flash(Flash),
 }
 
 /// The documents of a micro-batch, where they do not see each other. Between them they hold every position once.
-pub struct Documents(Vec<Stretch>);
+pub struct Documents {
+    stretches: Vec<Stretch>,
+    /// The same for a GPU.
+    sequences: Option<Sequences>,
+}
 
 /// Consecutive positions of one row.
 struct Stretch {
@@ -36,7 +47,25 @@ impl Documents {
                 length: i64::from(end - start),
             }));
         }
-        (!alone).then_some(Documents(stretches))
+        (!alone).then_some(Documents {
+            stretches,
+            sequences: None,
+        })
+    }
+
+    /// The same for tensors of `device`.
+    pub fn on(self, device: Device) -> Documents {
+        // Rows lie one behind the other, and so do the documents of each.
+        let ends = self.stretches.iter().scan(0, |end, stretch| {
+            *end += stretch.length as i32;
+            Some(*end)
+        });
+        let ends: Vec<i32> = std::iter::once(0).chain(ends).collect();
+        let sequences = (device != Device::Cpu).then(|| Sequences {
+            ends: Tensor::from_slice(&ends).to_device(device),
+            longest: self.stretches.iter().map(|stretch| stretch.length).max().unwrap_or(0),
+        });
+        Documents { sequences, ..self }
     }
 }
 
@@ -49,16 +78,20 @@ impl Stretch {
 
 /// softmax(q kᵀ / √d + causal) v. Keys and values may have fewer heads than queries (GQA, Ainslie et al. 2023).
 ///
-/// With `documents` a position sees those before it in its own document only: the block-diagonal mask, but as one kernel
-/// call a document, so that neither the mask nor what it would strike out is ever computed.
+/// With `documents` a position sees those before it in its own document only: the block-diagonal mask, but one kernel call
+/// a document (or, with flash attention, one that knows where they end), so that neither the mask nor what it would strike
+/// out is ever computed.
 pub fn attend(q_bthd: &Tensor, k_btgd: &Tensor, v_btgd: &Tensor, documents: Option<&Documents>) -> Attended {
+    if takes_flash(q_bthd) {
+        return flash(q_bthd, k_btgd, v_btgd, documents);
+    }
     let heads = q_bthd.size()[2];
     let (k_bthd, v_bthd) = (share_heads(k_btgd, heads), share_heads(v_btgd, heads));
-    let Some(Documents(stretches)) = documents else {
+    let Some(Documents { stretches, .. }) = documents else {
         let (out_bthd, logsumexp) = causal(q_bthd, &k_bthd, &v_bthd);
         return Attended {
             out_bthd,
-            logsumexps: vec![logsumexp],
+            kept: Kept::LogSumExps(vec![logsumexp]),
         };
     };
     let out_bthd = q_bthd.empty_like();
@@ -68,22 +101,9 @@ pub fn attend(q_bthd: &Tensor, k_btgd: &Tensor, v_btgd: &Tensor, documents: Opti
         logsumexp
     };
     Attended {
-        logsumexps: stretches.iter().map(one).collect(),
+        kept: Kept::LogSumExps(stretches.iter().map(one).collect()),
         out_bthd,
     }
-}
-
-fn causal(q_bthd: &Tensor, k_bthd: &Tensor, v_bthd: &Tensor) -> (Tensor, Tensor) {
-    let (out, logsumexp) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-        &q_bthd.transpose(1, 2),
-        &k_bthd.transpose(1, 2),
-        &v_bthd.transpose(1, 2),
-        0.0,
-        true,
-        None::<&Tensor>,
-        None,
-    );
-    (out.transpose(1, 2), logsumexp)
 }
 
 /// (d_q, d_k, d_v) of [`attend`].
@@ -95,12 +115,16 @@ pub fn attend_backward(
     d_out_bthd: &Tensor,
     documents: Option<&Documents>,
 ) -> (Tensor, Tensor, Tensor) {
+    let Attended { out_bthd, kept } = attended;
+    let logsumexps = match kept {
+        Kept::LogSumExps(logsumexps) => logsumexps,
+        Kept::Flash(kept) => return flash_backward(kept, q_bthd, k_btgd, v_btgd, d_out_bthd, documents),
+    };
     let (heads, groups) = (q_bthd.size()[2], k_btgd.size()[2]);
     let (k_bthd, v_bthd) = (share_heads(k_btgd, heads), share_heads(v_btgd, heads));
-    let Attended { out_bthd, logsumexps } = attended;
     let [d_q, d_k, d_v] = match documents {
         None => causal_backward([d_out_bthd, q_bthd, &k_bthd, &v_bthd, out_bthd], &logsumexps[0]),
-        Some(Documents(stretches)) => {
+        Some(Documents { stretches, .. }) => {
             let whole = [q_bthd.empty_like(), k_bthd.empty_like(), v_bthd.empty_like()];
             for (stretch, logsumexp) in stretches.iter().zip(logsumexps) {
                 let here = [d_out_bthd, q_bthd, &k_bthd, &v_bthd, out_bthd].map(|x| stretch.of(x));
@@ -113,22 +137,134 @@ pub fn attend_backward(
     (d_q, gather_heads(&d_k, groups), gather_heads(&d_v, groups))
 }
 
+/// Whether flash attention computes this: on a GPU, in bf16, for heads of the widths it is made for.
+fn takes_flash(q_bthd: &Tensor) -> bool {
+    let dim = q_bthd.size()[3];
+    q_bthd.device() != Device::Cpu && q_bthd.kind() == Kind::BFloat16 && dim % 8 == 0 && dim <= 256
+}
+
+fn flash(q_bthd: &Tensor, k_btgd: &Tensor, v_btgd: &Tensor, documents: Option<&Documents>) -> Attended {
+    let sequences = documents.and_then(|documents| documents.sequences.as_ref());
+    let [q, k, v] = [q_bthd, k_btgd, v_btgd].map(|x| rows_or_sequences(x, sequences));
+    let kept = gpu::forward(&q, &k, &v, sequences);
+    Attended {
+        out_bthd: kept.out.view_as(q_bthd),
+        kept: Kept::Flash(kept),
+    }
+}
+
+fn flash_backward(
+    kept: &Flash,
+    q_bthd: &Tensor,
+    k_btgd: &Tensor,
+    v_btgd: &Tensor,
+    d_out_bthd: &Tensor,
+    documents: Option<&Documents>,
+) -> (Tensor, Tensor, Tensor) {
+    let sequences = documents.and_then(|documents| documents.sequences.as_ref());
+    let [q, k, v, d_out] = [q_bthd, k_btgd, v_btgd, d_out_bthd].map(|x| rows_or_sequences(x, sequences));
+    let (d_q, d_k, d_v) = gpu::backward(kept, &q, &k, &v, &d_out, sequences);
+    (d_q.view_as(q_bthd), d_k.view_as(k_btgd), d_v.view_as(v_btgd))
+}
+
+/// [b, t, h, d] as it is, or as [b · t, h, d] where sequences are told by their ends.
+fn rows_or_sequences(x_bthd: &Tensor, sequences: Option<&Sequences>) -> Tensor {
+    let size = x_bthd.size();
+    match sequences {
+        None => x_bthd.contiguous(),
+        Some(_) => x_bthd.contiguous().view([size[0] * size[1], size[2], size[3]]),
+    }
+}
+
+fn causal(q_bthd: &Tensor, k_bthd: &Tensor, v_bthd: &Tensor) -> (Tensor, Tensor) {
+    let [q, k, v] = [q_bthd, k_bthd, v_bthd].map(|x| x.transpose(1, 2));
+    let (out, logsumexp) = if q.device() == Device::Cpu {
+        let (drop, mask) = (0.0, None::<&Tensor>);
+        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(&q, &k, &v, drop, true, mask, None)
+    } else {
+        written_out(&q, &k, &v)
+    };
+    (out.transpose(1, 2), logsumexp)
+}
+
 /// [d_q, d_k, d_v] from d_out, q, k, v and out, all bthd.
 fn causal_backward(operands: [&Tensor; 5], logsumexp: &Tensor) -> [Tensor; 3] {
     let [d_out, q, k, v, out] = operands.map(|x_bthd| x_bthd.transpose(1, 2));
-    let (d_q, d_k, d_v) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-        &d_out,
-        &q,
-        &k,
-        &v,
-        &out,
-        logsumexp,
-        0.0,
-        true,
-        None::<&Tensor>,
-        None,
-    );
+    let (d_q, d_k, d_v) = if q.device() == Device::Cpu {
+        let (drop, mask) = (0.0, None::<&Tensor>);
+        Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
+            &d_out, &q, &k, &v, &out, logsumexp, drop, true, mask, None,
+        )
+    } else {
+        written_out_backward(&d_out, &q, &k, &v, &out, logsumexp)
+    };
     [d_q, d_k, d_v].map(|d_bhtd| d_bhtd.transpose(1, 2))
+}
+
+/// What the scores of the heads computed at once may take.
+const SCORES_BYTES: i64 = 256 << 20;
+
+/// (row, first head, heads) that are computed at once.
+fn portions(q_bhtd: &Tensor) -> impl Iterator<Item = (i64, i64, i64)> + use<> {
+    let size = q_bhtd.size();
+    let (rows, heads, time) = (size[0], size[1], size[2]);
+    let most = (SCORES_BYTES / (4 * time * time).max(1)).clamp(1, heads.max(1));
+    let firsts = move |row| (0..heads).step_by(most as usize).map(move |head| (row, head));
+    (0..rows)
+        .flat_map(firsts)
+        .map(move |(row, head)| (row, head, most.min(heads - head)))
+}
+
+/// softmax(q kᵀ / √d + causal) of some heads: f32 [h, t, t], from scores and, if it is known, their logsumexp [h, t].
+fn probabilities(q_htd: &Tensor, k_htd: &Tensor, logsumexp_ht: Option<&Tensor>) -> (Tensor, Tensor) {
+    let (time, dim) = (q_htd.size()[1], q_htd.size()[2]);
+    let later = Tensor::ones([time, time], (Kind::Bool, q_htd.device())).triu(1);
+    let scores = q_htd.matmul(&k_htd.transpose(1, 2)) * (1.0 / (dim as f64).sqrt());
+    let scores = scores.masked_fill(&later, f64::NEG_INFINITY);
+    let logsumexp = logsumexp_ht.map_or_else(|| scores.logsumexp([-1i64], false), Tensor::shallow_clone);
+    ((scores - logsumexp.unsqueeze(-1)).exp(), logsumexp)
+}
+
+fn some_heads(x_bhtd: &Tensor, (row, head, heads): (i64, i64, i64)) -> Tensor {
+    x_bhtd.get(row).narrow(0, head, heads)
+}
+
+/// Attention by the formula, in f32: (out, logsumexp [b, h, t]).
+fn written_out(q_bhtd: &Tensor, k_bhtd: &Tensor, v_bhtd: &Tensor) -> (Tensor, Tensor) {
+    let out = q_bhtd.empty_like();
+    let size = q_bhtd.size();
+    let logsumexps = Tensor::empty(&size[..3], (Kind::Float, q_bhtd.device()));
+    for portion in portions(q_bhtd) {
+        let [q, k, v] = [q_bhtd, k_bhtd, v_bhtd].map(|x| some_heads(x, portion).to_kind(Kind::Float));
+        let (p, logsumexp) = probabilities(&q, &k, None);
+        some_heads(&out, portion).copy_(&p.matmul(&v));
+        some_heads(&logsumexps, portion).copy_(&logsumexp);
+    }
+    (out, logsumexps)
+}
+
+/// With P the probabilities: d_v = Pᵀ d_out, d_P = d_out vᵀ, d_scores = P · (d_P − rowsum(d_out · out)).
+fn written_out_backward(
+    d_out_bhtd: &Tensor,
+    q_bhtd: &Tensor,
+    k_bhtd: &Tensor,
+    v_bhtd: &Tensor,
+    out_bhtd: &Tensor,
+    logsumexp_bht: &Tensor,
+) -> (Tensor, Tensor, Tensor) {
+    let [d_q, d_k, d_v] = [q_bhtd, k_bhtd, v_bhtd].map(Tensor::empty_like);
+    let scale = 1.0 / (q_bhtd.size()[3] as f64).sqrt();
+    for portion in portions(q_bhtd) {
+        let operands = [d_out_bhtd, q_bhtd, k_bhtd, v_bhtd, out_bhtd];
+        let [d_out, q, k, v, out] = operands.map(|x| some_heads(x, portion).to_kind(Kind::Float));
+        let (p, _) = probabilities(&q, &k, Some(&some_heads(logsumexp_bht, portion)));
+        let row_sums = (&d_out * out).sum_dim_intlist(-1, true, Kind::Float);
+        let d_scores = &p * (d_out.matmul(&v.transpose(1, 2)) - row_sums) * scale;
+        some_heads(&d_q, portion).copy_(&d_scores.matmul(&k));
+        some_heads(&d_k, portion).copy_(&d_scores.transpose(1, 2).matmul(&q));
+        some_heads(&d_v, portion).copy_(&p.transpose(1, 2).matmul(&d_out));
+    }
+    (d_q, d_k, d_v)
 }
 
 /// Repeats each key/value head for the query heads that share it.
@@ -154,4 +290,32 @@ fn gather_heads(d_bthd: &Tensor, groups: i64) -> Tensor {
     d_bthd
         .reshape([rows, time, groups, heads / groups, dim])
         .sum_dim_intlist(3, false, d_bthd.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attention_written_out_is_the_fused_kernels() {
+        let random = || Tensor::randn([2, 3, 11, 8], (Kind::Float, Device::Cpu));
+        let (q, k, v, d_out) = (random(), random(), random(), random());
+        let bthd = |x: &Tensor| x.transpose(1, 2);
+        let (out, logsumexp) = causal(&bthd(&q), &bthd(&k), &bthd(&v));
+        let fused = causal_backward([&bthd(&d_out), &bthd(&q), &bthd(&k), &bthd(&v), &out], &logsumexp);
+        let (ours, ours_logsumexp) = written_out(&q, &k, &v);
+        let (d_q, d_k, d_v) = written_out_backward(&d_out, &q, &k, &v, &ours, &ours_logsumexp);
+        let pairs = [(&out, &ours), (&fused[0], &d_q), (&fused[1], &d_k), (&fused[2], &d_v)];
+        for (fused, ours) in pairs {
+            let difference = (fused - bthd(ours)).abs().max().double_value(&[]);
+            assert!(difference < 2e-6, "{difference}");
+        }
+    }
+
+    #[test]
+    fn long_rows_are_computed_some_heads_at_a_time() {
+        let long = Tensor::empty([2, 5, 4096, 4], (Kind::Float, Device::Cpu));
+        let found: Vec<_> = portions(&long).collect();
+        assert_eq!(found, [(0, 0, 4), (0, 4, 1), (1, 0, 4), (1, 4, 1)]);
+    }
 }

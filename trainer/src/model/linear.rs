@@ -3,6 +3,7 @@
 
 use tch::Tensor;
 
+use super::fp8::Fp8;
 use super::{DropoutRows, Weight};
 
 /// y = x Wᵀ + s · drop(x) Aᵀ Bᵀ, with s = α / r, or α / √r where it is rank-stabilised.
@@ -11,6 +12,8 @@ pub struct Linear {
     pub path: String,
     pub weight_oi: Weight,
     pub lora: Option<LoraPair>,
+    /// W for the two products with it, where it is frozen and kept in FP8.
+    pub fp8: Option<Fp8>,
 }
 
 pub struct LoraPair {
@@ -23,7 +26,10 @@ pub struct LoraPair {
 
 impl Linear {
     pub fn forward(&self, x_ni: &Tensor, dropout: Option<&DropoutRows>) -> Tensor {
-        let mut y_no = x_ni.matmul(&self.weight_oi.value.tr());
+        let mut y_no = match &self.fp8 {
+            Some(fp8) => fp8.forward(x_ni),
+            None => x_ni.matmul(&self.weight_oi.value.tr()),
+        };
         if let Some(lora) = &self.lora {
             let dropped = self.drop(lora, x_ni, dropout);
             let low_nr = dropped.matmul(&lora.a_ri.value.tr()) * lora.scale;
@@ -34,7 +40,10 @@ impl Linear {
 
     /// d_x; adds to the gradients of what trains. `x_ni` and `dropout` are those of the forward pass.
     pub fn backward(&mut self, x_ni: &Tensor, dropout: Option<&DropoutRows>, d_y_no: &Tensor) -> Tensor {
-        let mut d_x_ni = d_y_no.matmul(&self.weight_oi.value);
+        let mut d_x_ni = match &self.fp8 {
+            Some(fp8) => fp8.backward(d_y_no),
+            None => d_y_no.matmul(&self.weight_oi.value),
+        };
         self.weight_oi.accumulate_product(&d_y_no.tr(), x_ni);
         let Some(lora) = &self.lora else { return d_x_ni };
         let dropped = self.drop(lora, x_ni, dropout);

@@ -84,7 +84,7 @@ impl Model {
         // Positions beyond the longest row are never asked for; the table is small all the same.
         let longest = config.max_position_embeddings.min(1 << 16);
         Ok(Model {
-            rotary: Rotary::new(longest, config.head_dim, config.rope_theta, config.rope_scaling),
+            rotary: Rotary::new(longest, config.head_dim, config.rope_theta, config.rope_scaling).on(weights.device()),
             config: ModelConfig {
                 vocab_size: matrices.pieces as usize,
                 ..config.clone()
@@ -94,6 +94,7 @@ impl Model {
             head,
             head_weight: matrices.head,
             kind,
+            device: weights.device(),
             buckets: Buckets::default(),
         })
     }
@@ -225,8 +226,13 @@ fn load_layer(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trai
             .lora
             .as_ref()
             .filter(|lora| lora.targets.iter().any(|target| target == name));
-        let lora = wanted.map(|lora| lora_pair(&path, lora, out, input, trains.seed));
-        Ok(Linear { path, weight_oi, lora })
+        let lora = wanted.map(|lora| lora_pair(&path, lora, out, input, trains.seed, weights.device()));
+        Ok(Linear {
+            path,
+            weight_oi,
+            lora,
+            fp8: None,
+        })
     };
     let norms = trains.group(FullModule::Norms);
     let norm = |name: &str| {
@@ -259,7 +265,7 @@ fn load_layer(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trai
 }
 
 /// A uniform in ±1/√in (Kaiming's with a = √5, as PEFT starts it), B zero: the model starts as the base.
-fn lora_pair(path: &str, lora: &Lora, out: i64, input: i64, seed: u64) -> LoraPair {
+fn lora_pair(path: &str, lora: &Lora, out: i64, input: i64, seed: u64, device: Device) -> LoraPair {
     let rank = lora.rank as i64;
     let stream = random::Stream::new(seed, &format!("lora {path}"));
     let bound = 1.0 / (input as f64).sqrt();
@@ -273,8 +279,8 @@ fn lora_pair(path: &str, lora: &Lora, out: i64, input: i64, seed: u64) -> LoraPa
         group: Some(Group::Lora),
     };
     LoraPair {
-        a_ri: trained("lora_A", Tensor::from_slice(&a).view([rank, input])),
-        b_or: trained("lora_B", Tensor::zeros([out, rank], (Kind::Float, Device::Cpu))),
+        a_ri: trained("lora_A", Tensor::from_slice(&a).view([rank, input]).to_device(device)),
+        b_or: trained("lora_B", Tensor::zeros([out, rank], (Kind::Float, device))),
         scale: lora.scale(),
         dropout: lora.dropout,
     }

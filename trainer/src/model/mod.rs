@@ -1,21 +1,23 @@
 //! The LLaMA family as a list of stages (embedding, layers, head), each with an explicit forward and backward.
 //! Knows nothing of ranks, files' places or schedules.
 
-mod attention;
+pub(crate) mod attention;
+pub(crate) mod fp8;
 mod head;
-mod kernels;
+pub(crate) mod kernels;
 mod layer;
 mod linear;
 mod load;
 mod new_rows;
 mod rotary;
 
+use anyhow::{Result, ensure};
 use configs::{Group, Recompute};
-use rayon::prelude::*;
 use sharding::{BucketSpec, ParamSpec, Zero};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use attention::Documents;
+use fp8::Fp8;
 pub use head::{Head, IGNORE, Loss};
 pub use layer::{Layer, Saved};
 pub use linear::{Linear, LoraPair};
@@ -65,8 +67,11 @@ impl Weight {
 fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) {
     let _ = if a.kind() == sum.kind() {
         sum.addmm_(a, b)
-    } else {
+    } else if sum.device() == Device::Cpu {
         sum.g_add_(&a.matmul(b))
+    } else {
+        // On a GPU the product stays f32 and goes straight into the sum: neither rounded nor stored between.
+        sum.addmm_dtype_out(&sum.shallow_clone(), a, b, sum.kind())
     };
 }
 
@@ -80,6 +85,8 @@ pub struct Model {
     pub head_weight: Option<Weight>,
     pub rotary: Rotary,
     pub kind: Kind,
+    /// Where its weights lie and its stages compute.
+    pub device: Device,
     pub buckets: Buckets,
 }
 
@@ -109,30 +116,21 @@ pub struct DropoutRows {
     /// Global row numbers.
     pub rows: Vec<u64>,
     pub sequence_length: usize,
+    /// Where masks are made.
+    pub device: Device,
 }
 
 impl DropoutRows {
     /// 0 with probability `p`, else 1 / (1 − p): [rows · sequence_length, width].
     fn mask(&self, module: &str, width: usize, p: f64, kind: Kind) -> Tensor {
-        let per_row = self.sequence_length * width;
-        let threshold = (p * u64::MAX as f64) as u64;
-        let kept = (1.0 / (1.0 - p)) as f32;
         let word = blake3::hash(module.as_bytes());
         let module = u64::from_le_bytes(word.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
-        let mut mask = vec![0f32; self.rows.len() * per_row];
-        mask.par_chunks_mut(per_row).zip(&self.rows).for_each(|(mask, &row)| {
-            let stream = self.stream.fork(row).fork(module);
-            for (index, value) in mask.iter_mut().enumerate() {
-                *value = if stream.bits(index as u64) < threshold {
-                    0.0
-                } else {
-                    kept
-                };
-            }
-        });
-        Tensor::from_slice(&mask)
-            .view([(self.rows.len() * self.sequence_length) as i64, width as i64])
-            .to_kind(kind)
+        let rows = self.rows.iter();
+        let streams: Vec<random::Stream> = rows.map(|&row| self.stream.fork(row).fork(module)).collect();
+        let shape = [(self.rows.len() * self.sequence_length) as i64, width as i64];
+        let mut mask = Tensor::empty(shape, (kind, self.device));
+        kernels::dropout_mask(&mut mask, &streams, p);
+        mask
     }
 }
 
@@ -162,6 +160,28 @@ impl Model {
             let d_x_nd = d_x_btd.reshape([-1, dim]).to_kind(Kind::Float);
             let _ = grad.index_add_(0, &ids_bt.view([-1]), &d_x_nd);
         }
+    }
+
+    /// Keeps the layers' frozen matrices in FP8 from here on, and no longer in the compute precision: a model for training
+    /// steps, which can be neither merged nor exported.
+    ///
+    /// # Errors
+    /// When a side of a matrix is no multiple of 16.
+    pub fn quantize_frozen(&mut self) -> Result<()> {
+        for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
+            if linear.weight_oi.group.is_some() {
+                continue;
+            }
+            let size = linear.weight_oi.value.size();
+            ensure!(
+                size.iter().all(|side| side % 16 == 0),
+                "train.frozen_precision = fp8, but {} is {size:?} and FP8's GEMMs take multiples of 16; leave it out",
+                linear.path
+            );
+            linear.fp8 = Some(Fp8::of(&linear.weight_oi.value));
+            linear.weight_oi.value = Tensor::new();
+        }
+        Ok(())
     }
 
     /// lm_head, or the embedding that stands for it.

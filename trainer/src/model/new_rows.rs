@@ -1,22 +1,46 @@
 //! How the embedding and head rows of new pieces start. Seeded; the same on any rank and world size.
 
 use configs::NewRows;
-use corpus::Vocabulary;
+use corpus::{NewPiece, Vocabulary};
 use rayon::prelude::*;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::random;
 
-/// `base_vd` (f32) with a row for every new piece and zero rows for padding: [`padded_size`, d].
+/// Rows that are made at once on the host.
+const AT_ONCE: usize = 8192;
+
+/// `base_vd` (f32) with a row for every new piece and zero rows for padding: [`padded_size`, d], on its device. Of the new
+/// rows the host holds some thousands at a time.
 pub fn extend(base_vd: &Tensor, vocabulary: &Vocabulary, how: NewRows, seed: u64, name: &str) -> Tensor {
-    let dim = base_vd.size()[1] as usize;
-    let base = base_vd.narrow(0, 0, vocabulary.base_size as i64).contiguous();
-    let values = sharding::memory::f32s(&base);
-    let mut new = vec![0f32; (vocabulary.padded_size - vocabulary.base_size) * dim];
-    let rows = new.par_chunks_mut(dim).zip(&vocabulary.pieces).enumerate();
+    let (dim, base_size) = (base_vd.size()[1], vocabulary.base_size as i64);
+    let options = (Kind::Float, base_vd.device());
+    let whole_vd = Tensor::zeros([vocabulary.padded_size as i64, dim], options);
+    let base_vd = base_vd.narrow(0, 0, base_size);
+    whole_vd.narrow(0, 0, base_size).copy_(&base_vd);
+    let base_vd = base_vd.to_device(Device::Cpu).contiguous();
+    let make = row_maker(&base_vd, how, seed, name);
+    for (portion, pieces) in vocabulary.pieces.chunks(AT_ONCE).enumerate() {
+        let first = portion * AT_ONCE;
+        let mut rows = vec![0f32; pieces.len() * dim as usize];
+        let each = rows.par_chunks_mut(dim as usize).zip(pieces).enumerate();
+        each.for_each(|(index, (row, piece))| make(first + index, piece, row));
+        let start = base_size + first as i64;
+        let rows = Tensor::from_slice(&rows).view([-1, dim]);
+        whole_vd.narrow(0, start, pieces.len() as i64).copy_(&rows);
+    }
+    whole_vd
+}
+
+/// Fills the row of the new piece with an index, which is zero before.
+type RowMaker<'a> = Box<dyn Fn(usize, &NewPiece, &mut [f32]) + Sync + 'a>;
+
+fn row_maker<'a>(base_vd: &'a Tensor, how: NewRows, seed: u64, name: &str) -> RowMaker<'a> {
+    let values = sharding::memory::f32s(base_vd);
+    let to_vec = |row: &Tensor| sharding::memory::f32s(row).to_vec();
     match how {
-        NewRows::SubwordMean => rows.for_each(|(_, (row, piece))| {
-            let share = 1.0 / piece.base_ids.len() as f32;
+        NewRows::SubwordMean => Box::new(move |_, piece, row| {
+            let (dim, share) = (row.len(), 1.0 / piece.base_ids.len() as f32);
             for &id in &piece.base_ids {
                 let spelled = &values[id as usize * dim..][..dim];
                 row.iter_mut()
@@ -25,40 +49,35 @@ pub fn extend(base_vd: &Tensor, vocabulary: &Vocabulary, how: NewRows, seed: u64
             }
         }),
         NewRows::Mean => {
-            let mean = base.mean_dim(0, false, Kind::Float);
-            let mean = sharding::memory::f32s(&mean);
-            rows.for_each(|(_, (row, _))| row.copy_from_slice(mean));
+            let mean = to_vec(&base_vd.mean_dim(0, false, Kind::Float));
+            Box::new(move |_, _, row| row.copy_from_slice(&mean))
         }
         NewRows::NoisyMean => {
-            let (spread, mean) = base.std_mean_dim(&[0i64][..], false, false);
+            let (spread, mean) = base_vd.std_mean_dim(&[0i64][..], false, false);
             // One σ for all: the root of the mean variance over dimensions.
             let sigma = spread.square().mean(Kind::Double).sqrt().double_value(&[]);
-            let mean = sharding::memory::f32s(&mean);
+            let mean = to_vec(&mean);
             let stream = random::Stream::new(seed, &format!("noisy rows of {name}"));
-            rows.for_each(|(index, (row, _))| {
+            Box::new(move |index, _, row| {
                 let stream = stream.fork(index as u64);
-                let values = row.iter_mut().zip(mean).enumerate();
+                let values = row.iter_mut().zip(&mean).enumerate();
                 values.for_each(|(d, (value, mean))| *value = mean + (sigma * stream.normal(d as u64)) as f32);
-            });
+            })
         }
         NewRows::Normal => {
             let stream = random::Stream::new(seed, &format!("new rows of {name}"));
-            rows.for_each(|(index, (row, _))| {
+            Box::new(move |index, _, row| {
                 let stream = stream.fork(index as u64);
                 row.iter_mut()
                     .enumerate()
                     .for_each(|(d, value)| *value = (0.02 * stream.normal(d as u64)) as f32);
-            });
+            })
         }
     }
-    let new = Tensor::from_slice(&new).view([-1, dim as i64]);
-    Tensor::cat(&[base, new], 0)
 }
 
 #[cfg(test)]
 mod tests {
-    use corpus::NewPiece;
-
     use super::*;
 
     #[test]

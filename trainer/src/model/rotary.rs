@@ -1,14 +1,14 @@
 //! Rotary positions (Su et al. 2021): queries and keys turned by angles that grow with the position.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::kernels::rotate;
 use crate::hf::RopeScaling;
 
 /// Cosines and sines of all angles, head_dim / 2 a position; f32 whatever the model computes in.
 pub struct Rotary {
-    cos_td: Vec<f32>,
-    sin_td: Vec<f32>,
+    cos_th: Tensor,
+    sin_th: Tensor,
 }
 
 impl Rotary {
@@ -20,13 +20,25 @@ impl Rotary {
         };
         let frequencies: Vec<f64> = (0..head_dim / 2).map(frequency).collect();
         let angles = (0..length).flat_map(|t| frequencies.iter().map(move |frequency| t as f64 * frequency));
-        let (cos_td, sin_td) = angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip();
-        Rotary { cos_td, sin_td }
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip();
+        let table = |values: &[f32]| Tensor::from_slice(values).view([length as i64, head_dim as i64 / 2]);
+        Rotary {
+            cos_th: table(&cos),
+            sin_th: table(&sin),
+        }
+    }
+
+    /// The same for tensors of `device`.
+    pub fn on(self, device: Device) -> Rotary {
+        Rotary {
+            cos_th: self.cos_th.to_device(device),
+            sin_th: self.sin_th.to_device(device),
+        }
     }
 
     /// Turns pairs (i, i + head_dim / 2), the half-split convention of the published weights.
     pub fn apply(&self, mut x_bthd: Tensor) -> Tensor {
-        rotate(&mut x_bthd, &self.cos_td, &self.sin_td, 1.0);
+        rotate(&mut x_bthd, &self.cos_th, &self.sin_th, 1.0);
         x_bthd
     }
 
@@ -37,7 +49,7 @@ impl Rotary {
         if d_x_bthd.data_ptr() == d_y_bthd.data_ptr() {
             d_x_bthd = d_x_bthd.copy();
         }
-        rotate(&mut d_x_bthd, &self.cos_td, &self.sin_td, -1.0);
+        rotate(&mut d_x_bthd, &self.cos_th, &self.sin_th, -1.0);
         d_x_bthd
     }
 }

@@ -1,5 +1,4 @@
-//! Fused kernels on CPU memory: what libtorch would do in many passes over memory, in one or two. Threaded over rows,
-//! vectorised by the compiler for the processor it runs on.
+//! Fused kernels on CPU memory, threaded over rows, vectorised by the compiler for the processor it runs on.
 //!
 //! Sums go by 16 lanes in a fixed order and products are never contracted, so that a result does not depend on the
 //! processor's vector width or on the number of threads. Arithmetic is in f32 whatever the elements are.
@@ -10,6 +9,8 @@ use pulp::Arch;
 use rayon::prelude::*;
 use sharding::memory;
 use tch::{Kind, Tensor};
+
+use crate::random;
 
 /// Partial sums kept side by side: the widest vectors hold as many f32.
 const LANES: usize = 16;
@@ -81,8 +82,8 @@ macro_rules! by_kind {
     };
 }
 
-/// −ln p(target) of each row of `logits_nv`, nats; the logits become their gradient, softmax − onehot.
-pub fn cross_entropy(logits_nv: &mut Tensor, targets: &[i64]) -> Vec<f64> {
+/// −ln p(target) of each row of `logits_nv`, nats, f64; the logits become their gradient, softmax − onehot.
+pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
     fn each<E: Element>(logits_nv: &mut Tensor, targets: &[i64]) -> Vec<f64> {
         let v = width(logits_nv);
         let rows = E::of_mut(logits_nv).par_chunks_exact_mut(v).zip(targets);
@@ -97,11 +98,12 @@ pub fn cross_entropy(logits_nv: &mut Tensor, targets: &[i64]) -> Vec<f64> {
         };
         rows.map(one).collect()
     }
-    by_kind!(logits_nv, each(logits_nv, targets))
+    let targets = memory::i64s(target_n);
+    Tensor::from_slice(&by_kind!(logits_nv, each(logits_nv, targets)))
 }
 
-/// −ln p(target) of each row of `logits_nv`, nats.
-pub fn nll(logits_nv: &Tensor, targets: &[i64]) -> Vec<f64> {
+/// −ln p(target) of each row of `logits_nv`, nats, f64.
+pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
     fn each<E: Element>(logits_nv: &Tensor, targets: &[i64]) -> Vec<f64> {
         let rows = E::of(logits_nv).par_chunks_exact(width(logits_nv)).zip(targets);
         let one = |(row, target): (&[E], &i64)| {
@@ -109,7 +111,8 @@ pub fn nll(logits_nv: &Tensor, targets: &[i64]) -> Vec<f64> {
         };
         rows.map(one).collect()
     }
-    by_kind!(logits_nv, each(logits_nv, targets))
+    let targets = memory::i64s(target_n);
+    Tensor::from_slice(&by_kind!(logits_nv, each(logits_nv, targets)))
 }
 
 /// ln Σ eˣ, by the largest x, so that nothing overflows.
@@ -265,9 +268,9 @@ pub fn swiglu_backward(gate_nf: &Tensor, up_nf: &Tensor, d_y_nf: &Tensor) -> (Te
     by_kind!(gate_nf, each(gate_nf, up_nf, &d_y_nf))
 }
 
-/// Turns pairs (i, i + d/2) of every head in place, by the angles of the position: `cos_td` and `sin_td` hold d/2 values a
+/// Turns pairs (i, i + d/2) of every head in place, by the angles of the position: `cos_th` and `sin_th` hold d/2 values a
 /// position, `direction` is 1 or −1. `x_bthd` is contiguous.
-pub fn rotate(x_bthd: &mut Tensor, cos_td: &[f32], sin_td: &[f32], direction: f32) {
+pub fn rotate(x_bthd: &mut Tensor, cos_th: &Tensor, sin_th: &Tensor, direction: f32) {
     fn each<E: Element>(x_bthd: &mut Tensor, cos_td: &[f32], sin_td: &[f32], direction: f32) {
         let size = x_bthd.size();
         let [time, heads, dim] = [1, 2, 3].map(|axis| size[axis] as usize);
@@ -288,7 +291,36 @@ pub fn rotate(x_bthd: &mut Tensor, cos_td: &[f32], sin_td: &[f32], direction: f3
             });
         });
     }
-    by_kind!(x_bthd, each(x_bthd, cos_td, sin_td, direction));
+    let (cos, sin) = (memory::f32s(cos_th), memory::f32s(sin_th));
+    by_kind!(x_bthd, each(x_bthd, cos, sin, direction));
+}
+
+/// Fills `mask_nd`: 0 with probability `p`, else 1 / (1 − p). Row n's elements are drawn from `streams[n]`, in order.
+pub fn dropout_mask(mask_nd: &mut Tensor, streams: &[random::Stream], p: f64) {
+    fn each<E: Element>(mask_nd: &mut Tensor, streams: &[random::Stream], p: f64) {
+        let (threshold, kept) = (random::threshold(p), E::round((1.0 / (1.0 - p)) as f32));
+        let d = mask_nd.numel() / streams.len().max(1);
+        let rows = E::of_mut(mask_nd).par_chunks_exact_mut(d.max(1)).zip(streams);
+        rows.for_each(|(row, stream)| {
+            for (index, value) in row.iter_mut().enumerate() {
+                let dropped = stream.bits(index as u64) < threshold;
+                *value = if dropped { E::round(0.0) } else { kept };
+            }
+        });
+    }
+    by_kind!(mask_nd, each(mask_nd, streams, p));
+}
+
+/// 8-bit floating-point rows (E4M3), each with a factor, f32: x ≈ factor · y, and the largest of each row's y is 448. For
+/// checks: libtorch's own operations, of which none multiplies such rows on a CPU.
+pub fn quantize_rows(x_nd: &Tensor) -> (Tensor, Tensor) {
+    let x_nd = x_nd.to_kind(Kind::Float);
+    let most_n1 = x_nd.abs().amax([-1i64], true);
+    let factor_n1 = (&most_n1 / 448.0).where_self(&most_n1.not_equal(0.0), &most_n1.ones_like());
+    (
+        (x_nd / &factor_n1).to_kind(Kind::Float8e4m3fn),
+        factor_n1.squeeze_dim(-1),
+    )
 }
 
 fn width(tensor: &Tensor) -> usize {
@@ -425,11 +457,8 @@ mod tests {
             let targets_n = Tensor::from_slice(&targets);
             let ours = |x: &[Tensor]| {
                 let mut logits = x[0].copy();
-                let nll: Vec<f32> = cross_entropy(&mut logits, &targets)
-                    .into_iter()
-                    .map(|nll| nll as f32)
-                    .collect();
-                (Tensor::from_slice(&nll), logits)
+                let nll = cross_entropy(&mut logits, &targets_n);
+                (nll.to_kind(Kind::Float), logits)
             };
             let formula = |x: &[Tensor]| {
                 -x[0]
@@ -444,12 +473,12 @@ mod tests {
                 |x| ours(x).0,
                 |x, d_y| vec![ours(x).1 * d_y.unsqueeze(1)],
             );
-            let both = nll(&inputs[0], &targets);
-            close(&Tensor::from_slice(&both).to_kind(Kind::Float), &ours(&inputs).0);
+            close(&nll(&inputs[0], &targets_n).to_kind(Kind::Float), &ours(&inputs).0);
         }
         // What cannot be computed must be seen: the step skips on a loss that is no number.
         let mut spoilt = Tensor::from_slice(&[1.0f32, f32::NAN, 2.0]).view([1, 3]);
-        assert!(cross_entropy(&mut spoilt, &[0])[0].is_nan());
+        let found = cross_entropy(&mut spoilt, &Tensor::from_slice(&[0i64]));
+        assert!(found.double_value(&[0]).is_nan());
     }
 
     #[test]
@@ -471,7 +500,7 @@ mod tests {
 
     #[test]
     fn a_rotation_is_the_formula_and_turns_back() {
-        let rotary = super::super::Rotary::new(9, 8, 10_000.0, None);
+        let rotary = crate::model::Rotary::new(9, 8, 10_000.0, None);
         let x = random(&[2, 6, 3, 8]);
         let y = rotary.apply(x.copy());
         close(&rotary.apply_backward(&y), &x);

@@ -1,0 +1,258 @@
+//! The door to CUDA: whether there is a driver, libtorch's CUDA half, the GPU of a rank, kernels of our own (`kernels.rs`)
+//! and attention (`attention.rs`). Everything is found when the program runs, so one program serves machines with and
+//! without GPUs. A GPU that was asked for and is not there is an error, never a reason to compute elsewhere.
+#![allow(unsafe_code)]
+
+pub mod attention;
+pub mod emulator;
+pub mod kernels;
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use cudarc::driver::{CudaContext, sys};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use tch::{Cuda, Device, Tensor};
+
+/// What can be missing or fail between us and a GPU.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "train.device = cuda, but there is no CUDA driver here (libcuda.so.1 is not found): {0} run on a machine with an \
+         NVIDIA GPU, or set train.device: cpu"
+    )]
+    NoDriver(String),
+    #[error(
+        "libtorch's CUDA half cannot be loaded ({0}); let LD_LIBRARY_PATH name the lib folder of a torch {torch} that was \
+         built for CUDA",
+        torch = TORCH
+    )]
+    NoLibtorchCuda(String),
+    #[error("this rank is number {local_rank} on its node, which shows it {visible} GPUs; start one rank a GPU")]
+    NoGpuForRank { local_rank: usize, visible: usize },
+    #[error(
+        "NVRTC, which compiles the kernels, is not found (libnvrtc.so.13); let LD_LIBRARY_PATH name its folder, \
+         nvidia/cu13/lib beside torch"
+    )]
+    NoNvrtc,
+    #[error("{file} does not compile for {architecture}; this is a defect:\n{log}")]
+    Compile {
+        file: &'static str,
+        architecture: String,
+        log: String,
+    },
+    #[error(
+        "train.frozen_precision = fp8, but {name} has compute capability {major}.{minor} and units for FP8 came with 8.9; \
+         leave frozen_precision out"
+    )]
+    NoFp8 { name: String, major: i32, minor: i32 },
+    #[error("CUDA's driver: {call}: {error}")]
+    Driver { call: String, error: String },
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The libtorch that `tch` is made for.
+const TORCH: &str = "2.11.0";
+
+/// What a GPU is.
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    pub name: String,
+    /// Major and minor: (9, 0) is Hopper's.
+    pub compute_capability: (i32, i32),
+    pub memory_bytes: u64,
+}
+
+/// Whether this machine has NVIDIA's driver.
+pub fn driver_is_there() -> bool {
+    // SAFETY: opens libcuda.so, whose initialisers are the driver's own, and looks at whether it could.
+    unsafe { sys::is_culib_present() }
+}
+
+/// Loads libtorch's CUDA half, once, and says how many GPUs it sees. Before the first tensor: libtorch asks once whether
+/// CUDA is there and keeps the answer.
+///
+/// # Errors
+/// When there is no driver, or libtorch has no CUDA half or does not see a GPU.
+pub fn load() -> Result<usize> {
+    static SEEN: OnceLock<Result<usize>> = OnceLock::new();
+    let load = || {
+        if !driver_is_there() {
+            return Err(Error::NoDriver(String::new()));
+        }
+        check_libtorch()?;
+        match Cuda::device_count() {
+            n if n > 0 && Cuda::is_available() => Ok(n as usize),
+            _ => Err(Error::NoDriver("the driver shows no GPU to this process;".into())),
+        }
+    };
+    SEEN.get_or_init(load).clone()
+}
+
+/// The GPU of the rank with this number on its node, ready for tensors and kernels.
+///
+/// # Errors
+/// As [`load`]'s; when the node shows fewer GPUs than it has ranks; when kernels could not be compiled there.
+pub fn device(local_rank: usize) -> Result<Device> {
+    let visible = load()?;
+    // A scheduler that gives each rank a GPU of its own shows it that one only.
+    let index = if visible == 1 { 0 } else { local_rank };
+    if index >= visible {
+        return Err(Error::NoGpuForRank { local_rank, visible });
+    }
+    if !kernels::compiler_is_there() {
+        return Err(Error::NoNvrtc);
+    }
+    context(index)?;
+    Ok(Device::Cuda(index))
+}
+
+/// What the GPU with this index is.
+pub fn gpu(index: usize) -> Result<Gpu> {
+    let context = context(index)?;
+    Ok(Gpu {
+        name: context.name().map_err(driver("cuDeviceGetName"))?,
+        compute_capability: context.compute_capability().map_err(driver("cuDeviceGetAttribute"))?,
+        memory_bytes: context.total_mem().map_err(driver("cuDeviceTotalMem"))? as u64,
+    })
+}
+
+/// # Errors
+/// When the device has no units for 8-bit floating-point numbers.
+pub fn check_fp8(device: Device) -> Result<()> {
+    let index = match device {
+        Device::Cuda(index) => index,
+        _ => return Err(Error::NoDriver("fp8 is for GPUs;".into())),
+    };
+    let Gpu {
+        name,
+        compute_capability: (major, minor),
+        ..
+    } = gpu(index)?;
+    if (major, minor) < (8, 9) {
+        return Err(Error::NoFp8 { name, major, minor });
+    }
+    Ok(())
+}
+
+/// Bytes of the GPU's memory that are taken, by anyone. libtorch keeps what it once took, so that after a step this is
+/// the most that the step needed, with what CUDA itself takes.
+pub fn memory_used(index: usize) -> Result<u64> {
+    let (free, total) = context(index)?.mem_get_info().map_err(driver("cuMemGetInfo"))?;
+    Ok((total - free) as u64)
+}
+
+/// Returns when all that was started on `device` is done; at once on the CPU.
+pub fn wait_for(device: Device) {
+    if let Device::Cuda(index) = device {
+        Cuda::synchronize(index as i64);
+    }
+}
+
+/// The context that libtorch uses too: each device has one primary context a process.
+fn context(index: usize) -> Result<Arc<CudaContext>> {
+    static CONTEXTS: Mutex<BTreeMap<usize, Arc<CudaContext>>> = Mutex::new(BTreeMap::new());
+    if !driver_is_there() {
+        return Err(Error::NoDriver(String::new()));
+    }
+    let mut contexts = CONTEXTS.lock().expect("nobody panics while holding it");
+    if let Some(context) = contexts.get(&index) {
+        return Ok(Arc::clone(context));
+    }
+    let context = CudaContext::new(index).map_err(driver("cuDevicePrimaryCtxRetain"))?;
+    contexts.insert(index, Arc::clone(&context));
+    Ok(context)
+}
+
+/// The stream that libtorch's operations on this device go to now. What is launched there runs after what was launched
+/// before and ahead of what will be: no other order is needed.
+fn stream(index: usize) -> Result<sys::CUstream> {
+    type GetStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: the function's declaration in libtorch's c/shim.h; it writes one pointer.
+    let code = unsafe { symbol::<GetStream>(GET_STREAM)?(index as i32, &mut stream) };
+    if code == 0 {
+        Ok(stream.cast())
+    } else {
+        Err(Error::Driver {
+            call: GET_STREAM.into(),
+            error: format!("code {code}"),
+        })
+    }
+}
+
+/// # Errors
+/// When this libtorch has not the functions that are called by name.
+fn check_libtorch() -> Result<()> {
+    // SAFETY: the address is only looked up.
+    unsafe { symbol::<*const c_void>(GET_STREAM).and_then(|_| symbol::<*const c_void>(attention::FORWARD)) }.map(drop)
+}
+
+const GET_STREAM: &str = "aoti_torch_get_current_cuda_stream";
+
+/// libtorch_cuda.so, its names visible to libtorch.
+fn libtorch_cuda() -> Result<&'static Library> {
+    static LIBRARY: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
+    let open = || {
+        // SAFETY: libtorch's own library, whose initialisers register its operations; it is never closed.
+        unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) }.map_err(|error| error.to_string())
+    };
+    LIBRARY
+        .get_or_init(open)
+        .as_ref()
+        .map_err(|error| Error::NoLibtorchCuda(error.clone()))
+}
+
+/// A function of libtorch's C interface (torch/csrc/inductor/aoti_torch/c), which keeps its form within a release.
+///
+/// # Safety
+/// `F` must be the function's type as the header declares it.
+unsafe fn symbol<F: Copy>(name: &str) -> Result<F> {
+    // SAFETY: the caller's.
+    let found = unsafe { libtorch_cuda()?.get::<F>(name.as_bytes()) };
+    match found {
+        Ok(symbol) => Ok(*symbol),
+        Err(error) => Err(Error::NoLibtorchCuda(error.to_string())),
+    }
+}
+
+fn driver(call: &str) -> impl FnOnce(cudarc::driver::DriverError) -> Error {
+    let call = call.to_owned();
+    move |error| Error::Driver {
+        call,
+        error: error.to_string(),
+    }
+}
+
+/// The GPU on which a tensor lies.
+fn index_of(tensor: &Tensor) -> Option<usize> {
+    match tensor.device() {
+        Device::Cuda(index) => Some(index),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libtorchs_cuda_half_loads_without_a_driver_and_has_what_is_called_by_name() {
+        check_libtorch().unwrap_or_else(|error| panic!("{error}; `make setup-test` provides it"));
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_there_is_refused_with_the_next_move() {
+        if driver_is_there() {
+            assert!(device(0).is_ok(), "a driver is here: {:?}", device(0));
+            return;
+        }
+        let said = device(0).unwrap_err().to_string();
+        assert!(
+            said.contains("no CUDA driver here") && said.contains("set train.device: cpu"),
+            "{said}"
+        );
+    }
+}

@@ -1,0 +1,351 @@
+//! `panglot-worker gpu-check`: every kernel, attention and training steps on the GPU against the same on the CPU.
+
+use anyhow::{Result, ensure};
+use configs::{FullModule, Precision, Recompute};
+use corpus::RowsDigest;
+use sharding::adamw::{self, AdamW};
+use sharding::cuda;
+use sharding::{Stage, Zero};
+use tch::{Device, Kind, Tensor};
+
+use super::{absence, llama_7b, plan};
+use crate::batch::{Batch, MicroBatch};
+use crate::evaluate::kind;
+use crate::hf::{ModelConfig, Weights};
+use crate::model::attention::{attend, attend_backward};
+use crate::model::fp8::Fp8;
+use crate::model::{Documents, IGNORE, Model, Trains, kernels};
+use crate::random::Stream;
+use crate::step::Trainer;
+
+/// Compares and prints a line a comparison. Where there is no GPU, one line that says so.
+///
+/// # Errors
+/// When the GPU's results are further from the CPU's than rounding explains.
+pub fn check() -> Result<()> {
+    if let Some(line) = absence("gpu-check") {
+        println!("{line}");
+        return Ok(());
+    }
+    let device = cuda::device(0)?;
+    let gpu = cuda::gpu(0)?;
+    let (major, minor) = gpu.compute_capability;
+    println!(
+        "gpu-check: {} (compute capability {major}.{minor}, {:.1} GiB) against the CPU",
+        gpu.name,
+        gpu.memory_bytes as f64 / f64::from(1 << 30)
+    );
+    let mut table = Table { device, failed: 0 };
+    for kind in [Kind::Float, Kind::BFloat16] {
+        check_kernels(&mut table, kind);
+        check_attention(&mut table, kind);
+    }
+    check_adamw(&mut table);
+    match cuda::check_fp8(device) {
+        Ok(()) => check_fp8(&mut table),
+        Err(_) => println!("  (no units for FP8 here: its products are not compared)"),
+    }
+    for precision in [Precision::F32, Precision::Bf16] {
+        check_training(&mut table, precision)?;
+    }
+    ensure!(
+        table.failed == 0,
+        "gpu-check: {} comparisons failed; see the lines above",
+        table.failed
+    );
+    println!("gpu-check: all comparisons passed");
+    Ok(())
+}
+
+/// Prints what is compared.
+struct Table {
+    device: Device,
+    failed: usize,
+}
+
+impl Table {
+    /// `compute` on both devices. The difference is ‖Δ‖ / ‖CPU's‖, the largest of what is compared.
+    fn compare(&mut self, name: &str, kind: Kind, most: f64, compute: impl Fn(Device) -> Vec<Tensor>) {
+        let (cpu, gpu) = (compute(Device::Cpu), compute(self.device));
+        let seen = cpu
+            .iter()
+            .zip(&gpu)
+            .map(|(cpu, gpu)| difference(cpu, gpu))
+            .fold(0.0, larger);
+        self.line(&format!("{name} {}", name_of(kind)), seen, most);
+    }
+
+    fn line(&mut self, name: &str, seen: f64, most: f64) {
+        // What is no number fails.
+        let passed = seen <= most;
+        self.failed += usize::from(!passed);
+        println!(
+            "  {name:<44} {seen:9.2e}   at most {most:7.0e}   {}",
+            if passed { "ok" } else { "FAILED" }
+        );
+    }
+}
+
+fn difference(cpu: &Tensor, gpu: &Tensor) -> f64 {
+    let gpu = gpu.to_device(Device::Cpu).to_kind(Kind::Double);
+    let cpu = cpu.to_kind(Kind::Double);
+    (&gpu - &cpu).norm().double_value(&[]) / cpu.norm().double_value(&[]).max(1e-30)
+}
+
+/// The larger; NaN wins.
+fn larger(a: f64, b: f64) -> f64 {
+    if a >= b || a.is_nan() { a } else { b }
+}
+
+fn name_of(kind: Kind) -> &'static str {
+    if kind == Kind::Float { "f32" } else { "bf16" }
+}
+
+/// f32: sums in another order. bf16: results are rounded to 8 bits, some to the other side.
+fn rounding(kind: Kind) -> f64 {
+    if kind == Kind::Float { 1e-5 } else { 4e-3 }
+}
+
+/// Normal numbers, the same on every device.
+fn random(shape: &[i64], kind: Kind, name: &str) -> Tensor {
+    let n: i64 = shape.iter().product();
+    let stream = Stream::new(1, name);
+    let values: Vec<f32> = (0..n as u64).map(|i| stream.normal(i) as f32).collect();
+    Tensor::from_slice(&values).view(shape).to_kind(kind)
+}
+
+fn check_kernels(table: &mut Table, kind: Kind) {
+    let most = rounding(kind);
+    let (x, d_y, beside) = (
+        random(&[300, 4096], kind, "x"),
+        random(&[300, 4096], kind, "d_y"),
+        random(&[300, 4096], kind, "p"),
+    );
+    let w = (random(&[4096], Kind::Float, "w") * 0.1 + 1.0).to_kind(kind);
+    table.compare("rms_norm", kind, most, |on| {
+        vec![kernels::rms_norm(&x.to_device(on), &w.to_device(on), 1e-5)]
+    });
+    table.compare("rms_norm_backward", kind, most, |on| {
+        let [x, w, d_y, beside] = [&x, &w, &d_y, &beside].map(|tensor| tensor.to_device(on));
+        vec![
+            kernels::rms_norm_backward(&x, &w, 1e-5, &d_y, None),
+            kernels::rms_norm_backward(&x, &w, 1e-5, &d_y, Some(&beside)),
+        ]
+    });
+    table.compare("rms_norm_weight_gradient", kind, most, |on| {
+        vec![kernels::rms_norm_weight_gradient(
+            &x.to_device(on),
+            1e-5,
+            &d_y.to_device(on),
+        )]
+    });
+
+    let [gate, up, d_y] = ["gate", "up", "d_y"].map(|name| random(&[100, 11_008], kind, name));
+    table.compare("swiglu", kind, most, |on| {
+        vec![kernels::swiglu(&gate.to_device(on), &up.to_device(on))]
+    });
+    table.compare("swiglu_backward", kind, most, |on| {
+        let [gate, up, d_y] = [&gate, &up, &d_y].map(|tensor| tensor.to_device(on));
+        let (d_gate, d_up) = kernels::swiglu_backward(&gate, &up, &d_y);
+        vec![d_gate, d_up]
+    });
+
+    let x = random(&[2, 200, 8, 128], kind, "heads");
+    table.compare("rotate", kind, most, |on| {
+        let rotary = crate::model::Rotary::new(256, 128, 10_000.0, None).on(on);
+        let turned = rotary.apply(x.to_device(on).copy());
+        vec![rotary.apply_backward(&turned), turned]
+    });
+
+    for (rows, pieces) in [(24, 260_164), (50, 32_001)] {
+        let logits = random(&[rows, pieces], Kind::Float, "logits");
+        let logits = (logits * 3.0).to_kind(kind);
+        let targets: Vec<i64> = (0..rows).map(|row| (row * 7919) % pieces).collect();
+        table.compare(&format!("cross_entropy over {pieces}"), kind, most, |on| {
+            let (mut d_logits, targets) = (logits.to_device(on).copy(), Tensor::from_slice(&targets).to_device(on));
+            let nll = kernels::nll(&d_logits, &targets);
+            vec![kernels::cross_entropy(&mut d_logits, &targets), nll, d_logits]
+        });
+    }
+    table.compare("dropout", kind, 0.0, |on| {
+        let streams: Vec<Stream> = (0..4).map(|row| Stream::new(1, "dropout").fork(row)).collect();
+        let mut mask = Tensor::empty([64, 4096], (kind, on));
+        kernels::dropout_mask(&mut mask, &streams, 0.1);
+        vec![mask]
+    });
+}
+
+fn check_attention(table: &mut Table, kind: Kind) {
+    // Scores are sums of 128 products, probabilities are rounded in between.
+    let most = if kind == Kind::Float { 2e-5 } else { 1.5e-2 };
+    for (heads, groups, name) in [(8, 8, "attention"), (8, 2, "attention of shared heads")] {
+        let [q, d_out] = ["q", "d_out"].map(|name| random(&[2, 250, heads, 128], kind, name));
+        let [k, v] = ["k", "v"].map(|name| random(&[2, 250, groups, 128], kind, name));
+        for whole in [true, false] {
+            let name = format!("{name}{}", if whole { "" } else { " by documents" });
+            table.compare(&name, kind, most, |on| {
+                let [q, k, v, d_out] = [&q, &k, &v, &d_out].map(|tensor| tensor.to_device(on));
+                let starts: [&[u32]; 2] = [&[0, 30, 31], &[0, 200]];
+                let documents = Documents::new(starts.into_iter(), 250).filter(|_| !whole);
+                let documents = documents.map(|documents| documents.on(on));
+                let attended = attend(&q, &k, &v, documents.as_ref());
+                let (d_q, d_k, d_v) = attend_backward(&attended, &q, &k, &v, &d_out, documents.as_ref());
+                vec![attended.out_bthd, d_q, d_k, d_v]
+            });
+        }
+    }
+}
+
+fn check_adamw(table: &mut Table) {
+    let n = 1_000_003;
+    let [theta, m, v, g] = ["theta", "m", "v", "g"].map(|name| random(&[n], Kind::Float, name));
+    let how = AdamW {
+        lr: 1e-3,
+        beta1: 0.9,
+        beta2: 0.95,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        updates_before: 10,
+        gradient_scale: 0.5,
+    };
+    table.compare("adamw", Kind::Float, 1e-6, |on| {
+        let [mut theta, mut m, mut v, g] = [&theta, &m, &v.abs(), &g].map(|tensor| tensor.to_device(on).copy());
+        adamw::update(&how, &mut theta, &mut m, &mut v, &g, 3..n as usize);
+        vec![theta, m, v]
+    });
+    table.compare("sum_of_squares", Kind::Float, 1e-12, |on| {
+        vec![Tensor::from(adamw::sum_of_squares(&g.to_device(on)))]
+    });
+}
+
+fn check_fp8(table: &mut Table) {
+    let [w, x, d_y] = [("w", [1024, 4096]), ("x", [500, 4096]), ("d_y", [500, 1024])]
+        .map(|(name, shape)| random(&shape, Kind::BFloat16, name));
+    // The same 8-bit rows on both sides but for values on a border; the GPU sums in less than f32.
+    table.compare("fp8 products", Kind::BFloat16, 1e-2, |on| {
+        let fp8 = Fp8::of(&w.to_device(on));
+        vec![fp8.forward(&x.to_device(on)), fp8.backward(&d_y.to_device(on))]
+    });
+}
+
+/// A small model of all that training has: grouped heads, LoRA, trained vocabulary matrices and norms, documents.
+fn check_training(table: &mut Table, precision: Precision) -> Result<()> {
+    let config = ModelConfig {
+        vocab_size: 3001,
+        hidden_size: 256,
+        intermediate_size: 688,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 64,
+        max_position_embeddings: 256,
+        ..llama_7b(3)
+    };
+    let mut plan = plan(include_str!("../../../configs/tiny.yaml"))?;
+    plan.train.precision = precision;
+    plan.train.recompute = Recompute::Selective;
+    plan.train.sequence_length = 96;
+    plan.train.steps = 3;
+    plan.train.full = vec![FullModule::EmbedTokens, FullModule::LmHead, FullModule::Norms];
+    if let Some(lora) = &mut plan.train.lora {
+        lora.dropout = 0.1;
+    }
+    let body = plan.optimizer.groups.values().next().copied();
+    plan.optimizer.groups = configs::Group::ALL
+        .into_iter()
+        .filter_map(|group| Some((group, body?)))
+        .collect();
+    plan.optimizer.warmup_steps = 0;
+
+    let run = |device: Device| -> Result<Vec<(String, Tensor)>> {
+        let comm = sharding::join(1)?;
+        let trains = Trains {
+            lora: plan.train.lora.clone(),
+            full: plan.train.full.clone(),
+            vocabulary: None,
+            seed: 1,
+        };
+        let mut model = Model::load(&config, &Weights::made_up().on(device), kind(precision), &trains)?;
+        let specs = model.register();
+        let initial = model.initial_values();
+        let zero = Zero::new(comm.as_ref(), Stage::OptimizerState, &specs, model.kind, |b, p| {
+            initial[b][p].copy()
+        })?;
+        model.bind(&zero);
+        let mut trainer = Trainer {
+            plan: &plan,
+            comm: comm.as_ref(),
+            model,
+            zero,
+            step: 0,
+        };
+        let batch = batch(&config, plan.train.sequence_length).on(device);
+        let mut found = Vec::new();
+        let micro = &batch.micro_batches[0];
+        let nll = trainer.forward_backward(micro, batch.n_targets as f64, false)?;
+        found.push(("loss".to_owned(), Tensor::from(nll)));
+        let parameters = |trainer: &Trainer| -> Vec<(String, Tensor, Tensor)> {
+            let buckets = trainer.zero.layout().buckets.iter().enumerate();
+            let all =
+                buckets.flat_map(|(b, bucket)| (0..bucket.params.len()).map(move |p| (b, p, &bucket.params[p].name)));
+            all.map(|(b, p, name)| {
+                let trained = trainer.zero.trained(b, p);
+                (name.clone(), trained.value.copy(), trained.grad.copy())
+            })
+            .collect()
+        };
+        found.extend(
+            parameters(&trainer)
+                .into_iter()
+                .map(|(name, _, grad)| (format!("gradient of {name}"), grad)),
+        );
+        for _ in 0..plan.train.steps {
+            let report = trainer.train_step(&batch, false)?;
+            found.push(("loss of a step".to_owned(), Tensor::from(report.loss)));
+            found.push((
+                "gradient norm of a step".to_owned(),
+                Tensor::from(report.verdict.grad_norm),
+            ));
+        }
+        found.extend(
+            parameters(&trainer)
+                .into_iter()
+                .map(|(name, value, _)| (format!("value of {name}"), value)),
+        );
+        Ok(found)
+    };
+    let (cpu, gpu) = (run(Device::Cpu)?, run(table.device)?);
+    // Activations are rounded to 8 bits in every layer, by kernels that sum in other orders.
+    let bounds = match precision {
+        Precision::F32 => [("loss", 2e-6), ("gradient", 1e-4), ("value", 1e-4)],
+        Precision::Bf16 => [("loss", 2e-3), ("gradient", 6e-2), ("value", 2e-2)],
+    };
+    for (what, most) in bounds {
+        let pairs = cpu.iter().zip(&gpu).filter(|((name, _), _)| name.starts_with(what));
+        let seen = pairs.map(|((name, cpu), (_, gpu))| (difference(cpu, gpu), name));
+        let worst = seen.max_by(|a, b| a.0.total_cmp(&b.0));
+        let Some((seen, name)) = worst else { continue };
+        table.line(&format!("training: {name} {}", name_of(kind(precision))), seen, most);
+    }
+    Ok(())
+}
+
+/// Two rows of made-up tokens, of several documents each, some of which are no targets.
+fn batch(config: &ModelConfig, length: usize) -> Batch {
+    let length_i = length as i64;
+    let ids = (Tensor::arange(2 * length_i, (Kind::Int64, Device::Cpu)) * 7919).remainder(config.vocab_size as i64);
+    let ids_bt = ids.view([2, length_i]);
+    let targets_bt = ids_bt.roll(-1, 1);
+    let _ = targets_bt.narrow(1, length_i - 1, 1).fill_(IGNORE);
+    let _ = targets_bt.narrow(1, 10, 5).fill_(IGNORE);
+    let starts: [&[u32]; 2] = [&[0, 40, 41], &[0]];
+    Batch {
+        n_targets: 2 * (length - 6),
+        micro_batches: vec![MicroBatch {
+            ids_bt,
+            targets_bt,
+            rows: vec![0, 1],
+            documents: Documents::new(starts.into_iter(), length),
+        }],
+        digest: RowsDigest::default(),
+    }
+}

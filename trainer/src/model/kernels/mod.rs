@@ -1,0 +1,76 @@
+//! Fused kernels of the model's stages: what libtorch would do in many passes over memory, in one or two. Each function
+//! computes where its tensors lie: on the CPU by `cpu.rs`, which has the formulas, on a GPU by `cuda.rs` and `kernels.cu`.
+
+mod cpu;
+mod cuda;
+
+use tch::{Device, Tensor};
+
+use crate::random;
+
+/// Calls the function of this name where the tensor lies.
+macro_rules! where_it_lies {
+    ($tensor:expr, $function:ident($($argument:expr),*)) => {
+        match $tensor.device() {
+            Device::Cpu => cpu::$function($($argument),*),
+            _ => cuda::$function($($argument),*),
+        }
+    };
+}
+
+/// −ln p(target) of each row of `logits_nv`, nats, f64, on its device; the logits become their gradient, softmax − onehot.
+pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
+    where_it_lies!(logits_nv, cross_entropy(logits_nv, target_n))
+}
+
+/// −ln p(target) of each row of `logits_nv`, nats, f64, on its device.
+pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
+    where_it_lies!(logits_nv, nll(logits_nv, target_n))
+}
+
+/// RMSNorm of each row (Zhang and Sennrich 2019): x / √(mean(x²) + ε), rounded, times w.
+pub fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
+    where_it_lies!(x_nd, rms_norm(x_nd, weight_d, epsilon))
+}
+
+/// `passed_by` + d_x of [`rms_norm`]; `passed_by` is the gradient that reaches x beside the norm.
+pub fn rms_norm_backward(
+    x_nd: &Tensor,
+    weight_d: &Tensor,
+    epsilon: f64,
+    d_y_nd: &Tensor,
+    passed_by_nd: Option<&Tensor>,
+) -> Tensor {
+    where_it_lies!(x_nd, rms_norm_backward(x_nd, weight_d, epsilon, d_y_nd, passed_by_nd))
+}
+
+/// d_w of [`rms_norm`], f32.
+pub fn rms_norm_weight_gradient(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> Tensor {
+    where_it_lies!(x_nd, rms_norm_weight_gradient(x_nd, epsilon, d_y_nd))
+}
+
+/// SwiGLU (Shazeer 2020): silu(gate) · up.
+pub fn swiglu(gate_nf: &Tensor, up_nf: &Tensor) -> Tensor {
+    where_it_lies!(gate_nf, swiglu(gate_nf, up_nf))
+}
+
+/// (d_gate, d_up) of [`swiglu`].
+pub fn swiglu_backward(gate_nf: &Tensor, up_nf: &Tensor, d_y_nf: &Tensor) -> (Tensor, Tensor) {
+    where_it_lies!(gate_nf, swiglu_backward(gate_nf, up_nf, d_y_nf))
+}
+
+/// Turns pairs (i, i + d/2) of every head in place, by the angles of the position: `cos_th` and `sin_th` hold d/2 values a
+/// position, f32; `direction` is 1 or −1. `x_bthd` is contiguous.
+pub fn rotate(x_bthd: &mut Tensor, cos_th: &Tensor, sin_th: &Tensor, direction: f32) {
+    where_it_lies!(x_bthd, rotate(x_bthd, cos_th, sin_th, direction));
+}
+
+/// Fills `mask_nd`: 0 with probability `p`, else 1 / (1 − p). Row n's elements are drawn from `streams[n]`, in order.
+pub fn dropout_mask(mask_nd: &mut Tensor, streams: &[random::Stream], p: f64) {
+    where_it_lies!(mask_nd, dropout_mask(mask_nd, streams, p));
+}
+
+/// 8-bit floating-point rows (E4M3), each with a factor, f32: x ≈ factor · y, and the largest of each row's y is 448.
+pub fn quantize_rows(x_nd: &Tensor) -> (Tensor, Tensor) {
+    where_it_lies!(x_nd, quantize_rows(x_nd))
+}
