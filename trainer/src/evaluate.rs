@@ -46,7 +46,8 @@ pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm, device: Device) -> 
 }
 
 /// The base with its own tokenizer, and the extended model before any step, once for each of these starts of its new rows.
-/// All score the same text: the first `most_bytes` bytes of one document a language, drawn by the plan's seed.
+/// All score the same text: the first `most_bytes` bytes of one document a language, drawn by the plan's seed from those
+/// that the plan evaluates on.
 pub fn day_zero(
     plan: &Plan,
     starts: &[NewRows],
