@@ -3,6 +3,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod fp8;
+mod gemm;
 mod head;
 pub(crate) mod kernels;
 mod layer;

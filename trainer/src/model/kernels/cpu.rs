@@ -20,9 +20,11 @@ const BLOCK: usize = 4096;
 const TASK: usize = 1 << 14;
 
 /// What tensors are made of: f32, or bf16, which is rounded to nearest, ties to even.
-trait Element: Copy + Send + Sync + 'static {
+pub(in crate::model) trait Element: Copy + Send + Sync + 'static {
     fn widen(self) -> f32;
     fn round(x: f32) -> Self;
+    /// The values themselves, where they are f32 already.
+    fn plain(values: &[Self]) -> Option<&[f32]>;
     fn of(tensor: &Tensor) -> &[Self];
     fn of_mut(tensor: &mut Tensor) -> &mut [Self];
 }
@@ -36,6 +38,10 @@ impl Element for f32 {
     #[inline(always)]
     fn round(x: f32) -> f32 {
         x
+    }
+
+    fn plain(values: &[f32]) -> Option<&[f32]> {
+        Some(values)
     }
 
     fn of(tensor: &Tensor) -> &[f32] {
@@ -62,6 +68,10 @@ impl Element for bf16 {
         bf16::from_bits((if x.is_nan() { quiet_nan } else { rounded }) as u16)
     }
 
+    fn plain(_: &[bf16]) -> Option<&[f32]> {
+        None
+    }
+
     fn of(tensor: &Tensor) -> &[bf16] {
         memory::bf16s(tensor)
     }
@@ -76,11 +86,12 @@ macro_rules! by_kind {
     ($tensor:expr, $function:ident($($argument:expr),*)) => {
         match $tensor.kind() {
             Kind::Float => $function::<f32>($($argument),*),
-            Kind::BFloat16 => $function::<bf16>($($argument),*),
+            Kind::BFloat16 => $function::<half::bf16>($($argument),*),
             kind => unreachable!("stages compute in f32 or bf16, not in {kind:?}"),
         }
     };
 }
+pub(in crate::model) use by_kind;
 
 /// −ln p(target) of each row of `logits_nv`, nats, f64; the logits become their gradient, softmax − onehot.
 pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
@@ -118,6 +129,15 @@ pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
 /// ln Σ eˣ, by the largest x, so that nothing overflows.
 #[inline(always)]
 fn log_sum_exp<E: Element>(row: &[E]) -> f64 {
+    let most = largest(row);
+    let blocks = row.chunks(BLOCK);
+    let sum: f64 = blocks.map(|block| f64::from(sum(block, |x| exp(x - most)))).sum();
+    f64::from(most) + sum.ln()
+}
+
+/// The largest element, by lanes; −∞ of none.
+#[inline(always)]
+pub(in crate::model) fn largest<E: Element>(row: &[E]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let larger = |lane: &mut f32, x: &E| *lane = if x.widen() > *lane { x.widen() } else { *lane };
     let chunks = row.chunks_exact(LANES);
@@ -129,10 +149,7 @@ fn log_sum_exp<E: Element>(row: &[E]) -> f64 {
     for chunk in chunks {
         chunk.iter().zip(&mut lanes).for_each(|(x, lane)| larger(lane, x));
     }
-    let most = lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let blocks = row.chunks(BLOCK);
-    let sum: f64 = blocks.map(|block| f64::from(sum(block, |x| exp(x - most)))).sum();
-    f64::from(most) + sum.ln()
+    lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// RMSNorm of each row (Zhang and Sennrich 2019): x / √(mean(x²) + ε), rounded, times w.
@@ -329,7 +346,7 @@ fn width(tensor: &Tensor) -> usize {
 
 /// Σ f(x), by lanes.
 #[inline(always)]
-fn sum<E: Element>(row: &[E], f: impl Fn(f32) -> f32) -> f32 {
+pub(in crate::model) fn sum<E: Element>(row: &[E], f: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let chunks = row.chunks_exact(LANES);
     chunks
@@ -365,7 +382,7 @@ fn sigmoid(x: f32) -> f32 {
 /// eˣ to 2 units in the last place, without branches: 2ⁿ by the exponent's bits, the rest by Cephes' polynomial (Moshier 1989).
 /// Beyond ±87 it stays at the border's value; NaN stays NaN.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(in crate::model) fn exp(x: f32) -> f32 {
     const SHIFT: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 87.0);
     // Adding 1.5·2²³ leaves the nearest whole number in the last bits.

@@ -1,7 +1,7 @@
 //! Fused kernels of the model's stages: what libtorch would do in many passes over memory, in one or two. Each function
 //! computes where its tensors lie: on the CPU by `cpu.rs`, which has the formulas, on a GPU by `cuda.rs` and `kernels.cu`.
 
-mod cpu;
+pub(super) mod cpu;
 mod cuda;
 
 use tch::{Device, Tensor};
