@@ -34,7 +34,8 @@ def main() -> None:
         r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"],
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, lora).to("cuda")
+    # PEFT would make the adapters f32; here all is bf16, as on our side.
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False).to("cuda")
     model.train()
     if settings.recompute != "none":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

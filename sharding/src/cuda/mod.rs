@@ -19,10 +19,15 @@ use tch::{Cuda, Device, Tensor};
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "train.device = cuda, but there is no CUDA driver here (libcuda.so.1 is not found): {0} run on a machine with an \
-         NVIDIA GPU, or set train.device: cpu"
+        "train.device = cuda, but there is no CUDA driver here (libcuda.so.1 is not found); run on a machine with an NVIDIA GPU, \
+         or set train.device: cpu"
     )]
-    NoDriver(String),
+    NoDriver,
+    #[error(
+        "train.device = cuda, but the CUDA driver here shows this process no GPU; ask the scheduler for one (slurm: --gpus), \
+         see that CUDA_VISIBLE_DEVICES does not hide it, or set train.device: cpu"
+    )]
+    NoGpu,
     #[error(
         "libtorch's CUDA half cannot be loaded ({0}); let LD_LIBRARY_PATH name the lib folder of a torch {torch} that was \
          built for CUDA",
@@ -80,12 +85,12 @@ pub fn load() -> Result<usize> {
     static SEEN: OnceLock<Result<usize>> = OnceLock::new();
     let load = || {
         if !driver_is_there() {
-            return Err(Error::NoDriver(String::new()));
+            return Err(Error::NoDriver);
         }
         check_libtorch()?;
         match Cuda::device_count() {
             n if n > 0 && Cuda::is_available() => Ok(n as usize),
-            _ => Err(Error::NoDriver("the driver shows no GPU to this process;".into())),
+            _ => Err(Error::NoGpu),
         }
     };
     SEEN.get_or_init(load).clone()
@@ -124,7 +129,7 @@ pub fn gpu(index: usize) -> Result<Gpu> {
 pub fn check_fp8(device: Device) -> Result<()> {
     let index = match device {
         Device::Cuda(index) => index,
-        _ => return Err(Error::NoDriver("fp8 is for GPUs;".into())),
+        _ => return Err(Error::NoGpu),
     };
     let Gpu {
         name,
@@ -155,7 +160,7 @@ pub fn wait_for(device: Device) {
 fn context(index: usize) -> Result<Arc<CudaContext>> {
     static CONTEXTS: Mutex<BTreeMap<usize, Arc<CudaContext>>> = Mutex::new(BTreeMap::new());
     if !driver_is_there() {
-        return Err(Error::NoDriver(String::new()));
+        return Err(Error::NoDriver);
     }
     let mut contexts = CONTEXTS.lock().expect("nobody panics while holding it");
     if let Some(context) = contexts.get(&index) {

@@ -5,7 +5,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-#define KERNEL extern "C" __global__ void
+// The compiler uses no more registers than blocks of 1,024 threads may have.
+#define KERNEL extern "C" __global__ __launch_bounds__(1024) void
 
 __device__ __forceinline__ float infinite() { return __uint_as_float(0x7f800000u); }
 

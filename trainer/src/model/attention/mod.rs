@@ -62,17 +62,20 @@ impl Documents {
 
     /// The same for tensors of `device`.
     pub fn on(self, device: Device) -> Documents {
-        // Rows lie one behind the other, and so do the documents of each.
+        let sequences = (device != Device::Cpu).then(|| Sequences {
+            ends: Tensor::from_slice(&self.ends()).to_device(device),
+            longest: self.stretches.iter().map(|stretch| stretch.length).max().unwrap_or(0),
+        });
+        Documents { sequences, ..self }
+    }
+
+    /// 0, then the end of each document where rows lie one behind the other.
+    fn ends(&self) -> Vec<i32> {
         let ends = self.stretches.iter().scan(0, |end, stretch| {
             *end += stretch.length as i32;
             Some(*end)
         });
-        let ends: Vec<i32> = std::iter::once(0).chain(ends).collect();
-        let sequences = (device != Device::Cpu).then(|| Sequences {
-            ends: Tensor::from_slice(&ends).to_device(device),
-            longest: self.stretches.iter().map(|stretch| stretch.length).max().unwrap_or(0),
-        });
-        Documents { sequences, ..self }
+        std::iter::once(0).chain(ends).collect()
     }
 }
 
@@ -392,6 +395,14 @@ mod tests {
             // Half a unit in the last of 8 bits; backward also reads `out` rounded.
             assert!(difference < 6e-3 * largest, "{difference} of {largest}");
         }
+    }
+
+    #[test]
+    fn documents_of_all_rows_follow_each_other() {
+        let starts: [&[u32]; 3] = [&[0, 30, 31], &[], &[0, 200]];
+        let documents = Documents::new(starts.into_iter(), 250).expect("several");
+        assert_eq!(documents.ends(), [0, 30, 31, 250, 500, 700, 750]);
+        assert!(documents.on(Device::Cpu).sequences.is_none());
     }
 
     #[test]

@@ -219,25 +219,26 @@ pub fn rotate(x_bthd: &mut Tensor, cos_th: &Tensor, sin_th: &Tensor, direction: 
 }
 
 pub fn dropout_mask(mask_nd: &mut Tensor, streams: &[random::Stream], p: f64) {
-    let n = streams.len() as i64;
-    let keys: Vec<i64> = streams.iter().map(|stream| stream.key() as i64).collect();
-    let key_n = Tensor::from_slice(&keys).to_device(mask_nd.device());
-    let (kind, grid) = (mask_nd.kind(), share(mask_nd));
-    let d = mask_nd.numel() as i64 / n.max(1);
-    start(
-        "dropout",
-        kind,
-        grid,
-        BLOCK,
-        vec![
-            Argument::Read(&key_n),
-            Argument::Write(mask_nd),
-            Argument::Whole(n),
-            Argument::Whole(d),
-            Argument::Whole(random::threshold(p) as i64),
-            Argument::Real((1.0 / (1.0 - p)) as f32),
-        ],
-    );
+    let d = mask_nd.numel() / streams.len().max(1);
+    let kind = mask_nd.kind();
+    let blocks = d.div_ceil(16 / kind.elt_size_in_bytes() * BLOCK).min(MOST_BLOCKS);
+    // A launch a row: its key travels with it, where a copy to the GPU would have to be waited for.
+    for (row, stream) in streams.iter().enumerate() {
+        start(
+            "dropout",
+            kind,
+            [blocks, 1],
+            BLOCK,
+            vec![
+                Argument::Write(mask_nd),
+                Argument::Whole((row * d) as i64),
+                Argument::Whole(d as i64),
+                Argument::Whole(stream.key() as i64),
+                Argument::Whole(random::threshold(p) as i64),
+                Argument::Real((1.0 / (1.0 - p)) as f32),
+            ],
+        );
+    }
 }
 
 pub fn quantize_rows(x_nd: &Tensor) -> (Tensor, Tensor) {

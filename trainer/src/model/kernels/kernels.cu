@@ -297,20 +297,26 @@ __device__ __forceinline__ u64 mixed(u64 z) {
     return z ^ (z >> 31);
 }
 
-// 0 where the row's random bits are below `threshold`, else `kept`.
+// Elements start … start + d − 1: 0 where the random bits of (key, element) are below `threshold`, else `kept`.
 template <class E>
-__device__ __forceinline__ void dropout(const i64 *key_n, E *mask_nd, i64 n, i64 d, i64 threshold, float kept) {
-    for (i64 i = thread_of_all(); i < n * d; i += all_threads()) {
-        u64 bits = mixed(u64(key_n[i / d]) + (u64(i % d) + 1) * 0x9e3779b97f4a7c15ull);
-        mask_nd[i] = rounded<E>(bits < u64(threshold) ? 0.0f : kept);
-    }
+__device__ __forceinline__ void dropout(E *mask, i64 start, i64 d, u64 key, u64 threshold, float kept) {
+    mask += start;
+    each<E>(d, aligned(mask), thread_of_all(), all_threads(), [&](auto count, i64 i) {
+        constexpr int N = decltype(count)::value;
+        Pack<E, N> pack;
+        for (int k = 0; k < N; k++) {
+            u64 bits = mixed(key + (u64(i + k) + 1) * 0x9e3779b97f4a7c15ull);
+            pack.at[k] = rounded<E>(bits < threshold ? 0.0f : kept);
+        }
+        store(mask + i, pack);
+    });
 }
 
-KERNEL dropout_f32(const i64 *key_n, float *mask_nd, i64 n, i64 d, i64 threshold, float kept) {
-    dropout(key_n, mask_nd, n, d, threshold, kept);
+KERNEL dropout_f32(float *mask, i64 start, i64 d, i64 key, i64 threshold, float kept) {
+    dropout(mask, start, d, u64(key), u64(threshold), kept);
 }
-KERNEL dropout_bf16(const i64 *key_n, bf16 *mask_nd, i64 n, i64 d, i64 threshold, float kept) {
-    dropout(key_n, mask_nd, n, d, threshold, kept);
+KERNEL dropout_bf16(bf16 *mask, i64 start, i64 d, i64 key, i64 threshold, float kept) {
+    dropout(mask, start, d, u64(key), u64(threshold), kept);
 }
 
 // ---- FP8 (E4M3: 4 bits of exponent, 3 of mantissa, no infinity): a block a row
