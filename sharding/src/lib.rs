@@ -10,7 +10,7 @@ mod mpi;
 mod solo;
 pub mod zero;
 
-pub use comm::{Comm, Pending, Reduce};
+pub use comm::{Comm, Pending, Reduce, Sent, Wire};
 pub use layout::{BucketSpec, Layout, ParamSpec};
 pub use zero::{Stage, Zero};
 
@@ -36,6 +36,10 @@ pub enum Error {
         "ranks {ranks:?} registered other trainable parameters than rank 0; start all ranks with the same binary, config and base model"
     )]
     LayoutMismatch { ranks: Vec<usize> },
+    #[error("no thread could be started for collectives; the machine is out of processes or memory")]
+    NoThread,
+    #[error("the thread that makes the collectives is gone; look at this rank's log for what ended it")]
+    Gone,
     #[error(transparent)]
     Torch(#[from] tch::TchError),
 }
@@ -48,10 +52,16 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// When MPI does not see as many ranks as the launcher placed, which happens when `srun` starts N singletons.
 pub fn join(world: usize) -> Result<Box<dyn Comm>> {
     if world == 1 {
-        return Ok(Box::new(solo::Solo));
+        return Ok(Box::new(solo::Solo::default()));
     }
     #[cfg(feature = "mpi")]
     return Ok(Box::new(mpi::Mpi::join(world)?));
     #[cfg(not(feature = "mpi"))]
     return Err(Error::NoMpi { world });
+}
+
+/// Joins through MPI even when there is one rank only; [`join`] needs no MPI then.
+#[cfg(feature = "mpi")]
+pub fn join_through_mpi(world: usize) -> Result<Box<dyn Comm>> {
+    Ok(Box::new(mpi::Mpi::join(world)?))
 }

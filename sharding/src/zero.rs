@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::adamw::{self, AdamW};
 use crate::memory::{f32s, f32s_mut};
-use crate::{BucketSpec, Comm, Error, Layout, Pending, Reduce, Result};
+use crate::{BucketSpec, Comm, Error, Layout, Pending, Result, Wire};
 
 /// How much of the training state is sharded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,9 +170,9 @@ impl Zero {
         let state = &mut self.buckets[bucket];
         assert!(state.reducing.is_none(), "each bucket is reduced once a step");
         state.reducing = Some(if sharded {
-            comm.reduce_scatter(&state.grads, &mut state.grads_slice)?
+            comm.reduce_scatter(&state.grads, &mut state.grads_slice, Wire::F32)?
         } else {
-            comm.all_reduce(&mut state.grads, Reduce::Sum)?
+            comm.all_reduce(&mut state.grads, Wire::F32)?
         });
         Ok(())
     }
