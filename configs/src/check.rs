@@ -510,10 +510,10 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
             raw.sequence_length
         )
     });
-    rules.require(raw.zero <= 1, || {
+    rules.require(raw.zero <= 3, || {
         format!(
-            "train.zero = {} is not 0 or 1: this build shards optimizer state only (ZeRO-1), neither gradients (2) nor \
-             parameters (3); set it to 1",
+            "train.zero = {} is no stage of ZeRO: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too; \
+             set it to 1, or higher where memory is short",
             raw.zero
         )
     });
@@ -533,6 +533,8 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
         precision: raw.precision,
         recompute: raw.recompute,
         zero: raw.zero,
+        shard_frozen: raw.shard_frozen.unwrap_or(false),
+        reduce: raw.reduce.unwrap_or(Precision::F32),
         lora: raw.lora,
         full,
     }

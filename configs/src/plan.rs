@@ -465,8 +465,14 @@ pub struct Train {
     pub micro_rows: usize,
     pub precision: Precision,
     pub recompute: Recompute,
-    /// ZeRO stage: 0 (every rank holds all optimizer state) or 1 (each a slice).
+    /// ZeRO stage, 0 to 3: what each rank keeps a slice of. 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
     pub zero: u8,
+    /// Frozen weights are divided among the ranks too, and gathered stage by stage; whatever the ZeRO stage.
+    #[serde(default)]
+    pub shard_frozen: bool,
+    /// The precision in which gradients travel; sums are made in f32.
+    #[serde(default = "f32")]
+    pub reduce: Precision,
     pub lora: Option<Lora>,
     /// Modules trained in full.
     pub full: Vec<FullModule>,
@@ -478,6 +484,11 @@ pub enum Precision {
     F32,
     /// bf16 weights, activations and GEMMs; f32 norms, softmax, loss, gradient accumulation, master weights, moments.
     Bf16,
+}
+
+/// What plans of before the key said.
+fn f32() -> Precision {
+    Precision::F32
 }
 
 /// What a layer keeps between forward and backward.

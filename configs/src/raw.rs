@@ -163,6 +163,10 @@ pub struct Train {
     pub precision: Precision,
     pub recompute: Recompute,
     pub zero: u8,
+    /// None: every rank keeps all frozen weights.
+    pub shard_frozen: Option<bool>,
+    /// None: f32.
+    pub reduce: Option<Precision>,
     /// None: the body has no LoRA and stays as it is.
     pub lora: Option<Lora>,
     /// Names of [`FullModule`](crate::FullModule), or `all`.

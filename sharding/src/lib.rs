@@ -12,7 +12,7 @@ pub mod zero;
 
 pub use comm::{Comm, Pending, Reduce, Sent, Wire};
 pub use layout::{BucketSpec, Layout, ParamSpec};
-pub use zero::{Stage, Zero};
+pub use zero::{Held, Pass, Stage, Zero};
 
 /// What can go wrong between ranks.
 #[derive(Debug, thiserror::Error)]
@@ -33,9 +33,16 @@ pub enum Error {
     #[error("{world} ranks were started but this worker was built without MPI; build it with the feature `mpi`")]
     NoMpi { world: usize },
     #[error(
-        "ranks {ranks:?} registered other trainable parameters than rank 0; start all ranks with the same binary, config and base model"
+        "ranks {ranks:?} registered other parameters than rank 0; start all ranks with the same binary, config and base model\n  \
+         only rank 0 has:{rank_0_only}\n  only rank {first} has:{first_only}"
     )]
-    LayoutMismatch { ranks: Vec<usize> },
+    LayoutMismatch {
+        ranks: Vec<usize>,
+        /// The first of `ranks`, whose lines are shown.
+        first: usize,
+        rank_0_only: String,
+        first_only: String,
+    },
     #[error("no thread could be started for collectives; the machine is out of processes or memory")]
     NoThread,
     #[error("the thread that makes the collectives is gone; look at this rank's log for what ended it")]

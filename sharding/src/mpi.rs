@@ -324,9 +324,11 @@ fn serve(lines: &[Line; 2], inbox: &Receiver<Command>) {
                 Err(error) => Err(error),
             };
             idle_polls = 0;
-            // Nobody listens where the caller was ended by another error.
-            let _ = answer.send(result);
+            // The buffers go before the caller hears of it: it may count on their memory. Nobody listens where the caller was
+            // ended by another error.
+            let answer = answer.clone();
             queue.pop_front();
+            let _ = answer.send(result);
         }
     }
 }

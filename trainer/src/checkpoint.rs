@@ -296,7 +296,7 @@ pub fn differences(theirs: &Identity, ours: &Identity) -> Vec<String> {
             plan.remove(key);
         }
         let train = plan["train"].as_object_mut().expect("train is an object");
-        for key in ["micro_rows", "recompute", "zero"] {
+        for key in ["micro_rows", "recompute", "zero", "shard_frozen"] {
             train.remove(key);
         }
         value

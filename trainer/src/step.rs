@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use configs::{Group, Plan, Rates};
 use corpus::RowsDigest;
+use sharding::Pass::{Backward, Forward};
 use sharding::adamw::AdamW;
 use sharding::zero::Verdict;
 use sharding::{Comm, Zero};
@@ -44,7 +45,7 @@ impl Trainer<'_> {
     ///   g_r  = this rank's slice of g                  reduce-scatter, bucket by bucket, during backward
     ///   g_r ← g_r · min(1, c / ‖g‖)
     ///   θ_r ← AdamW(θ_r, g_r, lr(step))
-    ///   θ    = θ_0 ‖ θ_1 ‖ …                           all-gather
+    ///   θ    = θ_0 ‖ θ_1 ‖ …                           all-gather, stage by stage, during the next forward
     ///
     /// `stop` says that this rank was asked to save and stop; the ranks agree on it in the step's one small reduction.
     pub fn train_step(&mut self, batch: &Batch, stop: bool) -> Result<StepReport> {
@@ -79,6 +80,9 @@ impl Trainer<'_> {
     }
 
     /// Adds a micro-batch's gradient; returns its Σ nll. After the `last` one each stage's reduction starts at once.
+    ///
+    /// The model's stages: 0 embeds, 1 … L are layers, L + 1 is the head. Each is entered, runs and is left. ZeRO has its
+    /// parameters there in between, and those of the next stage on their way; leaving a backward starts the reduction.
     pub fn forward_backward(&mut self, micro: &MicroBatch, n_targets: f64, last: bool) -> Result<f64> {
         let dropout = self.dropout(micro);
         let train = &self.plan.train;
@@ -90,31 +94,37 @@ impl Trainer<'_> {
             documents: micro.documents.as_ref(),
         };
 
+        let (zero, comm) = (&mut self.zero, self.comm);
+        let (forward, backward) = (Forward, Backward { last });
+        let head_stage = model.layers.len() + 1;
+
+        zero.enter(comm, 0, forward, vec![&mut model.embedding])?;
         let mut hidden_btd = model.embed(&micro.ids_bt);
+        zero.leave(comm, 0, forward, vec![&mut model.embedding])?;
         let mut trace = Vec::with_capacity(model.layers.len());
-        for layer in &model.layers {
+        for (layer, stage) in model.layers.iter_mut().zip(1..head_stage) {
+            zero.enter(comm, stage, forward, layer.weights_mut())?;
             let (out_btd, saved) = layer.forward(hidden_btd, &pass);
+            zero.leave(comm, stage, forward, layer.weights_mut())?;
             hidden_btd = out_btd;
             trace.push(saved);
         }
 
-        let head_weight = model.head_weight.as_mut().unwrap_or(&mut model.embedding);
-        let head = model.head.loss(head_weight, &hidden_btd, &micro.targets_bt, n_targets);
+        let matrix = model.head_weight.as_mut().unwrap_or(&mut model.embedding);
+        zero.enter(comm, head_stage, backward, vec![&mut model.head.norm_d, matrix])?;
+        let head = model.head.loss(matrix, &hidden_btd, &micro.targets_bt, n_targets);
+        zero.leave(comm, head_stage, backward, vec![&mut model.head.norm_d, matrix])?;
         drop(hidden_btd);
-        let mut reduce = |bucket: Option<usize>| match bucket {
-            Some(bucket) if last => self.zero.reduce(self.comm, bucket),
-            _ => Ok(()),
-        };
-        reduce(model.buckets.head)?;
 
         let mut d_btd = head.d_hidden_btd;
-        for ((layer, saved), bucket) in model.layers.iter_mut().zip(trace).zip(&model.buckets.layers).rev() {
+        for ((layer, saved), stage) in model.layers.iter_mut().zip(trace).zip(1..head_stage).rev() {
+            zero.enter(comm, stage, backward, layer.weights_mut())?;
             d_btd = layer.backward(saved, d_btd, &pass);
-            reduce(*bucket)?;
+            zero.leave(comm, stage, backward, layer.weights_mut())?;
         }
-        let embedding_bucket = model.buckets.embedding;
+        zero.enter(comm, 0, backward, vec![&mut model.embedding])?;
         model.embed_backward(&micro.ids_bt, &d_btd);
-        reduce(embedding_bucket)?;
+        zero.leave(comm, 0, backward, vec![&mut model.embedding])?;
         Ok(head.nll)
     }
 

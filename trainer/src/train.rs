@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use configs::Plan;
+use configs::{NewRows, Plan, Precision};
 use corpus::{Stream, TokenShards, Vocabulary};
 use launcher::events::{Event, StepMetrics};
-use sharding::{Comm, Stage, Zero};
+use sharding::{Comm, Stage, Wire, Zero};
 
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Identity, Progress};
@@ -34,60 +34,84 @@ pub enum End {
     WantsMoreTime,
 }
 
-/// The model a plan trains, bound to its slices, and what a checkpoint must agree with.
-pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Result<(Trainer<'a>, Identity)> {
-    let base = &plan.folders.base_model;
-    let config = ModelConfig::open(base)?;
-    let weights = Weights::open(base)?;
+/// How a plan shards among these ranks: stage, and whether frozen weights are divided as well. One rank has nobody to share
+/// with.
+pub fn sharding(plan: &Plan, comm: &dyn Comm) -> (Stage, bool) {
+    let stage = Stage::ALL[usize::from(plan.train.zero)];
+    match comm.world() {
+        1 => (stage.min(Stage::OptimizerState), false),
+        _ => (stage, plan.train.shard_frozen),
+    }
+}
+
+/// The model a plan trains, sharded as [`sharding`] says and bound to its slices, and what a checkpoint must agree with.
+pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm, shards: (Stage, bool)) -> Result<(Trainer<'a>, Identity)> {
     let vocabulary = Vocabulary::open(&plan.folders.vocabulary)?;
-    let shards = TokenShards::open(&plan.folders.tokens)?;
+    let shards_of_tokens = TokenShards::open(&plan.folders.tokens)?;
     ensure!(
-        shards.manifest().tokenizer_digest == vocabulary.digest,
+        shards_of_tokens.manifest().tokenizer_digest == vocabulary.digest,
         "{} was tokenised with another tokenizer than {} holds; run `panglot tokenize` again",
         plan.folders.tokens.display(),
         plan.folders.vocabulary.display()
     );
+    let vocabulary_digest = vocabulary.digest.clone();
+    let new_rows = plan.vocabulary.as_ref().map(|settings| (vocabulary, settings.new_rows));
+    let (trainer, base_model) = build_model(plan, comm, new_rows, shards)?;
     let identity = Identity {
         plan: plan.clone(),
-        base_model: weights.digest(),
-        vocabulary: vocabulary.digest.clone(),
-        tokens: shards.manifest().digest.clone(),
+        base_model,
+        vocabulary: vocabulary_digest,
+        tokens: shards_of_tokens.manifest().digest.clone(),
     };
-    let new_rows = plan.vocabulary.as_ref().map(|settings| (vocabulary, settings.new_rows));
+    Ok((trainer, identity))
+}
+
+/// As [`build`], of a model whose vocabulary is given; also the base's digest.
+pub fn build_model<'a>(
+    plan: &'a Plan,
+    comm: &'a dyn Comm,
+    vocabulary: Option<(Vocabulary, NewRows)>,
+    (stage, shard_frozen): (Stage, bool),
+) -> Result<(Trainer<'a>, String)> {
+    let base = &plan.folders.base_model;
+    let config = ModelConfig::open(base)?;
+    let weights = Weights::open(base)?;
     let trains = Trains {
         lora: plan.train.lora.clone(),
         full: plan.train.full.clone(),
-        vocabulary: new_rows,
+        vocabulary,
         seed: plan.seed,
     };
     let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
         .with_context(|| format!("loading {}", base.display()))?;
     model.check_length(plan.train.sequence_length, "train.sequence_length")?;
-    let stage = if plan.train.zero == 0 {
-        Stage::Replicated
-    } else {
-        Stage::OptimizerState
-    };
     let specs = model.register();
     ensure!(
         !specs.is_empty(),
         "nothing trains: give train.lora, or name modules in train.full"
     );
     let mut initial = model.initial_values();
-    let zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
+    let mut zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
         std::mem::replace(&mut initial[bucket][param], tch::Tensor::new())
     })?;
-    model.bind(&zero);
-    Ok((
-        Trainer {
-            plan,
-            comm,
-            model,
-            zero,
-            step: 0,
-        },
-        identity,
-    ))
+    zero.reduce_in(match plan.train.reduce {
+        Precision::F32 => Wire::F32,
+        Precision::Bf16 => Wire::Bf16,
+    });
+    if shard_frozen {
+        for (stage, weights) in model.stages() {
+            zero.shard_frozen(comm, &stage, weights)?;
+        }
+    }
+    model.bind(&mut zero);
+    let trainer = Trainer {
+        plan,
+        comm,
+        model,
+        zero,
+        step: 0,
+    };
+    Ok((trainer, weights.digest()))
 }
 
 /// Trains until the plan's last step, from the newest checkpoint if there is one.
@@ -101,7 +125,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
     let stream = launcher::sampling::stream(plan)?;
-    let (mut trainer, identity) = build(plan, comm)?;
+    let (mut trainer, identity) = build(plan, comm, sharding(plan, comm))?;
     let folder = plan.folders.run.join("checkpoints");
     let mut progress = resume(&folder, &mut trainer, &identity)?;
     let mut log = if rank_0 {
@@ -125,7 +149,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
             targets_so_far: progress.targets_so_far + report.targets,
         };
         if plan.debug.check_ranks_equal {
-            check_ranks_equal(&trainer)?;
+            check_ranks_equal(&mut trainer)?;
         }
         let resident = comm.max(&[resident_bytes() as f64])?[0] as u64;
         if let Some(log) = &mut log {
@@ -217,10 +241,13 @@ fn save(folder: &Path, trainer: &Trainer, identity: &Identity, progress: Progres
 }
 
 /// Compares a digest of all replicated parameters over ranks.
-fn check_ranks_equal(trainer: &Trainer) -> Result<()> {
+fn check_ranks_equal(trainer: &mut Trainer) -> Result<()> {
+    trainer.zero.arrived()?;
     let mut hasher = blake3::Hasher::new();
     for bucket in 0..trainer.zero.layout().buckets.len() {
-        hasher.update_rayon(sharding::memory::bytes(trainer.zero.params(bucket)));
+        if let Some(params) = trainer.zero.params(bucket) {
+            hasher.update_rayon(sharding::memory::bytes(params));
+        }
     }
     let all = trainer.comm.all_gather_bytes(hasher.finalize().as_bytes())?;
     let different: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();

@@ -7,7 +7,7 @@ use corpus::Vocabulary;
 use tch::{Device, Kind, Tensor};
 
 use super::linear::{Linear, LoraPair};
-use super::{Buckets, Head, Layer, Model, Rotary, Weight, new_rows};
+use super::{Head, Layer, Model, Rotary, Weight, new_rows};
 use crate::hf::{ModelConfig, Weights};
 use crate::random;
 
@@ -94,7 +94,6 @@ impl Model {
             head,
             head_weight: matrices.head,
             kind,
-            buckets: Buckets::default(),
         })
     }
 
