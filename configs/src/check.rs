@@ -525,6 +525,9 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
     if let Some(lora) = &raw.lora {
         check_lora(lora, &full, rules);
     }
+    if let Some(guard) = &raw.guard {
+        check_guard(guard, rules);
+    }
     Train {
         steps: raw.steps,
         sequence_length: raw.sequence_length,
@@ -535,9 +538,33 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
         zero: raw.zero,
         shard_frozen: raw.shard_frozen.unwrap_or(false),
         reduce: raw.reduce.unwrap_or(Precision::F32),
+        guard: raw.guard,
+        check_ranks_every: raw.check_ranks_every.unwrap_or(100),
         lora: raw.lora,
         full,
     }
+}
+
+fn check_guard(guard: &Guard, rules: &mut Rules) {
+    rules.require(guard.window >= 8, || {
+        format!(
+            "train.guard.window = {}: so few steps say nothing of how losses vary; try 128",
+            guard.window
+        )
+    });
+    rules.at_least("train.guard.skips_in_a_row", guard.skips_in_a_row, 1);
+    for (name, sigmas) in [("loss_sigmas", guard.loss_sigmas), ("norm_sigmas", guard.norm_sigmas)] {
+        rules.require(sigmas.is_none_or(|sigmas| sigmas >= 2.0), || {
+            format!(
+                "train.guard.{name} = {} would skip steps that are as usual; set it to 2 or more, such as 6",
+                sigmas.unwrap_or_default()
+            )
+        });
+    }
+    rules.require(guard.loss_sigmas.is_some() || guard.norm_sigmas.is_some(), || {
+        "train.guard names neither loss_sigmas nor norm_sigmas and guards nothing; give one, such as 6, or leave the section out"
+            .to_owned()
+    });
 }
 
 /// In the order of [`FullModule::ALL`], whatever the order in the config.

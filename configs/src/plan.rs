@@ -473,9 +473,28 @@ pub struct Train {
     /// The precision in which gradients travel; sums are made in f32.
     #[serde(default = "f32")]
     pub reduce: Precision,
+    #[serde(default)]
+    pub guard: Option<Guard>,
+    /// Every so many steps ranks compare digests of what they should hold alike; 0: never.
+    #[serde(default)]
+    pub check_ranks_every: u64,
     pub lora: Option<Lora>,
     /// Modules trained in full.
     pub full: Vec<FullModule>,
+}
+
+/// When a step is left out on all ranks though its numbers are finite.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guard {
+    /// Steps that a step is compared with; none is left out before there are as many.
+    pub window: usize,
+    /// The loss may be this many standard deviations above the window's mean. None: any.
+    pub loss_sigmas: Option<f64>,
+    /// As may the gradient's norm.
+    pub norm_sigmas: Option<f64>,
+    /// So many skipped steps in a row end the run.
+    pub skips_in_a_row: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

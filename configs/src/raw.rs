@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Algorithm, Checkpoint, Evaluation, Group, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute, Sampling,
-    Schedule, Shape, Vocabulary, WordRules,
+    Algorithm, Checkpoint, Evaluation, Group, Guard, Launch, Lora, OnUnreadable, OneDocument, Precision, Recompute,
+    Sampling, Schedule, Shape, Vocabulary, WordRules,
 };
 
 #[derive(Debug, Deserialize)]
@@ -167,6 +167,10 @@ pub struct Train {
     pub shard_frozen: Option<bool>,
     /// None: f32.
     pub reduce: Option<Precision>,
+    /// None: a step is skipped only where its loss or gradient is not finite.
+    pub guard: Option<Guard>,
+    /// None: every 100 steps.
+    pub check_ranks_every: Option<u64>,
     /// None: the body has no LoRA and stays as it is.
     pub lora: Option<Lora>,
     /// Names of [`FullModule`](crate::FullModule), or `all`.

@@ -34,8 +34,11 @@ pub struct StepMetrics {
     /// Global L2 norm of the gradient before clipping.
     #[serde(deserialize_with = "number_or_nan")]
     pub grad_norm: f64,
-    /// The update was left out on every rank because the loss or the gradient was not finite.
+    /// The update was left out on every rank.
     pub skipped: bool,
+    /// Why, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skip_reason: Option<String>,
     /// Learning rate by parameter group, of those that train.
     pub lr: BTreeMap<Group, f64>,
     /// Target tokens of the global batch.
@@ -83,6 +86,7 @@ mod tests {
             loss,
             grad_norm: 0.1 + 0.2,
             skipped: !loss.is_finite(),
+            skip_reason: None,
             lr: [(Group::Lora, 1e-3), (Group::Embeddings, 2e-3)].into(),
             targets: 4080,
             targets_so_far: 16_320,

@@ -18,6 +18,8 @@ use sharding::memory::{bytes, f32s_mut};
 use sharding::zero::Slice;
 use sharding::{Comm, Layout, Zero};
 
+use crate::guard;
+
 const FORMAT: u32 = 1;
 const MANIFEST: &str = "manifest.json";
 
@@ -39,6 +41,9 @@ pub struct Manifest {
     /// Updates made: steps less the skipped ones.
     pub updates: u64,
     pub targets_so_far: u64,
+    /// What steps are compared with.
+    #[serde(default)]
+    pub guard: guard::State,
     pub world: usize,
     pub identity: Identity,
     /// The layout's description: bucket, parameter, shape and group a line.
@@ -67,7 +72,14 @@ pub struct Progress {
 ///
 /// # Errors
 /// When any rank could not write: every rank returns the error and no checkpoint appears.
-pub fn save(folder: &Path, comm: &dyn Comm, zero: &Zero, identity: &Identity, progress: Progress) -> Result<PathBuf> {
+pub fn save(
+    folder: &Path,
+    comm: &dyn Comm,
+    zero: &Zero,
+    identity: &Identity,
+    progress: Progress,
+    guard: &guard::State,
+) -> Result<PathBuf> {
     let target = folder.join(format!("step-{:08}", progress.step));
     // Rank 0 names the attempt, so that ranks of an older attempt that still run cannot write into this one.
     let nonce = comm.broadcast_bytes(&nonce())?;
@@ -120,6 +132,7 @@ pub fn save(folder: &Path, comm: &dyn Comm, zero: &Zero, identity: &Identity, pr
             step: progress.step,
             updates: zero.updates,
             targets_so_far: progress.targets_so_far,
+            guard: guard.clone(),
             world: comm.world(),
             identity: identity.clone(),
             layout: zero.layout().describe(),
@@ -296,7 +309,7 @@ pub fn differences(theirs: &Identity, ours: &Identity) -> Vec<String> {
             plan.remove(key);
         }
         let train = plan["train"].as_object_mut().expect("train is an object");
-        for key in ["micro_rows", "recompute", "zero", "shard_frozen"] {
+        for key in ["micro_rows", "recompute", "zero", "shard_frozen", "check_ranks_every"] {
             train.remove(key);
         }
         value

@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod evaluate;
 pub mod export;
 pub mod gguf;
+pub mod guard;
 pub mod hf;
 pub mod model;
 pub mod random;

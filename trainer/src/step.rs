@@ -12,6 +12,7 @@ use sharding::zero::Verdict;
 use sharding::{Comm, Zero};
 
 use crate::batch::{Batch, MicroBatch};
+use crate::guard::{Guard, Why};
 use crate::model::{DropoutRows, Model, Pass};
 use crate::random;
 
@@ -23,6 +24,7 @@ pub struct Trainer<'a> {
     pub zero: Zero,
     /// Steps taken.
     pub step: u64,
+    pub guard: Guard,
 }
 
 /// What every rank knows alike after a step.
@@ -33,6 +35,8 @@ pub struct StepReport {
     /// Digest of the global batch's rows.
     pub rows: RowsDigest,
     pub verdict: Verdict,
+    /// Why no rank has moved, if so.
+    pub skipped: Option<Why>,
     /// Some rank was asked to save and stop.
     pub stop: bool,
 }
@@ -63,19 +67,21 @@ impl Trainer<'_> {
         let mut ride_along = vec![nll, f64::from(stop)];
         ride_along.extend(batch.digest.limbs());
         let verdict = self.zero.finish(self.comm, &ride_along)?;
-        if verdict.finite {
+        let loss = verdict.sums[0] / divisor;
+        let skipped = self.guard.judge(loss, verdict.grad_norm, verdict.finite);
+        if skipped.is_none() {
             self.zero.update(&self.groups(&verdict));
             self.zero.publish(self.comm)?;
         }
         self.step += 1;
-        let (nll, stop) = (verdict.sums[0], verdict.sums[1] > 0.0);
         let limbs = std::array::from_fn(|limb| verdict.sums[2 + limb]);
         Ok(StepReport {
-            loss: nll / divisor,
+            loss,
             targets: n_targets as u64,
             rows: RowsDigest::from_limbs(limbs),
+            stop: verdict.sums[1] > 0.0,
+            skipped,
             verdict,
-            stop,
         })
     }
 

@@ -18,13 +18,11 @@ use sharding::{Comm, Stage, Wire, Zero};
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Identity, Progress};
 use crate::evaluate::kind;
+use crate::guard::Guard;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{Model, Trains};
 use crate::step::{StepReport, Trainer, lr_by_group};
 use crate::tensorboard::EventWriter;
-
-/// This many steps in a row without a finite gradient end the run.
-const SKIPS_IN_A_ROW: u32 = 10;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,6 +108,7 @@ pub fn build_model<'a>(
         model,
         zero,
         step: 0,
+        guard: Guard::new(plan.train.guard),
     };
     Ok((trainer, weights.digest()))
 }
@@ -137,7 +136,6 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
     say(Event::Phase {
         name: "training".into(),
     });
-    let mut skipped_in_a_row = 0;
     while trainer.step < plan.train.steps {
         let started = Instant::now();
         let step = trainer.step;
@@ -157,12 +155,21 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
             log.write(metrics(plan, &stream, rows, &report, progress, seconds, resident))?;
         }
 
-        skipped_in_a_row = if report.verdict.finite { 0 } else { skipped_in_a_row + 1 };
-        if skipped_in_a_row == SKIPS_IN_A_ROW {
-            bail!(
-                "the loss or its gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, the last {step}; \
-                 lower the learning rates or clip with optimizer.max_grad_norm"
-            );
+        if let Some(why) = &report.skipped {
+            let rows = rows_of_step(&plan.train, rows_step);
+            say(Event::Note {
+                text: format!(
+                    "step {step} was skipped on every rank: {why}; its rows: {}",
+                    languages(&stream, rows)
+                ),
+            });
+            let in_a_row = trainer.guard.state.skips_in_a_row;
+            if in_a_row >= trainer.guard.most_skips() {
+                bail!(
+                    "{in_a_row} steps in a row were skipped, the last {step}: {why}; \
+                     lower the learning rates or clip with optimizer.max_grad_norm"
+                );
+            }
         }
         let done = trainer.step == plan.train.steps;
         if done || report.stop || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
@@ -204,6 +211,7 @@ fn resume(folder: &Path, trainer: &mut Trainer, identity: &Identity) -> Result<P
     );
     let progress = checkpoint::load(&path, &manifest, comm, &mut trainer.zero)?;
     trainer.step = progress.step;
+    trainer.guard.state = manifest.guard.clone();
     if let Some(found) = chosen {
         for rejected in &found.rejected {
             Event::Note {
@@ -231,7 +239,14 @@ fn resume(folder: &Path, trainer: &mut Trainer, identity: &Identity) -> Result<P
 
 fn save(folder: &Path, trainer: &Trainer, identity: &Identity, progress: Progress) -> Result<()> {
     let started = Instant::now();
-    let path = checkpoint::save(folder, trainer.comm, &trainer.zero, identity, progress)?;
+    let path = checkpoint::save(
+        folder,
+        trainer.comm,
+        &trainer.zero,
+        identity,
+        progress,
+        &trainer.guard.state,
+    )?;
     if trainer.comm.rank() == 0 {
         checkpoint::prune(folder, trainer.plan.checkpoint.keep)?;
         let seconds = started.elapsed().as_secs_f64();
@@ -259,6 +274,22 @@ fn check_ranks_equal(trainer: &mut Trainer) -> Result<()> {
     Ok(())
 }
 
+/// "eng_Latn 3, swh_Latn 1": languages by rows, most first.
+fn languages(stream: &Stream, rows: Range<u64>) -> String {
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    for row in rows {
+        let language = stream.parts()[stream.part(row)].language.to_string();
+        *counts.entry(language).or_insert(0) += 1;
+    }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, rows)| std::cmp::Reverse(*rows));
+    let counts: Vec<String> = counts
+        .iter()
+        .map(|(language, rows)| format!("{language} {rows}"))
+        .collect();
+    counts.join(", ")
+}
+
 fn metrics(
     plan: &Plan,
     stream: &Stream,
@@ -283,7 +314,8 @@ fn metrics(
         steps: plan.train.steps,
         loss: report.loss,
         grad_norm: report.verdict.grad_norm,
-        skipped: !report.verdict.finite,
+        skipped: report.skipped.is_some(),
+        skip_reason: report.skipped.map(|why| why.to_string()),
         lr: lr_by_group(plan, step),
         targets: report.targets,
         targets_so_far: progress.targets_so_far,

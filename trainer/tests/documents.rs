@@ -244,6 +244,7 @@ fn trainer<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Trainer<'a> {
         model,
         zero,
         step: 0,
+        guard: trainer::guard::Guard::default(),
     };
     trainer.zero.clear_gradients();
     trainer

@@ -473,6 +473,7 @@ fn trainer<'a>(case: &Case, plan: &'a Plan, comm: &'a dyn Comm, file: &TensorFil
         model,
         zero,
         step: 0,
+        guard: trainer::guard::Guard::default(),
     }
 }
 
