@@ -50,6 +50,12 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Largest resident memory over ranks, bytes.
     pub resident_bytes: u64,
+    /// Bytes that rank 0 handed to collectives for other ranks in this step.
+    #[serde(default)]
+    pub bytes_sent: u64,
+    /// The least there is with whole gradients (ZeRO's lower bound); rows of the embedding's may be fewer still.
+    #[serde(default)]
+    pub bytes_least: u64,
     /// Digest of the global batch's rows, to compare runs by eye.
     pub rows_digest: String,
     /// Rows by language in this step's global batch.
@@ -93,6 +99,8 @@ mod tests {
             seconds: 1.5,
             tokens_per_second: 2730.0,
             resident_bytes: 1 << 31,
+            bytes_sent: 1000,
+            bytes_least: 990,
             rows_digest: "ab12".to_owned(),
             languages: [("eng_Latn".to_owned(), 16)].into(),
             parts: [("web/eng_Latn".to_owned(), 16)].into(),

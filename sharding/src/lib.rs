@@ -3,10 +3,12 @@
 
 pub mod adamw;
 pub mod comm;
+pub mod digest;
 pub mod layout;
 pub mod memory;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod rows;
 mod solo;
 pub mod zero;
 

@@ -21,8 +21,10 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::adamw::{self, AdamW};
+use crate::digest::{self, Digests, damaged};
 use crate::layout::{Bucket, most_gradients, slice_len};
-use crate::memory::{f32s, f32s_mut};
+use crate::memory::{bytes, f32s, f32s_mut, i64s};
+use crate::rows::{self, RowPlan};
 use crate::{BucketSpec, Comm, Error, Layout, ParamSpec, Pending, Result, Wire};
 
 /// How much of the training state is sharded; each stage shards what the one before does as well.
@@ -97,6 +99,8 @@ struct BucketState {
     reducing: Option<Pending>,
     /// What the reduction under way fills, where `grads_slice` holds earlier micro-batches' sum.
     incoming: Option<Tensor>,
+    /// The reduction under way, where it travels as rows.
+    rows: Option<rows::Arriving>,
     /// `grads_slice` holds something of this step.
     reduced: bool,
     slice: Slice,
@@ -168,6 +172,9 @@ pub struct Zero {
     reducing: VecDeque<usize>,
     /// Elements of whole gradients that may exist at a time; stages 2 and 3.
     gradient_budget: usize,
+    /// The bucket whose gradient may travel as rows, and how it does in each reduction of this step still to come.
+    row_bucket: usize,
+    row_plans: VecDeque<Option<RowPlan>>,
     /// Updates made since the run began; AdamW's bias correction counts them.
     pub updates: u64,
 }
@@ -221,6 +228,7 @@ impl Zero {
                 grads_slice,
                 reducing: None,
                 incoming: None,
+                rows: None,
                 reduced: false,
                 slice: Slice {
                     theta,
@@ -245,6 +253,8 @@ impl Zero {
             reducing: VecDeque::new(),
             gradient_budget: layout.buckets.iter().map(|bucket| bucket.padded).sum(),
             layout,
+            row_bucket: usize::MAX,
+            row_plans: VecDeque::new(),
             updates: 0,
         })
     }
@@ -387,6 +397,39 @@ impl Zero {
         }
     }
 
+    /// Tells that this step's gradient of a matrix will be zero but for the rows that the micro-batches' `ids` name; it then
+    /// travels as rows wherever that is fewer bytes, by counts that all ranks share. All ranks call it before a step.
+    pub fn choose_rows(&mut self, comm: &dyn Comm, matrix: &str, ids: &[&Tensor]) -> Result<()> {
+        self.row_plans.clear();
+        let Some((Flat::Trained(index), _)) = self.places.get(matrix).copied() else {
+            return Ok(());
+        };
+        let bucket = &self.layout.buckets[index];
+        let readers = self
+            .stages
+            .iter()
+            .filter(|flats| flats.contains(&Flat::Trained(index)))
+            .count();
+        let on_cpu = self.buckets[index].slice.theta.device() == Device::Cpu;
+        // A tied head gives every row a gradient.
+        if readers != 1 || bucket.params.len() != 1 || self.layout.n_slices == 1 || !on_cpu {
+            return Ok(());
+        }
+        let unique = |ids: &[&Tensor]| -> Vec<i64> {
+            let mut rows: Vec<i64> = ids.iter().flat_map(|ids| i64s(ids).iter().copied()).collect();
+            rows.sort_unstable();
+            rows.dedup();
+            rows
+        };
+        let rows = match self.stage >= Stage::Gradients {
+            true => ids.chunks(1).map(unique).collect(),
+            false => vec![unique(ids)],
+        };
+        self.row_plans = rows::plan(comm, bucket, self.wire, rows)?.into();
+        self.row_bucket = index;
+        Ok(())
+    }
+
     /// Called before a model's stage runs: its parameters are there on return, those of the next stage on their way. In
     /// backward its gradients are there as well.
     pub fn enter<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
@@ -446,9 +489,32 @@ impl Zero {
             // An earlier micro-batch's, long done.
             self.settle(bucket)?;
         }
+        let rows = match bucket == self.row_bucket {
+            true => self.row_plans.pop_front().flatten(),
+            false => None,
+        };
         let state = &mut self.buckets[bucket];
-        assert!(state.reducing.is_none(), "each bucket is reduced once a micro-batch");
+        assert!(
+            state.reducing.is_none() && state.rows.is_none(),
+            "each bucket is reduced once a micro-batch"
+        );
         let grads = state.grads.as_mut().expect("gradients are there in backward");
+        if let Some(plan) = rows {
+            state.rows = Some(rows::start(
+                comm,
+                &self.layout.buckets[bucket],
+                &plan,
+                grads,
+                self.wire,
+            )?);
+            // Sums are made where the rows arrive.
+            if state.reduced {
+                state.incoming = Some(state.grads_slice.f_zeros_like()?);
+            } else {
+                let _ = state.grads_slice.zero_();
+            }
+            return Ok(self.sent(bucket));
+        }
         state.reducing = Some(match self.stage {
             Stage::Replicated => comm.all_reduce(grads, self.wire)?,
             _ if !state.reduced => comm.reduce_scatter(grads, &mut state.grads_slice, self.wire)?,
@@ -459,20 +525,31 @@ impl Zero {
                 pending
             }
         });
+        self.sent(bucket);
+        Ok(())
+    }
+
+    /// A bucket's reduction has started.
+    fn sent(&mut self, bucket: usize) {
+        let state = &mut self.buckets[bucket];
         state.reduced = true;
         if self.stage >= Stage::Gradients {
             // The exchange keeps the memory as long as it needs it; `settle` is when it is gone.
             state.grads = None;
             self.reducing.push_back(bucket);
         }
-        Ok(())
     }
 
     /// Waits for a bucket's reduction, if there is one under way.
     fn settle(&mut self, bucket: usize) -> Result<()> {
         let state = &mut self.buckets[bucket];
-        if let Some(pending) = state.reducing.take() {
-            pending.wait()?;
+        let (pending, rows) = (state.reducing.take(), state.rows.take());
+        if pending.is_some() || rows.is_some() {
+            pending.map_or(Ok(()), Pending::wait)?;
+            if let Some(rows) = rows {
+                let sums = state.incoming.as_mut().unwrap_or(&mut state.grads_slice);
+                rows.add_to(&self.layout.buckets[bucket], self.my_slice, sums)?;
+            }
             if let Some(incoming) = state.incoming.take() {
                 let _ = state.grads_slice.f_add_(&incoming)?;
             }
@@ -610,6 +687,78 @@ impl Zero {
     /// Waits until all that was published has arrived. For whoever reads the model outside of a step.
     pub fn arrived(&mut self) -> Result<()> {
         self.buckets.iter_mut().try_for_each(|state| state.values.wait())
+    }
+
+    /// Compares what the ranks should hold alike: the ranks whose memory is damaged, each with what is wrong. From stage 3 on
+    /// nothing is held alike, and nothing is found.
+    pub fn damaged_ranks(&mut self, comm: &dyn Comm) -> Result<Vec<(usize, &'static str)>> {
+        self.arrived()?;
+        if self.stage == Stage::Parameters {
+            return Ok(Vec::new());
+        }
+        let n_slices = self.layout.n_slices;
+        let digest = |tensor: &Tensor| digest::fold(bytes(&tensor.to_device(Device::Cpu)));
+        let mut mine = Digests {
+            copies: vec![0; n_slices],
+            truth: 0,
+        };
+        for (bucket, state) in self.layout.buckets.iter().zip(&self.buckets) {
+            let full = state.values.full.as_ref().expect("whole before stage 3");
+            for (slice, copy) in mine.copies.iter_mut().enumerate() {
+                let range = slice * bucket.slice_len..(slice + 1) * bucket.slice_len;
+                *copy = digest::mix(*copy, digest(&view(full, range)));
+            }
+            let published = state.slice.theta.f_to_kind(full.kind())?;
+            mine.truth = digest::mix(mine.truth, digest(&published));
+        }
+        let words = mine.copies.iter().chain([&mine.truth]);
+        let words: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
+        let all = comm.all_gather_bytes(&words)?;
+        let read = |words: &Vec<u8>| {
+            let mut copies: Vec<u64> = words
+                .chunks_exact(8)
+                .map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")))
+                .collect();
+            let truth = copies.pop().expect("the truth stands last");
+            Digests { copies, truth }
+        };
+        Ok(damaged(&all.iter().map(read).collect::<Vec<_>>()))
+    }
+
+    /// The least bytes that a rank sends in a step of so many micro-batches with whole gradients: what `Comm::sent` grows by,
+    /// but for padding, a few numbers, and rows where they are fewer.
+    pub fn least_bytes(&self, comm: &dyn Comm, micro_batches: usize) -> u64 {
+        let world = comm.world();
+        let wire = self.wire.bytes();
+        let width = self.kind.elt_size_in_bytes();
+        // How often a micro-batch gathers a bucket: before forward and before backward, but the head's are one pass and the
+        // embedding's backward reads nothing.
+        let gathers = |flat: Flat| {
+            let last = self.stages.len().saturating_sub(1);
+            let visits = self
+                .stages
+                .iter()
+                .enumerate()
+                .filter(|(_, flats)| flats.contains(&flat));
+            visits
+                .map(|(stage, _)| if stage == 0 || stage == last { 1 } else { 2 })
+                .sum::<usize>()
+        };
+        let trained = self.layout.buckets.iter().enumerate().map(|(index, bucket)| {
+            let each = match self.stage {
+                Stage::Replicated => 2 * wire,
+                Stage::OptimizerState => wire + width,
+                Stage::Gradients => micro_batches * wire + width,
+                Stage::Parameters => micro_batches * (wire + gathers(Flat::Trained(index)) * width),
+            };
+            bucket.numel * each
+        });
+        let frozen = self
+            .frozen
+            .iter()
+            .enumerate()
+            .map(|(index, frozen)| frozen.bucket.numel * micro_batches * gathers(Flat::Frozen(index)) * width);
+        (trained.chain(frozen).sum::<usize>() * (world - 1) / world) as u64
     }
 
     /// This rank's slice of `bucket` and where it lies in the unpadded bucket.

@@ -10,6 +10,7 @@ use sharding::Pass::{Backward, Forward};
 use sharding::adamw::AdamW;
 use sharding::zero::Verdict;
 use sharding::{Comm, Zero};
+use tch::Tensor;
 
 use crate::batch::{Batch, MicroBatch};
 use crate::guard::{Guard, Why};
@@ -59,6 +60,8 @@ impl Trainer<'_> {
         let mut nll = 0.0;
 
         self.zero.clear_gradients();
+        let ids: Vec<&Tensor> = batch.micro_batches.iter().map(|micro| &micro.ids_bt).collect();
+        self.zero.choose_rows(self.comm, &self.model.embedding.name, &ids)?;
         let last = batch.micro_batches.len() - 1;
         for (index, micro) in batch.micro_batches.iter().enumerate() {
             nll += self.forward_backward(micro, divisor, index == last)?;

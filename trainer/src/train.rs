@@ -141,18 +141,27 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
         let step = trainer.step;
         let rows_step = if plan.debug.overfit_one_batch { 0 } else { step };
         let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world());
+        let sent_before = comm.sent().bytes();
         let report = trainer.train_step(&batch, stop.load(Ordering::Relaxed))?;
+        let bytes_sent = [
+            comm.sent().bytes() - sent_before,
+            trainer.zero.least_bytes(comm, batch.micro_batches.len()),
+        ];
         progress = Progress {
             step: trainer.step,
             targets_so_far: progress.targets_so_far + report.targets,
         };
-        if plan.debug.check_ranks_equal {
+        let every = plan.train.check_ranks_every;
+        let due = every > 0 && trainer.step.is_multiple_of(every) && comm.world() > 1;
+        if plan.debug.check_ranks_equal || due {
             check_ranks_equal(&mut trainer)?;
         }
         let resident = comm.max(&[resident_bytes() as f64])?[0] as u64;
         if let Some(log) = &mut log {
             let (rows, seconds) = (rows_of_step(&plan.train, rows_step), started.elapsed().as_secs_f64());
-            log.write(metrics(plan, &stream, rows, &report, progress, seconds, resident))?;
+            log.write(metrics(
+                plan, &stream, rows, &report, progress, seconds, resident, bytes_sent,
+            ))?;
         }
 
         if let Some(why) = &report.skipped {
@@ -255,21 +264,19 @@ fn save(folder: &Path, trainer: &Trainer, identity: &Identity, progress: Progres
     Ok(())
 }
 
-/// Compares a digest of all replicated parameters over ranks.
+/// Ends the run where ranks no longer hold alike what they should.
 fn check_ranks_equal(trainer: &mut Trainer) -> Result<()> {
-    trainer.zero.arrived()?;
-    let mut hasher = blake3::Hasher::new();
-    for bucket in 0..trainer.zero.layout().buckets.len() {
-        if let Some(params) = trainer.zero.params(bucket) {
-            hasher.update_rayon(sharding::memory::bytes(params));
-        }
-    }
-    let all = trainer.comm.all_gather_bytes(hasher.finalize().as_bytes())?;
-    let different: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();
+    let damaged = trainer.zero.damaged_ranks(trainer.comm)?;
+    let named: Vec<String> = damaged
+        .iter()
+        .map(|(rank, what)| format!("rank {rank}: {what}"))
+        .collect();
     ensure!(
-        different.is_empty(),
-        "after step {} the parameters of ranks {different:?} differ from rank 0's; memory or network is at fault",
-        trainer.step
+        named.is_empty(),
+        "after step {} ranks differ in what they should hold alike; memory or network is at fault. {}. Take that machine out \
+         and start again from the newest checkpoint",
+        trainer.step,
+        named.join("; ")
     );
     Ok(())
 }
@@ -298,6 +305,7 @@ fn metrics(
     progress: Progress,
     seconds: f64,
     resident_bytes: u64,
+    [bytes_sent, bytes_least]: [u64; 2],
 ) -> StepMetrics {
     let step = progress.step - 1;
     let (mut languages, mut parts) = (BTreeMap::new(), BTreeMap::new());
@@ -322,6 +330,8 @@ fn metrics(
         seconds,
         tokens_per_second: (plan.train.rows_per_step * plan.train.sequence_length) as f64 / seconds,
         resident_bytes,
+        bytes_sent,
+        bytes_least,
         rows_digest: report.rows.to_string(),
         languages,
         parts,

@@ -73,11 +73,13 @@ fn run(comm: &dyn Comm, shared: &Path) {
 
 type Case = (&'static str, fn(&dyn Comm, &Path));
 
-const CASES: [Case; 5] = [
+const CASES: [Case; 7] = [
     ("every_stage_gives_the_training_of_one_rank", same_as_one_rank),
     ("bf16_gradients_give_nearly_the_same", bf16_gradients),
     ("a_slow_rank_changes_no_bit", slow_rank),
     ("a_nan_on_one_rank_makes_all_skip", nan_on_one_rank),
+    ("a_flipped_bit_is_found_and_its_rank_named", flipped_bit),
+    ("bytes_are_at_the_lower_bound_and_rows_below_it", bytes_sent),
     ("a_rank_that_registers_other_parameters_is_refused", other_parameters),
 ];
 
@@ -224,6 +226,53 @@ fn other_parameters(comm: &dyn Comm, shared: &Path) {
         said.contains("only rank 1 has:\n    nothing that the other lacks"),
         "{said}"
     );
+}
+
+fn flipped_bit(comm: &dyn Comm, shared: &Path) {
+    let plan = plan(shared, &MODELS[1]);
+    for stage in [Stage::Replicated, Stage::OptimizerState, Stage::Gradients] {
+        let (mut trainer, _) = trainer::train::build_model(&plan, comm, None, (stage, false)).unwrap();
+        trainer.train_step(&batch(comm, 0, 1), false).unwrap();
+        assert_eq!(trainer.zero.damaged_ranks(comm).unwrap(), [], "{stage:?}");
+        let victim = comm.world() - 1;
+        if comm.rank() == victim {
+            // The lowest bit of one element's 24, in some layer.
+            let mut element = trainer.model.layers[1].up.weight_oi.value.get(3).get(5);
+            let value = element.double_value(&[]) as f32;
+            let _ = element.fill_(f64::from(f32::from_bits(value.to_bits() ^ 1)));
+        }
+        let found = trainer.zero.damaged_ranks(comm).unwrap();
+        assert_eq!(found.len(), 1, "{stage:?}: {found:?}");
+        assert_eq!(found[0].0, victim, "{stage:?}: {found:?}");
+    }
+}
+
+fn bytes_sent(comm: &dyn Comm, shared: &Path) {
+    for model in &MODELS {
+        let plan = plan(shared, model);
+        for stage in Stage::ALL {
+            for accumulation in [1, 3] {
+                let shard_frozen = stage == Stage::Parameters;
+                let (mut trainer, _) = trainer::train::build_model(&plan, comm, None, (stage, shard_frozen)).unwrap();
+                let batch = batch(comm, 0, accumulation);
+                trainer.train_step(&batch, false).unwrap();
+                trainer.zero.arrived().unwrap();
+                let before = comm.sent().bytes();
+                trainer.train_step(&batch, false).unwrap();
+                trainer.zero.arrived().unwrap();
+                let sent = (comm.sent().bytes() - before) as f64;
+                let least = trainer.zero.least_bytes(comm, accumulation) as f64;
+                let what = format!(
+                    "{}, {stage:?}, {accumulation}: {sent} bytes, at least {least}",
+                    model.name
+                );
+                // These buckets are tiny: slices are padded to 16 elements, and a few numbers travel besides.
+                assert!(sent < 1.05 * least + 2500.0 * accumulation as f64, "{what}");
+                // All 97 rows are touched in one micro-batch of many rows; fewer in small ones.
+                assert!(sent > 0.5 * least, "{what}");
+            }
+        }
+    }
 }
 
 /// Some steps of training; `before` is called before each.

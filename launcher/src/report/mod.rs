@@ -124,6 +124,8 @@ mod tests {
             seconds: 1.0,
             tokens_per_second: 100.0,
             resident_bytes: 1 << 30,
+            bytes_sent: 0,
+            bytes_least: 0,
             rows_digest: String::new(),
             languages: [(language(step as usize), 3), (language(7), 1)].into(),
             parts: BTreeMap::new(),
