@@ -1,6 +1,7 @@
 //! Starts itself under mpirun with 1 … 4 ranks; each job runs every case in one program. `cargo test` alone runs all of it.
 
 mod collectives;
+mod zero;
 
 use std::path::Path;
 use std::process::Command;
@@ -11,7 +12,7 @@ use sharding::Comm;
 type Case = (&'static str, fn(comm: &dyn Comm, shared: &Path));
 
 fn cases() -> Vec<Case> {
-    collectives::CASES.to_vec()
+    [&collectives::CASES[..], &zero::CASES].concat()
 }
 
 fn main() {
