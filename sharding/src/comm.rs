@@ -34,20 +34,34 @@ impl Wire {
 
 /// A collective under way. Its buffers may be read and written again after [`Pending::wait`], not before.
 #[must_use = "a collective's result is there only after wait()"]
-pub struct Pending(Option<Box<dyn FnOnce() -> Result<()>>>);
+pub struct Pending(Option<UnderWay>);
+
+struct UnderWay {
+    is_over: Box<dyn Fn() -> bool>,
+    finish: Box<dyn FnOnce() -> Result<()>>,
+}
 
 impl Pending {
     pub fn done() -> Pending {
         Pending(None)
     }
 
-    pub fn until(finish: impl FnOnce() -> Result<()> + 'static) -> Pending {
-        Pending(Some(Box::new(finish)))
+    /// `is_over` says whether `finish` would return at once.
+    pub fn until(is_over: impl Fn() -> bool + 'static, finish: impl FnOnce() -> Result<()> + 'static) -> Pending {
+        Pending(Some(UnderWay {
+            is_over: Box::new(is_over),
+            finish: Box::new(finish),
+        }))
+    }
+
+    /// Whether [`Pending::wait`] would return at once. Differs between ranks: no collective may depend on it.
+    pub fn is_over(&self) -> bool {
+        self.0.as_ref().is_none_or(|under_way| (under_way.is_over)())
     }
 
     /// Returns when this rank's part is finished and its buffers may be read and written.
     pub fn wait(mut self) -> Result<()> {
-        self.0.take().map_or(Ok(()), |finish| finish())
+        self.0.take().map_or(Ok(()), |under_way| (under_way.finish)())
     }
 }
 

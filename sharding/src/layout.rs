@@ -147,17 +147,6 @@ pub fn most_gradients(stages: &[Vec<usize>], sizes: &[usize]) -> usize {
     (0..stages.len()).map(at).max().unwrap_or(0)
 }
 
-/// Elements of whole parameters that exist at a time where only slices are kept, at most: a stage's, and those of the next
-/// one in forward or backward, which are on their way. Arguments as in [`most_gradients`].
-pub fn most_parameters(stages: &[Vec<usize>], sizes: &[usize]) -> usize {
-    let at = |stage: usize| {
-        let next = (stage + 1).min(stages.len() - 1);
-        let both = (0..sizes.len()).filter(|bucket| stages[stage].contains(bucket) || stages[next].contains(bucket));
-        both.map(|bucket| sizes[bucket]).sum()
-    };
-    (0..stages.len()).map(at).max().unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -189,11 +178,9 @@ mod tests {
         // Embedding (bucket 0), two layers, head (bucket 3).
         let untied = [vec![0], vec![1], vec![2], vec![3]];
         assert_eq!(most_gradients(&untied, &[1000, 10, 20, 1000]), 1020);
-        assert_eq!(most_parameters(&untied, &[1000, 10, 20, 1000]), 1020);
         // The head reads bucket 0 and has a norm of its own.
         let tied = [vec![0], vec![1], vec![2], vec![0, 3]];
         assert_eq!(most_gradients(&tied, &[1000, 10, 20, 1]), 1030);
-        assert_eq!(most_parameters(&tied, &[1000, 10, 20, 1]), 1021);
     }
 
     proptest! {

@@ -12,6 +12,8 @@
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -53,8 +55,19 @@ enum Lane {
 
 enum Command {
     /// Made on the thread, since requests cannot move between threads.
-    Start(Lane, Box<dyn FnOnce() -> Box<dyn Job> + Send>, Sender<Result<()>>),
+    Start(Lane, Box<dyn FnOnce() -> Box<dyn Job> + Send>, Answer),
     Abort(i32),
+}
+
+/// Where whoever started a job hears of its end.
+struct Answer(Arc<AtomicBool>, Sender<Result<()>>);
+
+impl Answer {
+    fn give(self, result: Result<()>) {
+        // Nobody listens where the caller was ended by another error.
+        let _ = self.1.send(result);
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 impl Mpi {
@@ -100,9 +113,12 @@ impl Mpi {
     /// Queues a job that moves `bytes` in all.
     fn start<J: Job + 'static>(&self, lane: Lane, make: impl FnOnce() -> J + Send + 'static) -> Result<Pending> {
         let (answer, finished) = mpsc::channel();
+        let over = Arc::new(AtomicBool::new(false));
+        let answer = Answer(Arc::clone(&over), answer);
         let command = Command::Start(lane, Box::new(|| Box::new(make())), answer);
         self.commands.send(command).map_err(|_| Error::Gone)?;
-        Ok(Pending::until(move || finished.recv().unwrap_or(Err(Error::Gone))))
+        let finish = move || finished.recv().unwrap_or(Err(Error::Gone));
+        Ok(Pending::until(move || over.load(Ordering::Acquire), finish))
     }
 
     /// Queues a job that is one MPI call. `buffers` are kept alive until it is finished.
@@ -278,7 +294,7 @@ trait Job {
     fn poll(&mut self, line: &Line) -> Result<Poll>;
 }
 
-type Queue = VecDeque<(Box<dyn Job>, Sender<Result<()>>)>;
+type Queue = VecDeque<(Box<dyn Job>, Answer)>;
 
 /// The thread's life: takes commands, polls the first job of each queue, sleeps when nothing moves.
 fn serve(lines: &[Line; 2], inbox: &Receiver<Command>) {
@@ -311,7 +327,7 @@ fn serve(lines: &[Line; 2], inbox: &Receiver<Command>) {
         }
         idle_polls += 1;
         for (line, queue) in lines.iter().zip(&mut queues) {
-            let Some((job, answer)) = queue.front_mut() else {
+            let Some((job, _)) = queue.front_mut() else {
                 continue;
             };
             let result = match job.poll(line) {
@@ -324,11 +340,10 @@ fn serve(lines: &[Line; 2], inbox: &Receiver<Command>) {
                 Err(error) => Err(error),
             };
             idle_polls = 0;
-            // The buffers go before the caller hears of it: it may count on their memory. Nobody listens where the caller was
-            // ended by another error.
-            let answer = answer.clone();
-            queue.pop_front();
-            let _ = answer.send(result);
+            // The buffers go before the caller hears of it: it may count on their memory.
+            let (job, answer) = queue.pop_front().expect("it has a first");
+            drop(job);
+            answer.give(result);
         }
     }
 }

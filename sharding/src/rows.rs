@@ -135,6 +135,10 @@ pub(crate) fn start(comm: &dyn Comm, bucket: &Bucket, plan: &RowPlan, grads: &Te
 }
 
 impl Arriving {
+    pub(crate) fn is_over(&self) -> bool {
+        self.pending.iter().all(Pending::is_over)
+    }
+
     /// Waits, and adds what came to this rank's slice, rank by rank: the sums of whole slices, without their zeros.
     pub(crate) fn add_to(self, bucket: &Bucket, rank: usize, mine: &mut Tensor) -> Result<()> {
         self.pending.into_iter().try_for_each(Pending::wait)?;

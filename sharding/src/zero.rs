@@ -343,7 +343,7 @@ impl Zero {
     pub fn bind<W: Held>(&self, weights: Vec<&mut W>) {
         for weight in weights {
             if let Some((flat, param)) = self.places.get(weight.name()).copied() {
-                *weight.value() = self.value(flat, param).unwrap_or_else(Tensor::new);
+                *weight.value() = self.value(flat, param).unwrap_or_default();
                 if let Flat::Trained(bucket) = flat {
                     *weight.gradient() = self.gradient(bucket, param);
                 }
@@ -513,7 +513,7 @@ impl Zero {
             } else {
                 let _ = state.grads_slice.zero_();
             }
-            return Ok(self.sent(bucket));
+            return self.sent(bucket);
         }
         state.reducing = Some(match self.stage {
             Stage::Replicated => comm.all_reduce(grads, self.wire)?,
@@ -525,19 +525,27 @@ impl Zero {
                 pending
             }
         });
-        self.sent(bucket);
-        Ok(())
+        self.sent(bucket)
     }
 
     /// A bucket's reduction has started.
-    fn sent(&mut self, bucket: usize) {
+    fn sent(&mut self, bucket: usize) -> Result<()> {
         let state = &mut self.buckets[bucket];
         state.reduced = true;
         if self.stage >= Stage::Gradients {
             // The exchange keeps the memory as long as it needs it; `settle` is when it is gone.
             state.grads = None;
             self.reducing.push_back(bucket);
+            // What is over need not keep its memory.
+            let is_over = |bucket: &usize| {
+                let state = &self.buckets[*bucket];
+                state.reducing.as_ref().is_none_or(Pending::is_over)
+                    && state.rows.as_ref().is_none_or(rows::Arriving::is_over)
+            };
+            let over: Vec<usize> = self.reducing.iter().copied().filter(is_over).collect();
+            over.into_iter().try_for_each(|bucket| self.settle(bucket))?;
         }
+        Ok(())
     }
 
     /// Waits for a bucket's reduction, if there is one under way.
@@ -759,6 +767,28 @@ impl Zero {
             .enumerate()
             .map(|(index, frozen)| frozen.bucket.numel * micro_batches * gathers(Flat::Frozen(index)) * width);
         (trained.chain(frozen).sum::<usize>() * (world - 1) / world) as u64
+    }
+
+    /// Bytes of what this rank holds now: parameters in the compute precision (frozen ones too where they are divided),
+    /// gradients, optimizer state. `configs::memory` counts the same beforehand.
+    pub fn held_bytes(&self) -> [u64; 3] {
+        let bytes = |tensor: &Tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
+        let whole = |values: &Values| values.full.as_ref().map_or(0, bytes);
+        let (mut parameters, mut gradients, mut optimizer) = (0, 0, 0);
+        for state in &self.buckets {
+            parameters += whole(&state.values);
+            let own_slice = self.stage != Stage::Replicated;
+            gradients += state.grads.as_ref().map_or(0, bytes);
+            gradients += if own_slice { bytes(&state.grads_slice) } else { 0 };
+            gradients += state.incoming.as_ref().map_or(0, bytes);
+            optimizer += bytes(&state.slice.theta) + bytes(&state.slice.m) + bytes(&state.slice.v);
+        }
+        parameters += self
+            .frozen
+            .iter()
+            .map(|frozen| bytes(&frozen.slice) + whole(&frozen.values))
+            .sum::<u64>();
+        [parameters, gradients, optimizer]
     }
 
     /// This rank's slice of `bucket` and where it lies in the unpadded bucket.

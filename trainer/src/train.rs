@@ -143,10 +143,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
         let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world());
         let sent_before = comm.sent().bytes();
         let report = trainer.train_step(&batch, stop.load(Ordering::Relaxed))?;
-        let bytes_sent = [
-            comm.sent().bytes() - sent_before,
-            trainer.zero.least_bytes(comm, batch.micro_batches.len()),
-        ];
+        let bytes_sent = comm.sent().bytes() - sent_before;
         progress = Progress {
             step: trainer.step,
             targets_so_far: progress.targets_so_far + report.targets,
@@ -158,10 +155,14 @@ pub fn train(plan: &Plan, comm: &dyn Comm) -> Result<End> {
         }
         let resident = comm.max(&[resident_bytes() as f64])?[0] as u64;
         if let Some(log) = &mut log {
-            let (rows, seconds) = (rows_of_step(&plan.train, rows_step), started.elapsed().as_secs_f64());
-            log.write(metrics(
-                plan, &stream, rows, &report, progress, seconds, resident, bytes_sent,
-            ))?;
+            let measured = Measured {
+                seconds: started.elapsed().as_secs_f64(),
+                resident_bytes: resident,
+                bytes_sent,
+                bytes_least: trainer.zero.least_bytes(comm, batch.micro_batches.len()),
+            };
+            let rows = rows_of_step(&plan.train, rows_step);
+            log.write(metrics(plan, &stream, rows, &report, progress, &measured))?;
         }
 
         if let Some(why) = &report.skipped {
@@ -297,15 +298,21 @@ fn languages(stream: &Stream, rows: Range<u64>) -> String {
     counts.join(", ")
 }
 
+/// What a step took, beside what it computed.
+struct Measured {
+    seconds: f64,
+    resident_bytes: u64,
+    bytes_sent: u64,
+    bytes_least: u64,
+}
+
 fn metrics(
     plan: &Plan,
     stream: &Stream,
     rows: Range<u64>,
     report: &StepReport,
     progress: Progress,
-    seconds: f64,
-    resident_bytes: u64,
-    [bytes_sent, bytes_least]: [u64; 2],
+    measured: &Measured,
 ) -> StepMetrics {
     let step = progress.step - 1;
     let (mut languages, mut parts) = (BTreeMap::new(), BTreeMap::new());
@@ -327,11 +334,11 @@ fn metrics(
         lr: lr_by_group(plan, step),
         targets: report.targets,
         targets_so_far: progress.targets_so_far,
-        seconds,
-        tokens_per_second: (plan.train.rows_per_step * plan.train.sequence_length) as f64 / seconds,
-        resident_bytes,
-        bytes_sent,
-        bytes_least,
+        seconds: measured.seconds,
+        tokens_per_second: (plan.train.rows_per_step * plan.train.sequence_length) as f64 / measured.seconds,
+        resident_bytes: measured.resident_bytes,
+        bytes_sent: measured.bytes_sent,
+        bytes_least: measured.bytes_least,
         rows_digest: report.rows.to_string(),
         languages,
         parts,
