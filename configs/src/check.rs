@@ -516,10 +516,10 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
             raw.sequence_length
         )
     });
-    rules.require(raw.zero <= 1, || {
+    rules.require(raw.zero <= 3, || {
         format!(
-            "train.zero = {} is not 0 or 1: this build shards optimizer state only (ZeRO-1), neither gradients (2) nor \
-             parameters (3); set it to 1",
+            "train.zero = {} is no stage of ZeRO: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too; \
+             set it to 1, or higher where memory is short",
             raw.zero
         )
     });
@@ -539,6 +539,9 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
     if let Some(lora) = &raw.lora {
         check_lora(lora, &full, rules);
     }
+    if let Some(guard) = &raw.guard {
+        check_guard(guard, rules);
+    }
     Train {
         steps: raw.steps,
         sequence_length: raw.sequence_length,
@@ -549,9 +552,35 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
         device: raw.device.unwrap_or_default(),
         recompute: raw.recompute,
         zero: raw.zero,
+        shard_frozen: raw.shard_frozen.unwrap_or(false),
+        reduce: raw.reduce.unwrap_or(Precision::F32),
+        guard: raw.guard,
+        check_ranks_every: raw.check_ranks_every.unwrap_or(100),
         lora: raw.lora,
         full,
     }
+}
+
+fn check_guard(guard: &Guard, rules: &mut Rules) {
+    rules.require(guard.window >= 8, || {
+        format!(
+            "train.guard.window = {}: so few steps say nothing of how losses vary; try 128",
+            guard.window
+        )
+    });
+    rules.at_least("train.guard.skips_in_a_row", guard.skips_in_a_row, 1);
+    for (name, sigmas) in [("loss_sigmas", guard.loss_sigmas), ("norm_sigmas", guard.norm_sigmas)] {
+        rules.require(sigmas.is_none_or(|sigmas| sigmas >= 2.0), || {
+            format!(
+                "train.guard.{name} = {} would skip steps that are as usual; set it to 2 or more, such as 6",
+                sigmas.unwrap_or_default()
+            )
+        });
+    }
+    rules.require(guard.loss_sigmas.is_some() || guard.norm_sigmas.is_some(), || {
+        "train.guard names neither loss_sigmas nor norm_sigmas and guards nothing; give one, such as 6, or leave the section out"
+            .to_owned()
+    });
 }
 
 /// In the order of [`FullModule::ALL`], whatever the order in the config.

@@ -2,6 +2,7 @@
 
 mod check;
 mod error;
+pub mod memory;
 mod plan;
 mod raw;
 

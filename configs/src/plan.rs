@@ -513,8 +513,19 @@ pub struct Train {
     #[serde(default)]
     pub device: Device,
     pub recompute: Recompute,
-    /// ZeRO stage: 0 (every rank holds all optimizer state) or 1 (each a slice).
+    /// ZeRO stage, 0 to 3: what each rank keeps a slice of. 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
     pub zero: u8,
+    /// Frozen weights are divided among the ranks too, and gathered stage by stage; whatever the ZeRO stage.
+    #[serde(default)]
+    pub shard_frozen: bool,
+    /// The precision in which gradients travel; sums are made in f32.
+    #[serde(default = "f32")]
+    pub reduce: Precision,
+    #[serde(default)]
+    pub guard: Option<Guard>,
+    /// Every so many steps ranks compare digests of what they should hold alike; 0: never.
+    #[serde(default)]
+    pub check_ranks_every: u64,
     pub lora: Option<Lora>,
     /// Modules trained in full.
     pub full: Vec<FullModule>,
@@ -538,12 +549,31 @@ pub enum Device {
     Cuda,
 }
 
+/// When a step is left out on all ranks though its numbers are finite.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guard {
+    /// Steps that a step is compared with; none is left out before there are as many.
+    pub window: usize,
+    /// The loss may be this many standard deviations above the window's mean. None: any.
+    pub loss_sigmas: Option<f64>,
+    /// As may the gradient's norm.
+    pub norm_sigmas: Option<f64>,
+    /// So many skipped steps in a row end the run.
+    pub skips_in_a_row: u32,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
     F32,
     /// bf16 weights, activations and GEMMs; f32 norms, softmax, loss, gradient accumulation, master weights, moments.
     Bf16,
+}
+
+/// What plans of before the key said.
+fn f32() -> Precision {
+    Precision::F32
 }
 
 /// What a layer keeps between forward and backward.

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Group, Launch, Lora, OnUnreadable, OneDocument,
+    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Group, Guard, Launch, Lora, OnUnreadable, OneDocument,
     Precision, Recompute, Sampling, Schedule, Shape, Vocabulary, WordRules, maybe_whole,
 };
 
@@ -173,6 +173,14 @@ pub struct Train {
     pub device: Option<Device>,
     pub recompute: Recompute,
     pub zero: u8,
+    /// None: every rank keeps all frozen weights.
+    pub shard_frozen: Option<bool>,
+    /// None: f32.
+    pub reduce: Option<Precision>,
+    /// None: a step is skipped only where its loss or gradient is not finite.
+    pub guard: Option<Guard>,
+    /// None: every 100 steps.
+    pub check_ranks_every: Option<u64>,
     /// None: the body has no LoRA and stays as it is.
     pub lora: Option<Lora>,
     /// Names of [`FullModule`](crate::FullModule), or `all`.

@@ -287,9 +287,41 @@ fn sampling_may_be_typed_short_and_is_complete_in_the_plan() {
 }
 
 #[test]
+fn a_guard_says_what_it_guards() {
+    let plan = tiny(&["train.guard={window: 128, loss_sigmas: 6, skips_in_a_row: 3}"]).unwrap();
+    let guard = plan.train.guard.unwrap();
+    assert_eq!(
+        (guard.loss_sigmas, guard.norm_sigmas, guard.skips_in_a_row),
+        (Some(6.0), None, 3)
+    );
+    assert_eq!(tiny(&[]).unwrap().train.guard, None);
+    for (wrong, sentence) in [
+        (
+            "{window: 128, skips_in_a_row: 3}",
+            "names neither loss_sigmas nor norm_sigmas",
+        ),
+        (
+            "{window: 2, loss_sigmas: 6, skips_in_a_row: 3}",
+            "train.guard.window = 2: so few",
+        ),
+        (
+            "{window: 128, norm_sigmas: 1, skips_in_a_row: 3}",
+            "train.guard.norm_sigmas = 1 would skip",
+        ),
+        (
+            "{window: 128, norm_sigmas: 6, skips_in_a_row: 0}",
+            "train.guard.skips_in_a_row = 0",
+        ),
+    ] {
+        let said = tiny(&[&format!("train.guard={wrong}")]).unwrap_err();
+        assert!(said.contains(sentence), "{said}");
+    }
+}
+
+#[test]
 fn all_broken_rules_are_told_at_once() {
-    let error = tiny(&["train.zero=3", "checkpoint.keep=1"]).unwrap_err();
-    assert!(error.contains("2 settings cannot run:\n  - train.zero = 3"), "{error}");
+    let error = tiny(&["train.zero=4", "checkpoint.keep=1"]).unwrap_err();
+    assert!(error.contains("2 settings cannot run:\n  - train.zero = 4"), "{error}");
     assert!(error.contains("\n  - checkpoint.keep = 1"), "{error}");
 }
 

@@ -34,8 +34,11 @@ pub struct StepMetrics {
     /// Global L2 norm of the gradient before clipping.
     #[serde(deserialize_with = "number_or_nan")]
     pub grad_norm: f64,
-    /// The update was left out on every rank because the loss or the gradient was not finite.
+    /// The update was left out on every rank.
     pub skipped: bool,
+    /// Why, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skip_reason: Option<String>,
     /// Learning rate by parameter group, of those that train.
     pub lr: BTreeMap<Group, f64>,
     /// Target tokens of the global batch.
@@ -47,6 +50,12 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Largest resident memory over ranks, bytes.
     pub resident_bytes: u64,
+    /// Bytes that rank 0 handed to collectives for other ranks in this step.
+    #[serde(default)]
+    pub bytes_sent: u64,
+    /// The least there is with whole gradients (ZeRO's lower bound); rows of the embedding's may be fewer still.
+    #[serde(default)]
+    pub bytes_least: u64,
     /// Digest of the global batch's rows, to compare runs by eye.
     pub rows_digest: String,
     /// Rows by language in this step's global batch.
@@ -83,12 +92,15 @@ mod tests {
             loss,
             grad_norm: 0.1 + 0.2,
             skipped: !loss.is_finite(),
+            skip_reason: None,
             lr: [(Group::Lora, 1e-3), (Group::Embeddings, 2e-3)].into(),
             targets: 4080,
             targets_so_far: 16_320,
             seconds: 1.5,
             tokens_per_second: 2730.0,
             resident_bytes: 1 << 31,
+            bytes_sent: 1000,
+            bytes_least: 990,
             rows_digest: "ab12".to_owned(),
             languages: [("eng_Latn".to_owned(), 16)].into(),
             parts: [("web/eng_Latn".to_owned(), 16)].into(),

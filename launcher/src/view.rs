@@ -86,7 +86,7 @@ impl View {
 
     fn step(&mut self, step: &StepMetrics) {
         let left = self.pace.left(step);
-        let skipped = if step.skipped { "  skipped: not finite" } else { "" };
+        let skipped = if step.skipped { "  skipped" } else { "" };
         let line = format!(
             "step {}/{}  loss {:.3}  {} tokens/s  {} left  {}{skipped}",
             step.step + 1,

@@ -66,7 +66,7 @@ impl Layout {
                         start..end
                     })
                     .collect();
-                let slice_len = end.div_ceil(n_slices).next_multiple_of(ALIGNMENT);
+                let slice_len = slice_len(end, n_slices);
                 let padded = slice_len * n_slices;
                 Bucket {
                     name: spec.name.clone(),
@@ -98,6 +98,11 @@ impl Layout {
     }
 }
 
+/// The length of each of `n_slices` slices of `numel` elements, the padding of the last ones counted.
+pub fn slice_len(numel: usize, n_slices: usize) -> usize {
+    numel.div_ceil(n_slices).next_multiple_of(ALIGNMENT)
+}
+
 impl Bucket {
     /// The elements of slice `index` that are not padding, in bucket coordinates.
     pub fn slice(&self, index: usize) -> Range<usize> {
@@ -125,6 +130,23 @@ impl Bucket {
     }
 }
 
+/// Elements of whole gradients that exist at a time from ZeRO stage 2 on, at most: of the buckets that a stage's backward
+/// fills, and of those that the stage before it in backward has filled and whose reduction is under way.
+/// `stages[s]`: the buckets that stage s of the model reads, in forward order; `sizes`: padded elements of each bucket.
+pub fn most_gradients(stages: &[Vec<usize>], sizes: &[usize]) -> usize {
+    // A bucket is open from the highest to the lowest stage that reads it.
+    let open = |stage: usize, bucket: usize| {
+        let reads = |stages: &[Vec<usize>]| stages.iter().any(|buckets| buckets.contains(&bucket));
+        reads(&stages[..=stage]) && reads(&stages[stage..])
+    };
+    let at = |stage: usize| {
+        let before = (stage + 1).min(stages.len() - 1);
+        let buckets = (0..sizes.len()).filter(|&bucket| open(stage, bucket) || open(before, bucket));
+        buckets.map(|bucket| sizes[bucket]).sum()
+    };
+    (0..stages.len()).map(at).max().unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -149,6 +171,16 @@ mod tests {
             };
             buckets.into_iter().enumerate().map(name_params).collect()
         })
+    }
+
+    #[test]
+    fn a_tied_matrix_is_open_all_along_and_an_untied_pair_is_not_open_together() {
+        // Embedding (bucket 0), two layers, head (bucket 3).
+        let untied = [vec![0], vec![1], vec![2], vec![3]];
+        assert_eq!(most_gradients(&untied, &[1000, 10, 20, 1000]), 1020);
+        // The head reads bucket 0 and has a norm of its own.
+        let tied = [vec![0], vec![1], vec![2], vec![0, 3]];
+        assert_eq!(most_gradients(&tied, &[1000, 10, 20, 1]), 1030);
     }
 
     proptest! {

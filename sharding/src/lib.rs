@@ -4,16 +4,18 @@
 pub mod adamw;
 pub mod comm;
 pub mod cuda;
+pub mod digest;
 pub mod layout;
 pub mod memory;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod rows;
 mod solo;
 pub mod zero;
 
-pub use comm::{Comm, Pending, Reduce};
+pub use comm::{Comm, Pending, Reduce, Sent, Wire};
 pub use layout::{BucketSpec, Layout, ParamSpec};
-pub use zero::{Stage, Zero};
+pub use zero::{Held, Pass, Stage, Zero};
 
 /// What can go wrong between ranks.
 #[derive(Debug, thiserror::Error)]
@@ -34,9 +36,20 @@ pub enum Error {
     #[error("{world} ranks were started but this worker was built without MPI; build it with the feature `mpi`")]
     NoMpi { world: usize },
     #[error(
-        "ranks {ranks:?} registered other trainable parameters than rank 0; start all ranks with the same binary, config and base model"
+        "ranks {ranks:?} registered other parameters than rank 0; start all ranks with the same binary, config and base model\n  \
+         only rank 0 has:{rank_0_only}\n  only rank {first} has:{first_only}"
     )]
-    LayoutMismatch { ranks: Vec<usize> },
+    LayoutMismatch {
+        ranks: Vec<usize>,
+        /// The first of `ranks`, whose lines are shown.
+        first: usize,
+        rank_0_only: String,
+        first_only: String,
+    },
+    #[error("no thread could be started for collectives; the machine is out of processes or memory")]
+    NoThread,
+    #[error("the thread that makes the collectives is gone; look at this rank's log for what ended it")]
+    Gone,
     #[error(transparent)]
     Torch(#[from] tch::TchError),
 }
@@ -49,10 +62,16 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// When MPI does not see as many ranks as the launcher placed, which happens when `srun` starts N singletons.
 pub fn join(world: usize) -> Result<Box<dyn Comm>> {
     if world == 1 {
-        return Ok(Box::new(solo::Solo));
+        return Ok(Box::new(solo::Solo::default()));
     }
     #[cfg(feature = "mpi")]
     return Ok(Box::new(mpi::Mpi::join(world)?));
     #[cfg(not(feature = "mpi"))]
     return Err(Error::NoMpi { world });
+}
+
+/// Joins through MPI even when there is one rank only; [`join`] needs no MPI then.
+#[cfg(feature = "mpi")]
+pub fn join_through_mpi(world: usize) -> Result<Box<dyn Comm>> {
+    Ok(Box::new(mpi::Mpi::join(world)?))
 }

@@ -1,21 +1,60 @@
-//! ZeRO: gradients are summed over ranks bucket by bucket, each rank updates its slice of the f32 master weights, and all
-//! ranks publish their slices to all.
-//! Source: Rajbhandari et al. 2020, "ZeRO", §5.1 (P_os).
+//! ZeRO: what training keeps is divided among ranks. Gradients are summed over ranks bucket by bucket, each rank updates
+//! its slice of the f32 master weights, and all ranks get each other's slices when they need them.
+//! Source: Rajbhandari et al. 2020, "ZeRO", §5.
+//!
+//! ψ trained elements, N ranks, 4-byte gradients and 12 bytes of optimizer state (master, m, v) an element:
+//!
+//! | stage | a rank keeps                              | a rank sends a step of A micro-batches |
+//! |-------|-------------------------------------------|-----------------------------------------|
+//! | 0     | params + 4ψ + 12ψ                         | 2ψ(N−1)/N                               |
+//! | 1     | params + 4ψ + 16ψ/N                       | 2ψ(N−1)/N                               |
+//! | 2     | params + 16ψ/N + two stages' gradients    | (A + 1)ψ(N−1)/N                         |
+//! | 3     | 16ψ/N + two stages' gradients and params  | 3Aψ(N−1)/N                              |
+//!
+//! From stage 2 on a bucket's whole gradient exists from its stage's backward to the end of its reduction, in every
+//! micro-batch: kept until the last one, it would be as large as in stage 1. From stage 3 on so do the parameters; frozen
+//! weights can be divided in the same way whatever the stage.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::adamw::{self, AdamW};
-use crate::{BucketSpec, Comm, Error, Layout, Pending, Reduce, Result};
+use crate::digest::{self, Digests, damaged};
+use crate::layout::{Bucket, most_gradients, slice_len};
+use crate::memory::{bytes, i64s};
+use crate::rows::{self, RowPlan};
+use crate::{BucketSpec, Comm, Error, Layout, ParamSpec, Pending, Result, Wire};
 
-/// How much of the training state is sharded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How much of the training state is sharded; each stage shards what the one before does as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     /// Every rank holds all optimizer state and makes the same update.
     Replicated,
     /// Each rank holds and updates one slice of the optimizer state.
     OptimizerState,
+    /// Each rank keeps one slice of the summed gradient.
+    Gradients,
+    /// Each rank keeps one slice of the parameters.
+    Parameters,
+}
+
+impl Stage {
+    pub const ALL: [Stage; 4] = [
+        Stage::Replicated,
+        Stage::OptimizerState,
+        Stage::Gradients,
+        Stage::Parameters,
+    ];
+}
+
+/// A model's weight, as ZeRO fills and empties it.
+pub trait Held {
+    /// Unlike any other's, and the same on all ranks.
+    fn name(&self) -> &str;
+    fn value(&mut self) -> &mut Tensor;
+    fn gradient(&mut self) -> &mut Option<Tensor>;
 }
 
 /// A trained parameter as the model sees it: two views into its bucket.
@@ -36,13 +75,50 @@ pub struct Slice {
     pub v: Tensor,
 }
 
+/// A bucket's parameters in the compute precision.
+#[derive(Default)]
+struct Values {
+    /// Flat and padded; absent while only slices are kept.
+    full: Option<Tensor>,
+    /// The all-gather that fills `full`.
+    arriving: Option<Pending>,
+}
+
+impl Values {
+    fn wait(&mut self) -> Result<()> {
+        self.arriving.take().map_or(Ok(()), Pending::wait)
+    }
+}
+
 struct BucketState {
-    params: Tensor,
-    grads: Tensor,
+    values: Values,
+    /// f32, flat and padded. From stage 2 on absent outside of backward.
+    grads: Option<Tensor>,
     /// This rank's slice of the summed gradient; all of `grads` when nothing is sharded.
     grads_slice: Tensor,
-    slice: Slice,
     reducing: Option<Pending>,
+    /// What the reduction under way fills, where `grads_slice` holds earlier micro-batches' sum.
+    incoming: Option<Tensor>,
+    /// The reduction under way, where it travels as rows.
+    rows: Option<rows::Arriving>,
+    /// `grads_slice` holds something of this step.
+    reduced: bool,
+    slice: Slice,
+}
+
+/// Frozen weights of a stage of which each rank keeps a slice.
+struct Frozen {
+    bucket: Bucket,
+    /// In the compute precision, padded.
+    slice: Tensor,
+    values: Values,
+}
+
+/// Where a weight lies: flat bucket, and parameter in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flat {
+    Trained(usize),
+    Frozen(usize),
 }
 
 /// What all ranks know alike after a backward pass.
@@ -63,12 +139,42 @@ impl Verdict {
     }
 }
 
+/// Which way the step walks through the model's stages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    Forward,
+    /// The last stage goes forward and backward at once, in this pass. `last`: no micro-batch of the step follows.
+    Backward {
+        last: bool,
+    },
+}
+
+impl Pass {
+    fn is_backward(self) -> bool {
+        self != Pass::Forward
+    }
+}
+
 /// Parameters, gradients and optimizer state of everything that trains, as this rank holds them.
 pub struct Zero {
+    stage: Stage,
+    kind: Kind,
+    wire: Wire,
     layout: Layout,
     /// Which slice of each bucket is this rank's.
     my_slice: usize,
     buckets: Vec<BucketState>,
+    frozen: Vec<Frozen>,
+    places: BTreeMap<String, (Flat, usize)>,
+    /// The buckets that each of the model's stages reads, in forward order.
+    stages: Vec<Vec<Flat>>,
+    /// Buckets whose reductions are under way and hold whole gradients, oldest first; stages 2 and 3.
+    reducing: VecDeque<usize>,
+    /// Elements of whole gradients that may exist at a time; stages 2 and 3.
+    gradient_budget: usize,
+    /// The bucket whose gradient may travel as rows, and how it does in each reduction of this step still to come.
+    row_bucket: usize,
+    row_plans: VecDeque<Option<RowPlan>>,
     /// Updates made since the run began; AdamW's bias correction counts them.
     pub updates: u64,
 }
@@ -88,113 +194,460 @@ impl Zero {
     ) -> Result<Zero> {
         let (n_slices, my_slice) = match stage {
             Stage::Replicated => (1, 0),
-            Stage::OptimizerState => (comm.world(), comm.rank()),
+            _ => (comm.world(), comm.rank()),
         };
         let layout = Layout::new(specs, n_slices);
-        check_ranks_agree(comm, &layout)?;
+        check_ranks_agree(comm, &layout.describe())?;
         let mut buckets = Vec::with_capacity(layout.buckets.len());
         for (b, bucket) in layout.buckets.iter().enumerate() {
             let values: Vec<Tensor> = (0..bucket.params.len()).map(|p| initial(b, p)).collect();
             let device = values.first().map_or(Device::Cpu, Tensor::device);
             let zeros = |len: usize, kind| Tensor::f_zeros([len as i64], (kind, device));
-            let master = zeros(bucket.padded, Kind::Float)?;
-            for ((range, param), value) in bucket.ranges.iter().zip(&bucket.params).zip(values) {
-                assert_eq!(
-                    value.size(),
-                    param.shape,
-                    "{}: the initial value has the registered shape",
-                    param.name
-                );
-                view(&master, range.clone()).f_copy_(&value.reshape([-1]))?;
-            }
-            let mut params = zeros(bucket.padded, kind)?;
-            params.f_copy_(&master)?;
-            let my_range = my_slice * bucket.slice_len..(my_slice + 1) * bucket.slice_len;
-            let theta = if n_slices == 1 {
-                master
+            let theta = slice_of(bucket, my_slice, &values, Kind::Float, device)?;
+            let full = if stage < Stage::Parameters {
+                let whole = zeros(bucket.padded, kind)?;
+                for (range, value) in bucket.ranges.iter().zip(&values) {
+                    view(&whole, range.clone()).f_copy_(&value.reshape([-1]))?;
+                }
+                Some(whole)
             } else {
-                view(&master, my_range).copy()
+                None
             };
-            let grads = zeros(bucket.padded, Kind::Float)?;
-            let grads_slice = if n_slices == 1 {
-                grads.shallow_clone()
+            let grads = if stage < Stage::Gradients {
+                Some(zeros(bucket.padded, Kind::Float)?)
             } else {
-                zeros(bucket.slice_len, Kind::Float)?
+                None
             };
-            let slice = Slice {
-                theta,
-                m: zeros(bucket.slice_len, Kind::Float)?,
-                v: zeros(bucket.slice_len, Kind::Float)?,
+            let grads_slice = match &grads {
+                Some(grads) if n_slices == 1 => grads.shallow_clone(),
+                _ => zeros(bucket.slice_len, Kind::Float)?,
             };
             buckets.push(BucketState {
-                params,
+                values: Values { full, arriving: None },
                 grads,
                 grads_slice,
-                slice,
                 reducing: None,
+                incoming: None,
+                rows: None,
+                reduced: false,
+                slice: Slice {
+                    theta,
+                    m: zeros(bucket.slice_len, Kind::Float)?,
+                    v: zeros(bucket.slice_len, Kind::Float)?,
+                },
             });
         }
+        let places = layout.buckets.iter().enumerate().flat_map(|(b, bucket)| {
+            let params = bucket.params.iter().enumerate();
+            params.map(move |(p, param)| (param.name.clone(), (Flat::Trained(b), p)))
+        });
         Ok(Zero {
-            layout,
+            stage,
+            kind,
+            wire: Wire::F32,
+            places: places.collect(),
             my_slice,
             buckets,
+            frozen: Vec::new(),
+            stages: Vec::new(),
+            reducing: VecDeque::new(),
+            gradient_budget: layout.buckets.iter().map(|bucket| bucket.padded).sum(),
+            layout,
+            row_bucket: usize::MAX,
+            row_plans: VecDeque::new(),
             updates: 0,
         })
+    }
+
+    /// Gradients travel in this precision from now on.
+    pub fn reduce_in(&mut self, wire: Wire) {
+        self.wire = wire;
+    }
+
+    /// Takes a stage's frozen weights away and keeps this rank's slice of them. All ranks call it for the same stages.
+    ///
+    /// # Errors
+    /// When a rank has other weights than rank 0.
+    pub fn shard_frozen<W: Held>(&mut self, comm: &dyn Comm, stage_name: &str, weights: Vec<&mut W>) -> Result<()> {
+        let mut weights: Vec<_> = weights
+            .into_iter()
+            .filter(|weight| !self.places.contains_key(weight.name()))
+            .collect();
+        if weights.is_empty() || comm.world() == 1 {
+            return Ok(());
+        }
+        let values: Vec<Tensor> = weights
+            .iter_mut()
+            .map(|weight| weight.value().shallow_clone())
+            .collect();
+        let (kind, device) = (values[0].kind(), values[0].device());
+        let params = weights.iter().zip(&values).map(|(weight, value)| ParamSpec {
+            name: weight.name().to_owned(),
+            shape: value.size(),
+            group: 0,
+        });
+        let spec = BucketSpec {
+            name: stage_name.to_owned(),
+            params: params.collect(),
+        };
+        let layout = Layout::new(&[spec], comm.world());
+        check_ranks_agree(comm, &layout.describe())?;
+        let bucket = layout.buckets.into_iter().next().expect("one was given");
+        let slice = slice_of(&bucket, comm.rank(), &values, kind, device)?;
+        let index = self.frozen.len();
+        for (p, weight) in weights.into_iter().enumerate() {
+            self.places.insert(weight.name().to_owned(), (Flat::Frozen(index), p));
+            *weight.value() = Tensor::new();
+        }
+        self.frozen.push(Frozen {
+            bucket,
+            slice,
+            values: Values::default(),
+        });
+        Ok(())
+    }
+
+    /// Tells which weights each of the model's stages reads, in forward order, by name. A weight may be read by several.
+    pub fn schedule(&mut self, stages: &[Vec<String>]) {
+        self.stages = stages
+            .iter()
+            .map(|names| {
+                let mut flats: Vec<Flat> = Vec::new();
+                for (flat, _) in names.iter().filter_map(|name| self.places.get(name)) {
+                    if !flats.contains(flat) {
+                        flats.push(*flat);
+                    }
+                }
+                flats
+            })
+            .collect();
+        let trained: Vec<Vec<usize>> = self.stages.iter().map(|flats| trained(flats).collect()).collect();
+        let sizes: Vec<usize> = self.layout.buckets.iter().map(|bucket| bucket.padded).collect();
+        self.gradient_budget = most_gradients(&trained, &sizes);
     }
 
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// The views of parameter `param` of bucket `bucket`.
-    pub fn trained(&self, bucket: usize, param: usize) -> Trained {
-        let range = self.layout.buckets[bucket].ranges[param].clone();
-        let shape = &self.layout.buckets[bucket].params[param].shape;
-        let state = &self.buckets[bucket];
-        Trained {
-            value: view(&state.params, range.clone()).view(shape.as_slice()),
-            grad: view(&state.grads, range).view(shape.as_slice()),
+    pub fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// Whether anything of the model's weights is away between the stages that read it.
+    fn comes_and_goes(&self) -> bool {
+        self.stage == Stage::Parameters || !self.frozen.is_empty()
+    }
+
+    /// Makes weights what of theirs is here: views into their buckets, or nothing.
+    pub fn bind<W: Held>(&self, weights: Vec<&mut W>) {
+        for weight in weights {
+            if let Some((flat, param)) = self.places.get(weight.name()).copied() {
+                *weight.value() = self.value(flat, param).unwrap_or_default();
+                if let Flat::Trained(bucket) = flat {
+                    *weight.gradient() = self.gradient(bucket, param);
+                }
+            }
         }
     }
 
-    /// Zeroes every gradient; called before a step's first backward.
+    fn bucket(&self, flat: Flat) -> &Bucket {
+        match flat {
+            Flat::Trained(b) => &self.layout.buckets[b],
+            Flat::Frozen(f) => &self.frozen[f].bucket,
+        }
+    }
+
+    fn values_mut(&mut self, flat: Flat) -> &mut Values {
+        match flat {
+            Flat::Trained(b) => &mut self.buckets[b].values,
+            Flat::Frozen(f) => &mut self.frozen[f].values,
+        }
+    }
+
+    fn value(&self, flat: Flat, param: usize) -> Option<Tensor> {
+        let full = match flat {
+            Flat::Trained(b) => self.buckets[b].values.full.as_ref()?,
+            Flat::Frozen(f) => self.frozen[f].values.full.as_ref()?,
+        };
+        Some(shaped(full, self.bucket(flat), param))
+    }
+
+    fn gradient(&self, bucket: usize, param: usize) -> Option<Tensor> {
+        let grads = self.buckets[bucket].grads.as_ref()?;
+        Some(shaped(grads, &self.layout.buckets[bucket], param))
+    }
+
+    /// The views of parameter `param` of bucket `bucket`. Stages 0 and 1, where both are always there.
+    pub fn trained(&self, bucket: usize, param: usize) -> Trained {
+        let present = "whole parameters and gradients are kept in stages 0 and 1";
+        Trained {
+            value: self.value(Flat::Trained(bucket), param).expect(present),
+            grad: self.gradient(bucket, param).expect(present),
+        }
+    }
+
+    /// Forgets the last step's gradient; called before a step's first backward.
     pub fn clear_gradients(&mut self) {
         for state in &mut self.buckets {
-            let _ = state.grads.zero_();
+            if let Some(grads) = &mut state.grads {
+                let _ = grads.zero_();
+            }
+            state.reduced = false;
         }
     }
 
-    /// Starts summing a bucket's gradient over ranks. Its last backward of the step has ended.
-    pub fn reduce(&mut self, comm: &dyn Comm, bucket: usize) -> Result<()> {
-        let sharded = self.layout.n_slices > 1;
-        let state = &mut self.buckets[bucket];
-        assert!(state.reducing.is_none(), "each bucket is reduced once a step");
-        state.reducing = Some(if sharded {
-            comm.reduce_scatter(&state.grads, &mut state.grads_slice)?
-        } else {
-            comm.all_reduce(&mut state.grads, Reduce::Sum)?
-        });
+    /// Tells that this step's gradient of a matrix will be zero but for the rows that the micro-batches' `ids` name; it then
+    /// travels as rows wherever that is fewer bytes, by counts that all ranks share. All ranks call it before a step.
+    pub fn choose_rows(&mut self, comm: &dyn Comm, matrix: &str, ids: &[&Tensor]) -> Result<()> {
+        self.row_plans.clear();
+        let Some((Flat::Trained(index), _)) = self.places.get(matrix).copied() else {
+            return Ok(());
+        };
+        let bucket = &self.layout.buckets[index];
+        let readers = self
+            .stages
+            .iter()
+            .filter(|flats| flats.contains(&Flat::Trained(index)))
+            .count();
+        let on_cpu = self.buckets[index].slice.theta.device() == Device::Cpu;
+        // A tied head gives every row a gradient.
+        if readers != 1 || bucket.params.len() != 1 || self.layout.n_slices == 1 || !on_cpu {
+            return Ok(());
+        }
+        let unique = |ids: &[&Tensor]| -> Vec<i64> {
+            let mut rows: Vec<i64> = ids.iter().flat_map(|ids| i64s(ids).iter().copied()).collect();
+            rows.sort_unstable();
+            rows.dedup();
+            rows
+        };
+        let rows = match self.stage >= Stage::Gradients {
+            true => ids.chunks(1).map(unique).collect(),
+            false => vec![unique(ids)],
+        };
+        self.row_plans = rows::plan(comm, bucket, self.wire, rows)?.into();
+        self.row_bucket = index;
         Ok(())
+    }
+
+    /// Called before a model's stage runs: its parameters are there on return, those of the next stage on their way. In
+    /// backward its gradients are there as well.
+    pub fn enter<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
+        let reads = self.reads(stage, pass);
+        if self.comes_and_goes() {
+            let next = self.next(stage, pass).map(|(stage, pass)| self.reads(stage, pass));
+            for flat in reads.iter().chain(next.iter().flatten()) {
+                self.call_for(comm, *flat)?;
+            }
+        }
+        for flat in reads {
+            self.values_mut(flat).wait()?;
+        }
+        if pass.is_backward() && self.stage >= Stage::Gradients {
+            for bucket in trained(&self.stages[stage]).collect::<Vec<_>>() {
+                self.open_gradients(bucket)?;
+            }
+        } else if !self.comes_and_goes() {
+            return Ok(());
+        }
+        self.bind(weights);
+        Ok(())
+    }
+
+    /// Called after a model's stage ran: what it alone read goes. In backward its gradient is complete but for the
+    /// micro-batches to come: after the step's last one its reduction over ranks starts now; from stage 2 on after each.
+    pub fn leave<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
+        let keeps_slices = self.stage >= Stage::Gradients;
+        if matches!(pass, Pass::Backward { last } if last || keeps_slices) {
+            // Backward goes down: a bucket is complete at the lowest stage that reads it.
+            let below = |bucket| {
+                self.stages[..stage]
+                    .iter()
+                    .any(|flats| flats.contains(&Flat::Trained(bucket)))
+            };
+            let complete: Vec<usize> = trained(&self.stages[stage]).filter(|bucket| !below(*bucket)).collect();
+            for bucket in complete {
+                self.reduce(comm, bucket)?;
+            }
+        }
+        let kept = self.next(stage, pass).map(|(stage, pass)| self.reads(stage, pass));
+        for flat in self.reads(stage, pass) {
+            let away = matches!(flat, Flat::Frozen(_)) || self.stage == Stage::Parameters;
+            if away && !kept.as_ref().is_some_and(|kept| kept.contains(&flat)) {
+                *self.values_mut(flat) = Values::default();
+            }
+        }
+        if keeps_slices || self.comes_and_goes() {
+            self.bind(weights);
+        }
+        Ok(())
+    }
+
+    /// Starts summing a bucket's gradient over ranks.
+    pub fn reduce(&mut self, comm: &dyn Comm, bucket: usize) -> Result<()> {
+        if self.stage >= Stage::Gradients {
+            // An earlier micro-batch's, long done.
+            self.settle(bucket)?;
+        }
+        let rows = match bucket == self.row_bucket {
+            true => self.row_plans.pop_front().flatten(),
+            false => None,
+        };
+        let state = &mut self.buckets[bucket];
+        assert!(
+            state.reducing.is_none() && state.rows.is_none(),
+            "each bucket is reduced once a micro-batch"
+        );
+        let grads = state.grads.as_mut().expect("gradients are there in backward");
+        if let Some(plan) = rows {
+            state.rows = Some(rows::start(
+                comm,
+                &self.layout.buckets[bucket],
+                &plan,
+                grads,
+                self.wire,
+            )?);
+            // Sums are made where the rows arrive.
+            if state.reduced {
+                state.incoming = Some(state.grads_slice.f_zeros_like()?);
+            } else {
+                let _ = state.grads_slice.zero_();
+            }
+            return self.sent(bucket);
+        }
+        state.reducing = Some(match self.stage {
+            Stage::Replicated => comm.all_reduce(grads, self.wire)?,
+            _ if !state.reduced => comm.reduce_scatter(grads, &mut state.grads_slice, self.wire)?,
+            _ => {
+                let mut incoming = state.grads_slice.f_zeros_like()?;
+                let pending = comm.reduce_scatter(grads, &mut incoming, self.wire)?;
+                state.incoming = Some(incoming);
+                pending
+            }
+        });
+        self.sent(bucket)
+    }
+
+    /// A bucket's reduction has started.
+    fn sent(&mut self, bucket: usize) -> Result<()> {
+        let state = &mut self.buckets[bucket];
+        state.reduced = true;
+        if self.stage >= Stage::Gradients {
+            // The exchange keeps the memory as long as it needs it; `settle` is when it is gone.
+            state.grads = None;
+            self.reducing.push_back(bucket);
+            // What is over need not keep its memory.
+            let is_over = |bucket: &usize| {
+                let state = &self.buckets[*bucket];
+                state.reducing.as_ref().is_none_or(Pending::is_over)
+                    && state.rows.as_ref().is_none_or(rows::Arriving::is_over)
+            };
+            let over: Vec<usize> = self.reducing.iter().copied().filter(is_over).collect();
+            over.into_iter().try_for_each(|bucket| self.settle(bucket))?;
+        }
+        Ok(())
+    }
+
+    /// Waits for a bucket's reduction, if there is one under way.
+    fn settle(&mut self, bucket: usize) -> Result<()> {
+        let state = &mut self.buckets[bucket];
+        let (pending, rows) = (state.reducing.take(), state.rows.take());
+        if pending.is_some() || rows.is_some() {
+            pending.map_or(Ok(()), Pending::wait)?;
+            if let Some(rows) = rows {
+                let sums = state.incoming.as_mut().unwrap_or(&mut state.grads_slice);
+                rows.add_to(&self.layout.buckets[bucket], self.my_slice, sums)?;
+            }
+            if let Some(incoming) = state.incoming.take() {
+                let _ = state.grads_slice.f_add_(&incoming)?;
+            }
+            self.reducing.retain(|reducing| *reducing != bucket);
+        }
+        Ok(())
+    }
+
+    /// Room for a bucket's whole gradient, zeroed. Others' reductions are waited for as long as it would be too much.
+    fn open_gradients(&mut self, bucket: usize) -> Result<()> {
+        if self.buckets[bucket].grads.is_some() {
+            return Ok(());
+        }
+        let sizes: Vec<usize> = self.layout.buckets.iter().map(|bucket| bucket.padded).collect();
+        while let Some(oldest) = self.reducing.front().copied() {
+            let open = (0..self.buckets.len()).filter(|b| self.buckets[*b].grads.is_some());
+            let live: usize = open.chain(self.reducing.iter().copied()).map(|b| sizes[b]).sum();
+            if live + sizes[bucket] <= self.gradient_budget {
+                break;
+            }
+            self.settle(oldest)?;
+        }
+        let (len, device) = (
+            self.layout.buckets[bucket].padded,
+            self.buckets[bucket].slice.theta.device(),
+        );
+        self.buckets[bucket].grads = Some(Tensor::f_zeros([len as i64], (Kind::Float, device))?);
+        Ok(())
+    }
+
+    /// Starts gathering what is not here.
+    fn call_for(&mut self, comm: &dyn Comm, flat: Flat) -> Result<()> {
+        if self.values_mut(flat).full.is_some() {
+            return Ok(());
+        }
+        let mine = match flat {
+            Flat::Trained(b) => self.buckets[b].slice.theta.f_to_kind(self.kind)?,
+            Flat::Frozen(f) => self.frozen[f].slice.shallow_clone(),
+        };
+        let padded = self.bucket(flat).padded as i64;
+        let mut full = Tensor::f_empty([padded], (mine.kind(), mine.device()))?;
+        let arriving = comm.all_gather(&mine, &mut full)?;
+        *self.values_mut(flat) = Values {
+            full: Some(full),
+            arriving: Some(arriving),
+        };
+        Ok(())
+    }
+
+    /// What a stage reads in a pass. The first stage's backward adds rows to a gradient and reads no parameter.
+    fn reads(&self, stage: usize, pass: Pass) -> Vec<Flat> {
+        if stage == 0 && pass.is_backward() {
+            Vec::new()
+        } else {
+            self.stages.get(stage).cloned().unwrap_or_default()
+        }
+    }
+
+    fn next(&self, stage: usize, pass: Pass) -> Option<(usize, Pass)> {
+        let last = self.stages.len() - 1;
+        match pass {
+            Pass::Forward if stage + 1 == last => Some((last, Pass::Backward { last: false })),
+            Pass::Forward => Some((stage + 1, Pass::Forward)),
+            Pass::Backward { .. } => stage.checked_sub(1).map(|below| (below, pass)),
+        }
     }
 
     /// Waits for all reductions; then one small reduction tells every rank the gradient's norm, whether everything is
     /// finite, and the sums of `ride_along`.
     pub fn finish(&mut self, comm: &dyn Comm, ride_along: &[f64]) -> Result<Verdict> {
-        for state in &mut self.buckets {
-            state.reducing.take().expect("every bucket was reduced").wait()?;
+        for bucket in 0..self.buckets.len() {
+            self.settle(bucket)?;
+            assert!(self.buckets[bucket].reduced, "every bucket was reduced");
         }
-        // Unsharded gradients are whole on every rank: each rank counts its share once.
-        let share = if self.layout.n_slices > 1 {
-            1.0
-        } else {
-            1.0 / comm.world() as f64
-        };
         let squares: f64 = self
             .buckets
             .iter()
-            .map(|state| adamw::sum_of_squares(&state.grads_slice))
+            .zip(&self.layout.buckets)
+            .map(|(state, bucket)| match self.stage {
+                // Whole on every rank: each counts the slice that would be its own.
+                Stage::Replicated => {
+                    let length = slice_len(bucket.numel, comm.world());
+                    let start = (comm.rank() * length).min(bucket.numel);
+                    let end = (start + length).min(bucket.numel);
+                    adamw::sum_of_squares(&view(&state.grads_slice, start..end))
+                }
+                _ => adamw::sum_of_squares(&state.grads_slice),
+            })
             .sum();
-        let mut values = vec![squares * share];
+        let mut values = vec![squares];
         values.extend_from_slice(ride_along);
         let mut sums = comm.sum(&values)?;
         let squares = sums.remove(0);
@@ -209,6 +662,10 @@ impl Zero {
     /// One AdamW update of this rank's slices; `groups[g]` is the learning rate and so on of parameter group g.
     pub fn update(&mut self, groups: &[AdamW]) {
         for (bucket, state) in self.layout.buckets.iter().zip(&mut self.buckets) {
+            assert!(
+                state.values.arriving.is_none(),
+                "what is being published may not change"
+            );
             let Slice { theta, m, v } = &mut state.slice;
             for (part, group) in bucket.groups_in_slice(self.my_slice) {
                 adamw::update(&groups[group], theta, m, v, &state.grads_slice, part);
@@ -217,18 +674,122 @@ impl Zero {
         self.updates += 1;
     }
 
-    /// Casts this rank's master weights to the compute precision and gives every rank all of them.
+    /// Casts this rank's master weights to the compute precision and starts giving every rank all of them; each of the
+    /// model's stages waits for its own when it is entered. From stage 3 on there is nothing to publish.
     pub fn publish(&mut self, comm: &dyn Comm) -> Result<()> {
-        let mut publishing = Vec::with_capacity(self.buckets.len());
+        if self.stage == Stage::Parameters {
+            return Ok(());
+        }
         for state in &mut self.buckets {
+            state.values.wait()?;
+            let full = state.values.full.as_mut().expect("whole before stage 3");
             if self.layout.n_slices == 1 {
-                state.params.f_copy_(&state.slice.theta)?;
+                full.f_copy_(&state.slice.theta)?;
             } else {
-                let mine = state.slice.theta.f_to_kind(state.params.kind())?;
-                publishing.push(comm.all_gather(&mine, &mut state.params)?);
+                let mine = state.slice.theta.f_to_kind(full.kind())?;
+                state.values.arriving = Some(comm.all_gather(&mine, full)?);
             }
         }
-        publishing.into_iter().try_for_each(Pending::wait)
+        Ok(())
+    }
+
+    /// Waits until all that was published has arrived. For whoever reads the model outside of a step.
+    pub fn arrived(&mut self) -> Result<()> {
+        self.buckets.iter_mut().try_for_each(|state| state.values.wait())
+    }
+
+    /// Compares what the ranks should hold alike: the ranks whose memory is damaged, each with what is wrong. From stage 3 on
+    /// nothing is held alike, and nothing is found.
+    pub fn damaged_ranks(&mut self, comm: &dyn Comm) -> Result<Vec<(usize, &'static str)>> {
+        self.arrived()?;
+        if self.stage == Stage::Parameters {
+            return Ok(Vec::new());
+        }
+        let n_slices = self.layout.n_slices;
+        let digest = |tensor: &Tensor| digest::fold(bytes(&tensor.to_device(Device::Cpu)));
+        let mut mine = Digests {
+            copies: vec![0; n_slices],
+            truth: 0,
+        };
+        for (bucket, state) in self.layout.buckets.iter().zip(&self.buckets) {
+            let full = state.values.full.as_ref().expect("whole before stage 3");
+            for (slice, copy) in mine.copies.iter_mut().enumerate() {
+                let range = slice * bucket.slice_len..(slice + 1) * bucket.slice_len;
+                *copy = digest::mix(*copy, digest(&view(full, range)));
+            }
+            let published = state.slice.theta.f_to_kind(full.kind())?;
+            mine.truth = digest::mix(mine.truth, digest(&published));
+        }
+        let words = mine.copies.iter().chain([&mine.truth]);
+        let words: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
+        let all = comm.all_gather_bytes(&words)?;
+        let read = |words: &Vec<u8>| {
+            let mut copies: Vec<u64> = words
+                .chunks_exact(8)
+                .map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")))
+                .collect();
+            let truth = copies.pop().expect("the truth stands last");
+            Digests { copies, truth }
+        };
+        Ok(damaged(&all.iter().map(read).collect::<Vec<_>>()))
+    }
+
+    /// The least bytes that a rank sends in a step of so many micro-batches with whole gradients: what `Comm::sent` grows by,
+    /// but for padding, a few numbers, and rows where they are fewer.
+    pub fn least_bytes(&self, comm: &dyn Comm, micro_batches: usize) -> u64 {
+        let world = comm.world();
+        let wire = self.wire.bytes();
+        let width = self.kind.elt_size_in_bytes();
+        // How often a micro-batch gathers a bucket: before forward and before backward, but the head's are one pass and the
+        // embedding's backward reads nothing.
+        let gathers = |flat: Flat| {
+            let last = self.stages.len().saturating_sub(1);
+            let visits = self
+                .stages
+                .iter()
+                .enumerate()
+                .filter(|(_, flats)| flats.contains(&flat));
+            visits
+                .map(|(stage, _)| if stage == 0 || stage == last { 1 } else { 2 })
+                .sum::<usize>()
+        };
+        let trained = self.layout.buckets.iter().enumerate().map(|(index, bucket)| {
+            let each = match self.stage {
+                Stage::Replicated => 2 * wire,
+                Stage::OptimizerState => wire + width,
+                Stage::Gradients => micro_batches * wire + width,
+                Stage::Parameters => micro_batches * (wire + gathers(Flat::Trained(index)) * width),
+            };
+            bucket.numel * each
+        });
+        let frozen = self
+            .frozen
+            .iter()
+            .enumerate()
+            .map(|(index, frozen)| frozen.bucket.numel * micro_batches * gathers(Flat::Frozen(index)) * width);
+        (trained.chain(frozen).sum::<usize>() * (world - 1) / world) as u64
+    }
+
+    /// Bytes of what this rank holds now: parameters in the compute precision (frozen ones too where they are divided),
+    /// gradients, optimizer state. `configs::memory` counts the same beforehand.
+    pub fn held_bytes(&self) -> [u64; 3] {
+        let bytes = |tensor: &Tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
+        let whole = |values: &Values| values.full.as_ref().map_or(0, bytes);
+        let (mut parameters, mut gradients, mut optimizer) = (0, 0, 0);
+        for state in &self.buckets {
+            parameters += whole(&state.values);
+            let own_slice = self.stage != Stage::Replicated;
+            gradients += state.grads.as_ref().map_or(0, bytes);
+            gradients += if own_slice { bytes(&state.grads_slice) } else { 0 };
+            gradients += state.incoming.as_ref().map_or(0, bytes);
+            optimizer += bytes(&state.slice.theta) + bytes(&state.slice.m) + bytes(&state.slice.v);
+        }
+        parameters += self
+            .frozen
+            .iter()
+            .map(|frozen| bytes(&frozen.slice) + whole(&frozen.values))
+            .sum::<u64>();
+        [parameters, gradients, optimizer]
     }
 
     /// This rank's slice of `bucket` and where it lies in the unpadded bucket.
@@ -241,32 +802,88 @@ impl Zero {
 
     /// As [`Zero::slice`], to fill from a checkpoint; [`Zero::publish`] makes what was filled the model's.
     pub fn slice_mut(&mut self, bucket: usize) -> (Range<usize>, &mut Slice) {
-        (
-            self.layout.buckets[bucket].slice(self.my_slice),
-            &mut self.buckets[bucket].slice,
-        )
+        let state = &mut self.buckets[bucket];
+        assert!(
+            state.values.arriving.is_none(),
+            "what is being published may not change"
+        );
+        (self.layout.buckets[bucket].slice(self.my_slice), &mut state.slice)
     }
 
-    /// The replicated parameters of `bucket`, flat and padded.
-    pub fn params(&self, bucket: usize) -> &Tensor {
-        &self.buckets[bucket].params
+    /// The replicated parameters of `bucket`, flat and padded; `None` from stage 3 on.
+    pub fn params(&self, bucket: usize) -> Option<&Tensor> {
+        self.buckets[bucket].values.full.as_ref()
     }
+}
+
+fn trained(flats: &[Flat]) -> impl Iterator<Item = usize> {
+    flats.iter().filter_map(|flat| match flat {
+        Flat::Trained(bucket) => Some(*bucket),
+        Flat::Frozen(_) => None,
+    })
 }
 
 fn view(flat: &Tensor, range: Range<usize>) -> Tensor {
     flat.narrow(0, range.start as i64, range.len() as i64)
 }
 
-fn check_ranks_agree(comm: &dyn Comm, layout: &Layout) -> Result<()> {
-    let mine = blake3::hash(layout.describe().as_bytes());
+fn shaped(flat: &Tensor, bucket: &Bucket, param: usize) -> Tensor {
+    view(flat, bucket.ranges[param].clone()).view(bucket.params[param].shape.as_slice())
+}
+
+/// Slice `index` of the bucket that `values` fill, padded with zeros.
+fn slice_of(bucket: &Bucket, index: usize, values: &[Tensor], kind: Kind, device: Device) -> Result<Tensor> {
+    let slice = Tensor::f_zeros([bucket.slice_len as i64], (kind, device))?;
+    let mine = bucket.slice(index);
+    for ((range, param), value) in bucket.ranges.iter().zip(&bucket.params).zip(values) {
+        assert_eq!(
+            value.size(),
+            param.shape,
+            "{}: the value has the registered shape",
+            param.name
+        );
+        let (start, end) = (range.start.max(mine.start), range.end.min(mine.end));
+        if start < end {
+            let part = view(&value.reshape([-1]), start - range.start..end - range.start);
+            view(&slice, start - mine.start..end - mine.start).f_copy_(&part)?;
+        }
+    }
+    Ok(slice)
+}
+
+/// # Errors
+/// When a rank describes other parameters than rank 0: the lines in which they differ, of both.
+fn check_ranks_agree(comm: &dyn Comm, description: &str) -> Result<()> {
+    let mine = blake3::hash(description.as_bytes());
     let all = comm.all_gather_bytes(mine.as_bytes())?;
     let ranks: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();
-    if ranks.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::LayoutMismatch { ranks })
-    }
+    let Some(&first) = ranks.first() else {
+        return Ok(());
+    };
+    let texts = comm.all_gather_texts(description.as_bytes())?;
+    let text = |rank: usize| String::from_utf8_lossy(&texts[rank]);
+    let only = |a: &str, b: &str| -> String {
+        let known: std::collections::BTreeSet<&str> = b.lines().collect();
+        let lines: Vec<&str> = a.lines().filter(|line| !known.contains(line)).collect();
+        let shown = lines.iter().take(LINES_SHOWN).map(|line| format!("\n    {line}"));
+        let more = match lines.len().saturating_sub(LINES_SHOWN) {
+            0 => String::new(),
+            more => format!("\n    and {more} more"),
+        };
+        match lines.is_empty() {
+            true => "\n    nothing that the other lacks".to_owned(),
+            false => shown.collect::<String>() + &more,
+        }
+    };
+    Err(Error::LayoutMismatch {
+        ranks,
+        first,
+        rank_0_only: only(&text(0), &text(first)),
+        first_only: only(&text(first), &text(0)),
+    })
 }
+
+const LINES_SHOWN: usize = 12;
 
 #[cfg(test)]
 mod tests {

@@ -19,6 +19,8 @@ use sharding::zero::Slice;
 use sharding::{Comm, Layout, Zero};
 use tch::Device;
 
+use crate::guard;
+
 const FORMAT: u32 = 1;
 const MANIFEST: &str = "manifest.json";
 
@@ -40,6 +42,9 @@ pub struct Manifest {
     /// Updates made: steps less the skipped ones.
     pub updates: u64,
     pub targets_so_far: u64,
+    /// What steps are compared with.
+    #[serde(default)]
+    pub guard: guard::State,
     pub world: usize,
     pub identity: Identity,
     /// The layout's description: bucket, parameter, shape and group a line.
@@ -68,7 +73,14 @@ pub struct Progress {
 ///
 /// # Errors
 /// When any rank could not write: every rank returns the error and no checkpoint appears.
-pub fn save(folder: &Path, comm: &dyn Comm, zero: &Zero, identity: &Identity, progress: Progress) -> Result<PathBuf> {
+pub fn save(
+    folder: &Path,
+    comm: &dyn Comm,
+    zero: &Zero,
+    identity: &Identity,
+    progress: Progress,
+    guard: &guard::State,
+) -> Result<PathBuf> {
     let target = folder.join(format!("step-{:08}", progress.step));
     // Rank 0 names the attempt, so that ranks of an older attempt that still run cannot write into this one.
     let nonce = comm.broadcast_bytes(&nonce())?;
@@ -121,6 +133,7 @@ pub fn save(folder: &Path, comm: &dyn Comm, zero: &Zero, identity: &Identity, pr
             step: progress.step,
             updates: zero.updates,
             targets_so_far: progress.targets_so_far,
+            guard: guard.clone(),
             world: comm.world(),
             identity: identity.clone(),
             layout: zero.layout().describe(),
@@ -301,7 +314,14 @@ pub fn differences(theirs: &Identity, ours: &Identity) -> Vec<String> {
             plan.remove(key);
         }
         let train = plan["train"].as_object_mut().expect("train is an object");
-        for key in ["micro_rows", "recompute", "zero", "device"] {
+        for key in [
+            "micro_rows",
+            "recompute",
+            "zero",
+            "shard_frozen",
+            "check_ranks_every",
+            "device",
+        ] {
             train.remove(key);
         }
         value

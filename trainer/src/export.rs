@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use configs::{FullModule, Lora, Plan};
 use serde_json::{Value, json};
-use sharding::Comm;
+use sharding::{Comm, Stage};
 use tch::{Kind, Tensor};
 
 use crate::checkpoint;
@@ -17,8 +17,9 @@ use crate::train;
 
 /// Writes the newest checkpoint's model to both folders and checks them. Without LoRA there is no adapter.
 pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path) -> Result<Value> {
-    // On the host, wherever the model was trained: nothing here is worth waiting for a GPU.
-    let (mut trainer, identity) = train::build(plan, comm, tch::Device::Cpu)?;
+    // On the host, wherever the model was trained: nothing here is worth waiting for a GPU. An export needs every parameter
+    // whole, and a checkpoint of any ZeRO stage is read at any other.
+    let (mut trainer, identity) = train::build(plan, comm, tch::Device::Cpu, (Stage::OptimizerState, false))?;
     let folder = plan.folders.run.join("checkpoints");
     let found = checkpoint::newest(&folder)?
         .with_context(|| format!("{} holds no checkpoint to export; train first", folder.display()))?;
@@ -30,6 +31,7 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
         different.join("\n  ")
     );
     let progress = checkpoint::load(&found.folder, &found.manifest, comm, &mut trainer.zero)?;
+    trainer.zero.arrived()?;
     let mut result = json!({
         "checkpoint": found.folder,
         "step": progress.step,

@@ -6,6 +6,7 @@ pub mod evaluate;
 pub mod export;
 pub mod gguf;
 pub mod gpu;
+pub mod guard;
 pub mod hf;
 pub mod model;
 pub mod random;

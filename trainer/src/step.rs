@@ -6,11 +6,14 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use configs::{Group, Plan, Rates};
 use corpus::RowsDigest;
+use sharding::Pass::{Backward, Forward};
 use sharding::adamw::AdamW;
 use sharding::zero::Verdict;
 use sharding::{Comm, Zero};
+use tch::Tensor;
 
 use crate::batch::{Batch, MicroBatch};
+use crate::guard::{Guard, Why};
 use crate::model::{DropoutRows, Model, Pass};
 use crate::random;
 
@@ -22,6 +25,7 @@ pub struct Trainer<'a> {
     pub zero: Zero,
     /// Steps taken.
     pub step: u64,
+    pub guard: Guard,
 }
 
 /// What every rank knows alike after a step.
@@ -32,6 +36,8 @@ pub struct StepReport {
     /// Digest of the global batch's rows.
     pub rows: RowsDigest,
     pub verdict: Verdict,
+    /// Why no rank has moved, if so.
+    pub skipped: Option<Why>,
     /// Some rank was asked to save and stop.
     pub stop: bool,
 }
@@ -44,7 +50,7 @@ impl Trainer<'_> {
     ///   g_r  = this rank's slice of g                  reduce-scatter, bucket by bucket, during backward
     ///   g_r ← g_r · min(1, c / ‖g‖)
     ///   θ_r ← AdamW(θ_r, g_r, lr(step))
-    ///   θ    = θ_0 ‖ θ_1 ‖ …                           all-gather
+    ///   θ    = θ_0 ‖ θ_1 ‖ …                           all-gather, stage by stage, during the next forward
     ///
     /// `stop` says that this rank was asked to save and stop; the ranks agree on it in the step's one small reduction.
     pub fn train_step(&mut self, batch: &Batch, stop: bool) -> Result<StepReport> {
@@ -54,6 +60,8 @@ impl Trainer<'_> {
         let mut nll = 0.0;
 
         self.zero.clear_gradients();
+        let ids: Vec<&Tensor> = batch.micro_batches.iter().map(|micro| &micro.ids_bt).collect();
+        self.zero.choose_rows(self.comm, &self.model.embedding.name, &ids)?;
         let last = batch.micro_batches.len() - 1;
         for (index, micro) in batch.micro_batches.iter().enumerate() {
             nll += self.forward_backward(micro, divisor, index == last)?;
@@ -62,23 +70,28 @@ impl Trainer<'_> {
         let mut ride_along = vec![nll, f64::from(stop)];
         ride_along.extend(batch.digest.limbs());
         let verdict = self.zero.finish(self.comm, &ride_along)?;
-        if verdict.finite {
+        let loss = verdict.sums[0] / divisor;
+        let skipped = self.guard.judge(loss, verdict.grad_norm, verdict.finite);
+        if skipped.is_none() {
             self.zero.update(&self.groups(&verdict));
             self.zero.publish(self.comm)?;
         }
         self.step += 1;
-        let (nll, stop) = (verdict.sums[0], verdict.sums[1] > 0.0);
         let limbs = std::array::from_fn(|limb| verdict.sums[2 + limb]);
         Ok(StepReport {
-            loss: nll / divisor,
+            loss,
             targets: n_targets as u64,
             rows: RowsDigest::from_limbs(limbs),
+            stop: verdict.sums[1] > 0.0,
+            skipped,
             verdict,
-            stop,
         })
     }
 
     /// Adds a micro-batch's gradient; returns its Σ nll. After the `last` one each stage's reduction starts at once.
+    ///
+    /// The model's stages: 0 embeds, 1 … L are layers, L + 1 is the head. Each is entered, runs and is left. ZeRO has its
+    /// parameters there in between, and those of the next stage on their way; leaving a backward starts the reduction.
     pub fn forward_backward(&mut self, micro: &MicroBatch, n_targets: f64, last: bool) -> Result<f64> {
         let dropout = self.dropout(micro);
         let train = &self.plan.train;
@@ -90,31 +103,37 @@ impl Trainer<'_> {
             documents: micro.documents.as_ref(),
         };
 
+        let (zero, comm) = (&mut self.zero, self.comm);
+        let (forward, backward) = (Forward, Backward { last });
+        let head_stage = model.layers.len() + 1;
+
+        zero.enter(comm, 0, forward, vec![&mut model.embedding])?;
         let mut hidden_btd = model.embed(&micro.ids_bt);
+        zero.leave(comm, 0, forward, vec![&mut model.embedding])?;
         let mut trace = Vec::with_capacity(model.layers.len());
-        for layer in &model.layers {
+        for (layer, stage) in model.layers.iter_mut().zip(1..head_stage) {
+            zero.enter(comm, stage, forward, layer.weights_mut())?;
             let (out_btd, saved) = layer.forward(hidden_btd, &pass);
+            zero.leave(comm, stage, forward, layer.weights_mut())?;
             hidden_btd = out_btd;
             trace.push(saved);
         }
 
-        let head_weight = model.head_weight.as_mut().unwrap_or(&mut model.embedding);
-        let head = model.head.loss(head_weight, &hidden_btd, &micro.targets_bt, n_targets);
+        let matrix = model.head_weight.as_mut().unwrap_or(&mut model.embedding);
+        zero.enter(comm, head_stage, backward, vec![&mut model.head.norm_d, matrix])?;
+        let head = model.head.loss(matrix, &hidden_btd, &micro.targets_bt, n_targets);
+        zero.leave(comm, head_stage, backward, vec![&mut model.head.norm_d, matrix])?;
         drop(hidden_btd);
-        let mut reduce = |bucket: Option<usize>| match bucket {
-            Some(bucket) if last => self.zero.reduce(self.comm, bucket),
-            _ => Ok(()),
-        };
-        reduce(model.buckets.head)?;
 
         let mut d_btd = head.d_hidden_btd;
-        for ((layer, saved), bucket) in model.layers.iter_mut().zip(trace).zip(&model.buckets.layers).rev() {
+        for ((layer, saved), stage) in model.layers.iter_mut().zip(trace).zip(1..head_stage).rev() {
+            zero.enter(comm, stage, backward, layer.weights_mut())?;
             d_btd = layer.backward(saved, d_btd, &pass);
-            reduce(*bucket)?;
+            zero.leave(comm, stage, backward, layer.weights_mut())?;
         }
-        let embedding_bucket = model.buckets.embedding;
+        zero.enter(comm, 0, backward, vec![&mut model.embedding])?;
         model.embed_backward(&micro.ids_bt, &d_btd);
-        reduce(embedding_bucket)?;
+        zero.leave(comm, 0, backward, vec![&mut model.embedding])?;
         Ok(head.nll)
     }
 

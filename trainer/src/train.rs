@@ -10,22 +10,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use configs::{FrozenPrecision, Plan};
+use configs::{FrozenPrecision, NewRows, Plan, Precision};
 use corpus::{Stream, TokenShards, Vocabulary};
 use launcher::events::{Event, StepMetrics};
-use sharding::{Comm, Stage, Zero};
+use sharding::{Comm, Stage, Wire, Zero};
 use tch::Device;
 
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Identity, Progress};
 use crate::evaluate::kind;
+use crate::guard::Guard;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{Model, Trains};
 use crate::step::{StepReport, Trainer, lr_by_group};
 use crate::tensorboard::EventWriter;
-
-/// This many steps in a row without a finite gradient end the run.
-const SKIPS_IN_A_ROW: u32 = 10;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,41 +33,65 @@ pub enum End {
     WantsMoreTime,
 }
 
-/// The model a plan trains, on `device` and bound to its slices, and what a checkpoint must agree with.
-pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm, device: Device) -> Result<(Trainer<'a>, Identity)> {
-    let base = &plan.folders.base_model;
-    let config = ModelConfig::open(base)?;
-    let weights = Weights::open(base)?;
+/// How a plan shards among these ranks: stage, and whether frozen weights are divided as well. One rank has nobody to share
+/// with.
+pub fn sharding(plan: &Plan, comm: &dyn Comm) -> (Stage, bool) {
+    let stage = Stage::ALL[usize::from(plan.train.zero)];
+    match comm.world() {
+        1 => (stage.min(Stage::OptimizerState), false),
+        _ => (stage, plan.train.shard_frozen),
+    }
+}
+
+/// The model a plan trains, on `device`, sharded as [`sharding`] says and bound to its slices, and what a checkpoint must agree
+/// with.
+pub fn build<'a>(
+    plan: &'a Plan,
+    comm: &'a dyn Comm,
+    device: Device,
+    shards: (Stage, bool),
+) -> Result<(Trainer<'a>, Identity)> {
     let vocabulary = Vocabulary::open(&plan.folders.vocabulary)?;
-    let shards = TokenShards::open(&plan.folders.tokens)?;
+    let shards_of_tokens = TokenShards::open(&plan.folders.tokens)?;
     ensure!(
-        shards.manifest().tokenizer_digest == vocabulary.digest,
+        shards_of_tokens.manifest().tokenizer_digest == vocabulary.digest,
         "{} was tokenised with another tokenizer than {} holds; run `panglot tokenize` again",
         plan.folders.tokens.display(),
         plan.folders.vocabulary.display()
     );
+    let vocabulary_digest = vocabulary.digest.clone();
+    let new_rows = plan.vocabulary.as_ref().map(|settings| (vocabulary, settings.new_rows));
+    let (trainer, base_model) = build_model(plan, comm, device, new_rows, shards)?;
     let identity = Identity {
         plan: plan.clone(),
-        base_model: weights.digest(),
-        vocabulary: vocabulary.digest.clone(),
-        tokens: shards.manifest().digest.clone(),
+        base_model,
+        vocabulary: vocabulary_digest,
+        tokens: shards_of_tokens.manifest().digest.clone(),
     };
-    let new_rows = plan.vocabulary.as_ref().map(|settings| (vocabulary, settings.new_rows));
+    Ok((trainer, identity))
+}
+
+/// As [`build`], of a model whose vocabulary is given; also the base's digest.
+pub fn build_model<'a>(
+    plan: &'a Plan,
+    comm: &'a dyn Comm,
+    device: Device,
+    vocabulary: Option<(Vocabulary, NewRows)>,
+    (stage, shard_frozen): (Stage, bool),
+) -> Result<(Trainer<'a>, String)> {
+    let base = &plan.folders.base_model;
+    let config = ModelConfig::open(base)?;
+    let weights = Weights::open(base)?;
     let trains = Trains {
         lora: plan.train.lora.clone(),
         full: plan.train.full.clone(),
-        vocabulary: new_rows,
+        vocabulary,
         seed: plan.seed,
     };
     let weights = weights.on(device);
     let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
         .with_context(|| format!("loading {}", base.display()))?;
     model.check_length(plan.train.sequence_length, "train.sequence_length")?;
-    let stage = if plan.train.zero == 0 {
-        Stage::Replicated
-    } else {
-        Stage::OptimizerState
-    };
     // An export reads the base itself.
     if plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu {
         sharding::cuda::check_fp8(device)?;
@@ -81,20 +103,28 @@ pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm, device: Device) -> Result<(
         "nothing trains: give train.lora, or name modules in train.full"
     );
     let mut initial = model.initial_values();
-    let zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
+    let mut zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
         std::mem::replace(&mut initial[bucket][param], tch::Tensor::new())
     })?;
-    model.bind(&zero);
-    Ok((
-        Trainer {
-            plan,
-            comm,
-            model,
-            zero,
-            step: 0,
-        },
-        identity,
-    ))
+    zero.reduce_in(match plan.train.reduce {
+        Precision::F32 => Wire::F32,
+        Precision::Bf16 => Wire::Bf16,
+    });
+    if shard_frozen {
+        for (stage, weights) in model.stages() {
+            zero.shard_frozen(comm, &stage, weights)?;
+        }
+    }
+    model.bind(&mut zero);
+    let trainer = Trainer {
+        plan,
+        comm,
+        model,
+        zero,
+        step: 0,
+        guard: Guard::new(plan.train.guard),
+    };
+    Ok((trainer, weights.digest()))
 }
 
 /// Trains until the plan's last step, from the newest checkpoint if there is one.
@@ -108,7 +138,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
     let stream = launcher::sampling::stream(plan)?;
-    let (mut trainer, identity) = build(plan, comm, device)?;
+    let (mut trainer, identity) = build(plan, comm, device, sharding(plan, comm))?;
     let folder = plan.folders.run.join("checkpoints");
     let mut progress = resume(&folder, &mut trainer, &identity)?;
     let mut log = if rank_0 {
@@ -120,32 +150,50 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     say(Event::Phase {
         name: "training".into(),
     });
-    let mut skipped_in_a_row = 0;
     while trainer.step < plan.train.steps {
         let started = Instant::now();
         let step = trainer.step;
         let rows_step = if plan.debug.overfit_one_batch { 0 } else { step };
         let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world()).on(device);
+        let sent_before = comm.sent().bytes();
         let report = trainer.train_step(&batch, stop.load(Ordering::Relaxed))?;
+        let bytes_sent = comm.sent().bytes() - sent_before;
         progress = Progress {
             step: trainer.step,
             targets_so_far: progress.targets_so_far + report.targets,
         };
-        if plan.debug.check_ranks_equal {
-            check_ranks_equal(&trainer)?;
+        let every = plan.train.check_ranks_every;
+        let due = every > 0 && trainer.step.is_multiple_of(every) && comm.world() > 1;
+        if plan.debug.check_ranks_equal || due {
+            check_ranks_equal(&mut trainer)?;
         }
         let resident = comm.max(&[resident_bytes() as f64])?[0] as u64;
         if let Some(log) = &mut log {
-            let (rows, seconds) = (rows_of_step(&plan.train, rows_step), started.elapsed().as_secs_f64());
-            log.write(metrics(plan, &stream, rows, &report, progress, seconds, resident))?;
+            let measured = Measured {
+                seconds: started.elapsed().as_secs_f64(),
+                resident_bytes: resident,
+                bytes_sent,
+                bytes_least: trainer.zero.least_bytes(comm, batch.micro_batches.len()),
+            };
+            let rows = rows_of_step(&plan.train, rows_step);
+            log.write(metrics(plan, &stream, rows, &report, progress, &measured))?;
         }
 
-        skipped_in_a_row = if report.verdict.finite { 0 } else { skipped_in_a_row + 1 };
-        if skipped_in_a_row == SKIPS_IN_A_ROW {
-            bail!(
-                "the loss or its gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, the last {step}; \
-                 lower the learning rates or clip with optimizer.max_grad_norm"
-            );
+        if let Some(why) = &report.skipped {
+            let rows = rows_of_step(&plan.train, rows_step);
+            say(Event::Note {
+                text: format!(
+                    "step {step} was skipped on every rank: {why}; its rows: {}",
+                    languages(&stream, rows)
+                ),
+            });
+            let in_a_row = trainer.guard.state.skips_in_a_row;
+            if in_a_row >= trainer.guard.most_skips() {
+                bail!(
+                    "{in_a_row} steps in a row were skipped, the last {step}: {why}; \
+                     lower the learning rates or clip with optimizer.max_grad_norm"
+                );
+            }
         }
         let done = trainer.step == plan.train.steps;
         if done || report.stop || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
@@ -187,6 +235,7 @@ fn resume(folder: &Path, trainer: &mut Trainer, identity: &Identity) -> Result<P
     );
     let progress = checkpoint::load(&path, &manifest, comm, &mut trainer.zero)?;
     trainer.step = progress.step;
+    trainer.guard.state = manifest.guard.clone();
     if let Some(found) = chosen {
         for rejected in &found.rejected {
             Event::Note {
@@ -214,7 +263,14 @@ fn resume(folder: &Path, trainer: &mut Trainer, identity: &Identity) -> Result<P
 
 fn save(folder: &Path, trainer: &Trainer, identity: &Identity, progress: Progress) -> Result<()> {
     let started = Instant::now();
-    let path = checkpoint::save(folder, trainer.comm, &trainer.zero, identity, progress)?;
+    let path = checkpoint::save(
+        folder,
+        trainer.comm,
+        &trainer.zero,
+        identity,
+        progress,
+        &trainer.guard.state,
+    )?;
     if trainer.comm.rank() == 0 {
         checkpoint::prune(folder, trainer.plan.checkpoint.keep)?;
         let seconds = started.elapsed().as_secs_f64();
@@ -223,21 +279,45 @@ fn save(folder: &Path, trainer: &Trainer, identity: &Identity, progress: Progres
     Ok(())
 }
 
-/// Compares a digest of all replicated parameters over ranks.
-fn check_ranks_equal(trainer: &Trainer) -> Result<()> {
-    let mut hasher = blake3::Hasher::new();
-    for bucket in 0..trainer.zero.layout().buckets.len() {
-        let params = trainer.zero.params(bucket).to_device(Device::Cpu);
-        hasher.update_rayon(sharding::memory::bytes(&params));
-    }
-    let all = trainer.comm.all_gather_bytes(hasher.finalize().as_bytes())?;
-    let different: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();
+/// Ends the run where ranks no longer hold alike what they should.
+fn check_ranks_equal(trainer: &mut Trainer) -> Result<()> {
+    let damaged = trainer.zero.damaged_ranks(trainer.comm)?;
+    let named: Vec<String> = damaged
+        .iter()
+        .map(|(rank, what)| format!("rank {rank}: {what}"))
+        .collect();
     ensure!(
-        different.is_empty(),
-        "after step {} the parameters of ranks {different:?} differ from rank 0's; memory or network is at fault",
-        trainer.step
+        named.is_empty(),
+        "after step {} ranks differ in what they should hold alike; memory or network is at fault. {}. Take that machine out \
+         and start again from the newest checkpoint",
+        trainer.step,
+        named.join("; ")
     );
     Ok(())
+}
+
+/// "eng_Latn 3, swh_Latn 1": languages by rows, most first.
+fn languages(stream: &Stream, rows: Range<u64>) -> String {
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    for row in rows {
+        let language = stream.parts()[stream.part(row)].language.to_string();
+        *counts.entry(language).or_insert(0) += 1;
+    }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, rows)| std::cmp::Reverse(*rows));
+    let counts: Vec<String> = counts
+        .iter()
+        .map(|(language, rows)| format!("{language} {rows}"))
+        .collect();
+    counts.join(", ")
+}
+
+/// What a step took, beside what it computed.
+struct Measured {
+    seconds: f64,
+    resident_bytes: u64,
+    bytes_sent: u64,
+    bytes_least: u64,
 }
 
 fn metrics(
@@ -246,8 +326,7 @@ fn metrics(
     rows: Range<u64>,
     report: &StepReport,
     progress: Progress,
-    seconds: f64,
-    resident_bytes: u64,
+    measured: &Measured,
 ) -> StepMetrics {
     let step = progress.step - 1;
     let (mut languages, mut parts) = (BTreeMap::new(), BTreeMap::new());
@@ -264,13 +343,16 @@ fn metrics(
         steps: plan.train.steps,
         loss: report.loss,
         grad_norm: report.verdict.grad_norm,
-        skipped: !report.verdict.finite,
+        skipped: report.skipped.is_some(),
+        skip_reason: report.skipped.map(|why| why.to_string()),
         lr: lr_by_group(plan, step),
         targets: report.targets,
         targets_so_far: progress.targets_so_far,
-        seconds,
-        tokens_per_second: (plan.train.rows_per_step * plan.train.sequence_length) as f64 / seconds,
-        resident_bytes,
+        seconds: measured.seconds,
+        tokens_per_second: (plan.train.rows_per_step * plan.train.sequence_length) as f64 / measured.seconds,
+        resident_bytes: measured.resident_bytes,
+        bytes_sent: measured.bytes_sent,
+        bytes_least: measured.bytes_least,
         rows_digest: report.rows.to_string(),
         languages,
         parts,

@@ -473,6 +473,7 @@ fn trainer<'a>(case: &Case, plan: &'a Plan, comm: &'a dyn Comm, file: &TensorFil
         model,
         zero,
         step: 0,
+        guard: trainer::guard::Guard::default(),
     }
 }
 
@@ -494,11 +495,11 @@ fn trained(folder: &Path, trains: &Trains) -> Model {
 fn bind(model: &mut Model, comm: &dyn Comm, start: &mut dyn FnMut(&str, Tensor) -> Tensor) -> Zero {
     let specs = model.register();
     let initial = model.initial_values();
-    let zero = Zero::new(comm, Stage::OptimizerState, &specs, Kind::Float, |bucket, param| {
+    let mut zero = Zero::new(comm, Stage::OptimizerState, &specs, Kind::Float, |bucket, param| {
         start(&specs[bucket].params[param].name, initial[bucket][param].copy())
     })
     .unwrap();
-    model.bind(&zero);
+    model.bind(&mut zero);
     zero
 }
 

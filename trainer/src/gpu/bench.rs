@@ -17,6 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{absence, llama_7b, plan};
 use crate::batch::{Batch, MicroBatch};
+use crate::guard::Guard;
 use crate::hf::Weights;
 use crate::model::attention::{attend, attend_backward};
 use crate::model::{IGNORE, Model, Trains, kernels};
@@ -263,20 +264,21 @@ fn measure(settings: &Settings, device: Device) -> Result<Measured> {
     }
     let specs = model.register();
     let mut initial = model.initial_values();
-    let zero = Zero::new(
+    let mut zero = Zero::new(
         comm.as_ref(),
         Stage::OptimizerState,
         &specs,
         model.kind,
         |bucket, param| std::mem::replace(&mut initial[bucket][param], Tensor::new()),
     )?;
-    model.bind(&zero);
+    model.bind(&mut zero);
     let mut trainer = Trainer {
         plan: &plan,
         comm: comm.as_ref(),
         model,
         zero,
         step: 0,
+        guard: Guard::new(None),
     };
     let micro = |first: usize| {
         let shape = [settings.micro_rows as i64, settings.tokens as i64];

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::{absence, llama_7b, plan};
 use crate::batch::{Batch, MicroBatch};
 use crate::evaluate::kind;
+use crate::guard::Guard;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::attention::{attend, attend_backward};
 use crate::model::fp8::Fp8;
@@ -295,14 +296,15 @@ fn training(device: Device, precision: Precision) -> Result<Vec<(String, Tensor)
     let specs = model.register();
     let initial = model.initial_values();
     let stage = Stage::OptimizerState;
-    let zero = Zero::new(comm.as_ref(), stage, &specs, model.kind, |b, p| initial[b][p].copy())?;
-    model.bind(&zero);
+    let mut zero = Zero::new(comm.as_ref(), stage, &specs, model.kind, |b, p| initial[b][p].copy())?;
+    model.bind(&mut zero);
     let mut trainer = Trainer {
         plan: &plan,
         comm: comm.as_ref(),
         model,
         zero,
         step: 0,
+        guard: Guard::new(None),
     };
     let batch = batch(&config, plan.train.sequence_length).on(device);
     let mut found = Vec::new();

@@ -7,7 +7,7 @@ use corpus::Vocabulary;
 use tch::{Device, Kind, Tensor};
 
 use super::linear::{Linear, LoraPair};
-use super::{Buckets, Head, Layer, Model, Rotary, Weight, new_rows};
+use super::{Head, Layer, Model, Rotary, Weight, new_rows};
 use crate::hf::{ModelConfig, Weights};
 use crate::random;
 
@@ -95,7 +95,6 @@ impl Model {
             head_weight: matrices.head,
             kind,
             device: weights.device(),
-            buckets: Buckets::default(),
         })
     }
 

@@ -14,7 +14,7 @@ mod rotary;
 
 use anyhow::{Result, ensure};
 use configs::{Group, Recompute};
-use sharding::{BucketSpec, ParamSpec, Zero};
+use sharding::{BucketSpec, Held, ParamSpec, Zero};
 use tch::{Device, Kind, Tensor};
 
 pub use attention::Documents;
@@ -64,6 +64,20 @@ impl Weight {
     }
 }
 
+impl Held for Weight {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn value(&mut self) -> &mut Tensor {
+        &mut self.value
+    }
+
+    fn gradient(&mut self) -> &mut Option<Tensor> {
+        &mut self.grad
+    }
+}
+
 /// `sum` += `a` · `b`, kept in f32 whatever the operands are.
 fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) {
     let _ = if a.kind() == sum.kind() {
@@ -88,15 +102,6 @@ pub struct Model {
     pub kind: Kind,
     /// Where its weights lie and its stages compute.
     pub device: Device,
-    pub buckets: Buckets,
-}
-
-/// Which gradient bucket each stage fills; none where nothing trains.
-#[derive(Clone, Debug, Default)]
-pub struct Buckets {
-    pub embedding: Option<usize>,
-    pub layers: Vec<Option<usize>>,
-    pub head: Option<usize>,
 }
 
 /// What stages need to know of the pass they are in.
@@ -190,67 +195,59 @@ impl Model {
         self.head_weight.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Everything that may train, stage by stage in registration order.
-    fn stages(&mut self) -> Vec<(String, Vec<&mut Weight>)> {
+    /// Every weight, by the stage that it belongs to, in registration order. A tied head reads the embedding's.
+    pub fn stages(&mut self) -> Vec<(String, Vec<&mut Weight>)> {
         let mut stages = vec![("embedding".to_string(), vec![&mut self.embedding])];
         for (index, layer) in self.layers.iter_mut().enumerate() {
             stages.push((format!("layers.{index}"), layer.weights_mut()));
         }
         let head = std::iter::once(&mut self.head.norm_d).chain(&mut self.head_weight);
         stages.push(("head".to_string(), head.collect()));
-        for (_, weights) in &mut stages {
-            weights.retain(|weight| weight.group.is_some());
-        }
         stages
     }
 
-    /// What trains, as buckets in registration order; also notes which stage fills which bucket.
+    /// What trains, of the stages where something does.
+    fn trained(&mut self) -> impl Iterator<Item = (String, Vec<&mut Weight>)> {
+        let trained = self.stages().into_iter().map(|(name, mut weights)| {
+            weights.retain(|weight| weight.group.is_some());
+            (name, weights)
+        });
+        trained.filter(|(_, weights)| !weights.is_empty())
+    }
+
+    /// What trains, as buckets in registration order.
     pub fn register(&mut self) -> Vec<BucketSpec> {
-        let mut specs = Vec::new();
-        let mut filled = Vec::new();
-        for (name, weights) in self.stages() {
-            if weights.is_empty() {
-                filled.push(None);
-                continue;
-            }
-            filled.push(Some(specs.len()));
-            let param = |weight: &&mut Weight| ParamSpec {
-                name: weight.name.clone(),
-                shape: weight.value.size(),
-                group: weight.group.expect("only what trains is listed") as usize,
-            };
-            specs.push(BucketSpec {
+        let param = |weight: &&mut Weight| ParamSpec {
+            name: weight.name.clone(),
+            shape: weight.value.size(),
+            group: weight.group.expect("only what trains is listed") as usize,
+        };
+        self.trained()
+            .map(|(name, weights)| BucketSpec {
                 name,
                 params: weights.iter().map(param).collect(),
-            });
-        }
-        let head = filled.pop().expect("stages end with the head");
-        let embedding = filled.remove(0);
-        self.buckets = Buckets {
-            embedding,
-            layers: filled,
-            head,
-        };
-        specs
+            })
+            .collect()
     }
 
     /// f32 values of what trains, in registration order.
     pub fn initial_values(&mut self) -> Vec<Vec<Tensor>> {
-        let stages = self.stages().into_iter().filter(|(_, weights)| !weights.is_empty());
-        stages
+        self.trained()
             .map(|(_, weights)| weights.iter().map(|weight| weight.value.to_kind(Kind::Float)).collect())
             .collect()
     }
 
-    /// Makes every trained weight a view of its slice's memory.
-    pub fn bind(&mut self, zero: &Zero) {
-        let stages = self.stages().into_iter().filter(|(_, weights)| !weights.is_empty());
-        for (bucket, (_, weights)) in stages.enumerate() {
-            for (param, weight) in weights.into_iter().enumerate() {
-                let trained = zero.trained(bucket, param);
-                weight.value = trained.value;
-                weight.grad = Some(trained.grad);
-            }
+    /// Makes every trained weight a view of its bucket's memory, and tells which weights each stage reads.
+    pub fn bind(&mut self, zero: &mut Zero) {
+        let tied = self.head_weight.is_none();
+        let names =
+            |(_, weights): (String, Vec<&mut Weight>)| weights.iter().map(|weight| weight.name.clone()).collect();
+        let mut reads: Vec<Vec<String>> = self.stages().into_iter().map(names).collect();
+        if tied {
+            let matrix = self.embedding.name.clone();
+            reads.last_mut().expect("stages end with the head").push(matrix);
         }
+        zero.schedule(&reads);
+        self.stages().into_iter().for_each(|(_, weights)| zero.bind(weights));
     }
 }

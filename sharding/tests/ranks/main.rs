@@ -1,0 +1,66 @@
+//! Starts itself under mpirun with 1 … 4 ranks; each job runs every case in one program. `cargo test` alone runs all of it.
+
+mod collectives;
+mod zero;
+
+use std::path::Path;
+use std::process::Command;
+
+use sharding::Comm;
+
+/// What every rank of a job runs. `shared` is a folder of the job's own.
+type Case = (&'static str, fn(comm: &dyn Comm, shared: &Path));
+
+fn cases() -> Vec<Case> {
+    [&zero::CASES[..], &collectives::CASES].concat()
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    tch::set_num_threads(1);
+    match &arguments[..] {
+        [child, world, shared] if child == "--rank-of" => {
+            let world = world.parse().expect("a number of ranks");
+            let comm = sharding::join_through_mpi(world).expect("the ranks meet");
+            run(comm.as_ref(), "MPI", Path::new(shared));
+        }
+        // As libtest answers; its other options choose nothing here.
+        [list, ..] if list == "--list" => cases().iter().for_each(|(name, _)| println!("{name}: test")),
+        _ => {
+            let folder = tempfile::tempdir().expect("a folder");
+            run(sharding::join(1).expect("one rank").as_ref(), "alone", folder.path());
+            (1..=4).for_each(under_mpirun);
+        }
+    }
+}
+
+fn run(comm: &dyn Comm, engine: &str, shared: &Path) {
+    for (name, case) in cases() {
+        case(comm, shared);
+        comm.barrier().expect("all ranks finish a case");
+        if comm.rank() == 0 {
+            println!("test {name} ... ok ({engine}, {} ranks)", comm.world());
+        }
+    }
+}
+
+fn under_mpirun(ranks: usize) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let status = Command::new("mpirun")
+        // Memory that is freed then leaves the process at once, and what is held can be measured.
+        .env("MALLOC_MMAP_THRESHOLD_", "131072")
+        .args([
+            "--quiet",
+            "--bind-to",
+            "none",
+            "--oversubscribe",
+            "-n",
+            &ranks.to_string(),
+        ])
+        .arg(std::env::current_exe().expect("a test knows where it is"))
+        .args(["--rank-of", &ranks.to_string()])
+        .arg(folder.path())
+        .status()
+        .expect("mpirun starts; set-up installs it");
+    assert!(status.success(), "{ranks} ranks under mpirun ended with {status}");
+}

@@ -1,0 +1,461 @@
+//! However training is divided among ranks, it is the same training. Starts itself under mpirun with 2, 3 and 4 ranks; each
+//! job runs every case in one program and compares with one rank alone, in the same process.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use configs::{FullModule, Pieces, Plan, Precision, Shape};
+use corpus::{Row, RowsDigest};
+use sharding::{Comm, Stage};
+use tch::{Device, Kind, Tensor};
+use trainer::batch::{Batch, MicroBatch};
+use trainer::step::Trainer;
+
+const PIECES: usize = 97;
+/// Divides among 1, 2, 3 and 4 ranks with 1 and 3 micro-batches each.
+const ROWS: usize = 36;
+const TOKENS: usize = 16;
+const STEPS: u64 = 4;
+
+/// f32 sums in another order differ in the last of 24 bits; seen after four steps: losses 2e-7, parameters 3e-6 of their
+/// norm. A slice updated twice, or a gradient counted by one rank only, moves both by 1e-2 and more.
+const LOSS_ROUNDING: f64 = 1e-5;
+const PARAMETER_ROUNDING: f64 = 5e-5;
+/// Each share is rounded to 8 bits.
+const BF16_LOSS: f64 = 1e-2;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    // One thread: sums inside of a rank then have one order.
+    tch::set_num_threads(1);
+    match &arguments[..] {
+        [child, world, shared] if child == "--rank-of" => {
+            let comm = sharding::join(world.parse().expect("a number of ranks")).expect("the ranks meet");
+            run(comm.as_ref(), Path::new(shared));
+        }
+        [list, ..] if list == "--list" => CASES.iter().for_each(|(name, _)| println!("{name}: test")),
+        _ => {
+            let folder = tempfile::tempdir().expect("a folder");
+            MODELS.iter().for_each(|model| drop(plan(folder.path(), model)));
+            (2..=4).for_each(|ranks| under_mpirun(ranks, folder.path()));
+        }
+    }
+}
+
+fn under_mpirun(ranks: usize, shared: &Path) {
+    let status = Command::new("mpirun")
+        .args([
+            "--quiet",
+            "--bind-to",
+            "none",
+            "--oversubscribe",
+            "-n",
+            &ranks.to_string(),
+        ])
+        .arg(std::env::current_exe().expect("a test knows where it is"))
+        .args(["--rank-of", &ranks.to_string()])
+        .arg(shared)
+        .status()
+        .expect("mpirun starts; set-up installs it");
+    assert!(status.success(), "{ranks} ranks under mpirun ended with {status}");
+}
+
+fn run(comm: &dyn Comm, shared: &Path) {
+    for (name, case) in CASES {
+        case(comm, shared);
+        comm.barrier().expect("all ranks finish a case");
+        if comm.rank() == 0 {
+            println!("test {name} ... ok ({} ranks)", comm.world());
+        }
+    }
+}
+
+type Case = (&'static str, fn(&dyn Comm, &Path));
+
+const CASES: [Case; 8] = [
+    ("every_stage_gives_the_training_of_one_rank", same_as_one_rank),
+    ("bf16_gradients_give_nearly_the_same", bf16_gradients),
+    ("a_slow_rank_changes_no_bit", slow_rank),
+    ("a_nan_on_one_rank_makes_all_skip", nan_on_one_rank),
+    ("a_flipped_bit_is_found_and_its_rank_named", flipped_bit),
+    ("bytes_are_at_the_lower_bound_and_rows_below_it", bytes_sent),
+    ("what_a_rank_holds_is_what_was_counted", held_bytes),
+    ("a_rank_that_registers_other_parameters_is_refused", other_parameters),
+];
+
+/// What of a tiny model trains.
+struct Model {
+    name: &'static str,
+    tied: bool,
+    lora: bool,
+    full: &'static [FullModule],
+}
+
+const MODELS: [Model; 4] = [
+    Model {
+        name: "LoRA, embeddings and head",
+        tied: false,
+        lora: true,
+        full: &[FullModule::EmbedTokens, FullModule::LmHead],
+    },
+    Model {
+        name: "full",
+        tied: false,
+        lora: false,
+        full: &FullModule::ALL,
+    },
+    Model {
+        name: "full and tied",
+        tied: true,
+        lora: false,
+        full: &FullModule::ALL,
+    },
+    Model {
+        name: "LoRA and norms beside a frozen tied matrix",
+        tied: true,
+        lora: true,
+        full: &[FullModule::Norms],
+    },
+];
+
+/// What a run of some steps leaves: losses, gradient norms, and the master weights of every bucket.
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    theta: Vec<Tensor>,
+}
+
+fn same_as_one_rank(comm: &dyn Comm, shared: &Path) {
+    let alone = sharding::join(1).expect("one rank");
+    for model in &MODELS {
+        let plan = plan(shared, model);
+        let one = outcome(&plan, alone.as_ref(), (Stage::Replicated, false), 1, |_| ());
+        assert!(
+            one.losses[3] < one.losses[0],
+            "{}: it learns: {:?}",
+            model.name,
+            one.losses
+        );
+        for accumulation in [1, 3] {
+            let at = |stage, shard_frozen| outcome(&plan, comm, (stage, shard_frozen), accumulation, |_| ());
+            let outcomes = Stage::ALL.map(|stage| at(stage, stage >= Stage::Gradients));
+            for (stage, many) in Stage::ALL.iter().zip(&outcomes) {
+                let what = format!("{}, {stage:?}, {accumulation} micro-batches", model.name);
+                check_close(&one, many, &what);
+            }
+            // Sums over ranks are made in rank order in all of them. Stages 2 and 3 sum over ranks in every micro-batch.
+            assert_eq!(outcomes[0], outcomes[1], "{}: bits of stages 0 and 1", model.name);
+            assert_eq!(outcomes[2], outcomes[3], "{}: bits of stages 2 and 3", model.name);
+            if accumulation == 1 {
+                assert_eq!(outcomes[1], outcomes[2], "{}: bits of stages 1 and 2", model.name);
+            }
+            assert_eq!(
+                outcomes[1],
+                at(Stage::OptimizerState, true),
+                "{}: frozen shards",
+                model.name
+            );
+        }
+    }
+}
+
+fn bf16_gradients(comm: &dyn Comm, shared: &Path) {
+    let alone = sharding::join(1).expect("one rank");
+    let mut plan = plan(shared, &MODELS[0]);
+    let one = outcome(&plan, alone.as_ref(), (Stage::OptimizerState, false), 1, |_| ());
+    plan.train.reduce = Precision::Bf16;
+    for stage in Stage::ALL {
+        let many = outcome(&plan, comm, (stage, false), 3, |_| ());
+        for (step, (one, many)) in one.losses.iter().zip(&many.losses).enumerate() {
+            assert!(
+                (one - many).abs() < BF16_LOSS,
+                "{stage:?}, step {step}: {one}, in bf16 {many}"
+            );
+        }
+        assert_ne!(one.norms, many.norms, "{stage:?}: something was rounded");
+    }
+}
+
+fn slow_rank(comm: &dyn Comm, shared: &Path) {
+    let plan = plan(shared, &MODELS[0]);
+    for stage in [Stage::OptimizerState, Stage::Parameters] {
+        let plain = outcome(&plan, comm, (stage, true), 1, |_| ());
+        let late = outcome(&plan, comm, (stage, true), 1, |trainer| {
+            if trainer.step as usize % comm.world() == comm.rank() {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        assert_eq!(plain, late, "{stage:?}");
+    }
+}
+
+fn nan_on_one_rank(comm: &dyn Comm, shared: &Path) {
+    let plan = plan(shared, &MODELS[1]);
+    for stage in [Stage::Replicated, Stage::OptimizerState, Stage::Gradients] {
+        let (mut trainer, _) = trainer::train::build_model(&plan, comm, Device::Cpu, None, (stage, false)).unwrap();
+        let before = theta(&trainer);
+        if comm.rank() == comm.world() - 1 {
+            let _ = trainer.model.embedding.value.get(0).fill_(f64::NAN);
+        }
+        let report = trainer.train_step(&batch(comm, 0, 1), false).unwrap();
+        assert!(!report.verdict.finite, "{stage:?}, rank {}", comm.rank());
+        assert_eq!((trainer.zero.updates, trainer.step), (0, 1));
+        assert_eq!(theta(&trainer), before, "{stage:?}: no rank moved");
+    }
+}
+
+fn other_parameters(comm: &dyn Comm, shared: &Path) {
+    let mut plan = plan(shared, &MODELS[0]);
+    if comm.rank() == 1 {
+        plan.train.full = vec![FullModule::EmbedTokens];
+    }
+    let refused = trainer::train::build_model(&plan, comm, Device::Cpu, None, (Stage::OptimizerState, false))
+        .err()
+        .unwrap();
+    let said = format!("{refused:#}");
+    assert!(
+        said.contains("ranks [1] registered other parameters than rank 0"),
+        "{said}"
+    );
+    assert!(
+        said.contains("only rank 0 has:\n    head lm_head.weight [97, 32] 2"),
+        "{said}"
+    );
+    assert!(
+        said.contains("only rank 1 has:\n    nothing that the other lacks"),
+        "{said}"
+    );
+}
+
+fn flipped_bit(comm: &dyn Comm, shared: &Path) {
+    let plan = plan(shared, &MODELS[1]);
+    for stage in [Stage::Replicated, Stage::OptimizerState, Stage::Gradients] {
+        let (mut trainer, _) = trainer::train::build_model(&plan, comm, Device::Cpu, None, (stage, false)).unwrap();
+        trainer.train_step(&batch(comm, 0, 1), false).unwrap();
+        assert_eq!(trainer.zero.damaged_ranks(comm).unwrap(), [], "{stage:?}");
+        let victim = comm.world() - 1;
+        if comm.rank() == victim {
+            // The lowest bit of one element's 24, in some layer.
+            let mut element = trainer.model.layers[1].up.weight_oi.value.get(3).get(5);
+            let value = element.double_value(&[]) as f32;
+            let _ = element.fill_(f64::from(f32::from_bits(value.to_bits() ^ 1)));
+        }
+        let found = trainer.zero.damaged_ranks(comm).unwrap();
+        assert_eq!(found.len(), 1, "{stage:?}: {found:?}");
+        assert_eq!(found[0].0, victim, "{stage:?}: {found:?}");
+    }
+}
+
+fn bytes_sent(comm: &dyn Comm, shared: &Path) {
+    for model in &MODELS {
+        let plan = plan(shared, model);
+        for stage in Stage::ALL {
+            for accumulation in [1, 3] {
+                let shard_frozen = stage == Stage::Parameters;
+                let (mut trainer, _) =
+                    trainer::train::build_model(&plan, comm, Device::Cpu, None, (stage, shard_frozen)).unwrap();
+                let batch = batch(comm, 0, accumulation);
+                trainer.train_step(&batch, false).unwrap();
+                trainer.zero.arrived().unwrap();
+                let before = comm.sent().bytes();
+                trainer.train_step(&batch, false).unwrap();
+                trainer.zero.arrived().unwrap();
+                let sent = (comm.sent().bytes() - before) as f64;
+                let least = trainer.zero.least_bytes(comm, accumulation) as f64;
+                let what = format!(
+                    "{}, {stage:?}, {accumulation}: {sent} bytes, at least {least}",
+                    model.name
+                );
+                // These buckets are tiny: slices are padded to 16 elements, and a few numbers travel besides.
+                assert!(sent < 1.05 * least + 2500.0 * accumulation as f64, "{what}");
+                // All 97 rows are touched in one micro-batch of many rows; fewer in small ones.
+                assert!(sent > 0.5 * least, "{what}");
+            }
+        }
+    }
+}
+
+fn held_bytes(comm: &dyn Comm, shared: &Path) {
+    for model in &MODELS {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let mut plan = plan(shared, model);
+            plan.train.precision = precision;
+            for (zero, stage) in Stage::ALL.into_iter().enumerate() {
+                let (mut trainer, _) =
+                    trainer::train::build_model(&plan, comm, Device::Cpu, None, (stage, false)).unwrap();
+                let check = |trainer: &Trainer| {
+                    let buckets = &trainer.zero.layout().buckets;
+                    let numels: Vec<usize> = buckets.iter().map(|bucket| bucket.numel).collect();
+                    // Every bucket trains in a stage of its own, but that the tied matrix is read by the head too; what
+                    // passes is gone between steps.
+                    let stages: Vec<Vec<usize>> = (0..numels.len()).map(|bucket| vec![bucket]).collect();
+                    let division = configs::memory::Division {
+                        zero: zero as u8,
+                        world: comm.world(),
+                        width: if precision == Precision::F32 { 4 } else { 2 },
+                    };
+                    let counted = division.of_trained(&numels, &stages);
+                    let what = format!("{}, {stage:?}, {precision:?}", model.name);
+                    let counted = [counted.parameters, counted.gradients, counted.optimizer];
+                    assert_eq!(trainer.zero.held_bytes(), counted, "{what}");
+                };
+                check(&trainer);
+                trainer.train_step(&batch(comm, 0, 3), false).unwrap();
+                check(&trainer);
+            }
+        }
+    }
+}
+
+/// Some steps of training; `before` is called before each.
+fn outcome(
+    plan: &Plan,
+    comm: &dyn Comm,
+    shards: (Stage, bool),
+    accumulation: usize,
+    mut before: impl FnMut(&Trainer),
+) -> Outcome {
+    let (mut trainer, _) = trainer::train::build_model(plan, comm, Device::Cpu, None, shards).unwrap();
+    let (mut losses, mut norms) = (Vec::new(), Vec::new());
+    for step in 0..STEPS {
+        before(&trainer);
+        let report = trainer.train_step(&batch(comm, step, accumulation), false).unwrap();
+        losses.push(report.loss);
+        norms.push(report.verdict.grad_norm);
+    }
+    Outcome {
+        losses,
+        norms,
+        theta: theta(&trainer),
+    }
+}
+
+/// Every bucket's master weights, gathered from the ranks' slices.
+fn theta(trainer: &Trainer) -> Vec<Tensor> {
+    let layout = trainer.zero.layout();
+    let whole = |(index, bucket): (usize, &sharding::layout::Bucket)| {
+        let (_, slice) = trainer.zero.slice(index);
+        let mut full = Tensor::zeros([bucket.padded as i64], (Kind::Float, tch::Device::Cpu));
+        if layout.n_slices == 1 {
+            full.copy_(&slice.theta);
+        } else {
+            trainer
+                .comm
+                .all_gather(&slice.theta, &mut full)
+                .unwrap()
+                .wait()
+                .unwrap();
+        }
+        full.narrow(0, 0, bucket.numel as i64).copy()
+    };
+    layout.buckets.iter().enumerate().map(whole).collect()
+}
+
+fn check_close(one: &Outcome, many: &Outcome, what: &str) {
+    for (step, (a, b)) in one.losses.iter().zip(&many.losses).enumerate() {
+        assert!(
+            (a - b).abs() < LOSS_ROUNDING,
+            "{what}, step {step}: {a} on one rank, {b} here"
+        );
+    }
+    for (bucket, (a, b)) in one.theta.iter().zip(&many.theta).enumerate() {
+        let norm = |x: &Tensor| x.to_kind(Kind::Double).norm().double_value(&[]);
+        let difference = norm(&(a - b)) / norm(a);
+        assert!(
+            difference < PARAMETER_ROUNDING,
+            "{what}: bucket {bucket} differs by {difference:.1e}"
+        );
+    }
+}
+
+/// This rank's part of a step's global batch. Rows have targets left out, as many in each as its number says.
+fn batch(comm: &dyn Comm, step: u64, accumulation: usize) -> Batch {
+    let mine = ROWS / comm.world();
+    let first = step as usize * ROWS + comm.rank() * mine;
+    let rows: Vec<Row> = (first..first + mine).map(row).collect();
+    let numbers: Vec<u64> = (first as u64..).take(mine).collect();
+    let micro_rows = mine / accumulation;
+    let parts = numbers.chunks(micro_rows).zip(rows.chunks(micro_rows));
+    Batch {
+        micro_batches: parts.map(|(numbers, rows)| MicroBatch::new(numbers, rows)).collect(),
+        n_targets: rows.iter().map(Row::n_targets).sum(),
+        digest: RowsDigest::default(),
+    }
+}
+
+fn row(number: usize) -> Row {
+    let token = |at: usize| ((number * 13 + at * at * 7 + at * (number % 5)) % PIECES) as i64;
+    Row {
+        part: 0,
+        tokens: (0..TOKENS).map(token).collect(),
+        is_target: (0..TOKENS).map(|at| at > number % 4).collect(),
+        document_starts: vec![0],
+    }
+}
+
+/// Two layers, grouped heads.
+fn plan(root: &Path, model: &Model) -> Plan {
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tiny.yaml");
+    let mut plan = configs::load(&recipe, &[]).unwrap();
+    let pieces = root.join("pieces");
+    if !pieces.exists() {
+        write_tokenizer(&pieces);
+    }
+    plan.model = configs::Model::Scratch {
+        shape: Shape {
+            hidden_size: 32,
+            intermediate_size: 48,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            max_position_embeddings: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            tie_word_embeddings: model.tied,
+        },
+        init_std: 0.2,
+        tokenizer: Pieces::Folder { path: pieces },
+    };
+    plan.vocabulary = None;
+    plan.train.full = model.full.to_vec();
+    if !model.lora {
+        plan.train.lora = None;
+    }
+    plan.train.sequence_length = TOKENS;
+    plan.train.steps = STEPS;
+    // The norm is summed slice by slice: clipping would carry its rounding into every bit.
+    plan.optimizer.max_grad_norm = None;
+    plan.optimizer.warmup_steps = 0;
+    // Above the rounding of a gradient, so that AdamW does not divide rounding by itself.
+    plan.optimizer.epsilon = 1e-4;
+    let rates = configs::Rates {
+        lr: 1e-2,
+        weight_decay: 0.01,
+    };
+    plan.optimizer.groups = configs::Group::ALL.map(|group| (group, rates)).into();
+    plan.folders.base_model = root.join(if model.tied { "tied" } else { "untied" });
+    if !plan.folders.base_model.exists() {
+        trainer::scratch::init(&plan, &plan.folders.base_model).unwrap();
+    }
+    plan
+}
+
+fn write_tokenizer(folder: &Path) {
+    let vocabulary: std::collections::BTreeMap<String, usize> =
+        (0..PIECES).map(|id| (format!("piece{id}"), id)).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": { "type": "Whitespace" },
+        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "piece0" },
+    });
+    std::fs::create_dir_all(folder).unwrap();
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(
+        folder.join("tokenizer_config.json"),
+        r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#,
+    )
+    .unwrap();
+}
