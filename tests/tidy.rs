@@ -69,7 +69,10 @@ fn mpi_has_one_door() {
 
 #[test]
 fn cuda_has_one_door() {
-    only_in(&["sharding/src/cuda"], &["cudarc::", "libloading::", "dlopen"]);
+    only_in(
+        &["sharding/src/cuda", "sharding/src/nccl.rs"],
+        &["cudarc::", "libloading::", "dlopen"],
+    );
 }
 
 #[test]
@@ -87,6 +90,7 @@ fn unsafe_code_stays_behind_the_doors() {
     let doors = [
         "sharding/src/mpi.rs",
         "sharding/src/cuda",
+        "sharding/src/nccl.rs",
         "sharding/src/memory.rs",
         "corpus/src/tokens/indexed.rs",
         "trainer/src/hf/weights.rs",

@@ -9,6 +9,7 @@ pub mod layout;
 pub mod memory;
 #[cfg(feature = "mpi")]
 mod mpi;
+pub mod nccl;
 mod rows;
 mod solo;
 pub mod zero;
@@ -50,6 +51,20 @@ pub enum Error {
     NoThread,
     #[error("the thread that makes the collectives is gone; look at this rank's log for what ended it")]
     Gone,
+    #[error(
+        "{call} failed with NCCL error {code} ({text}); look at the first rank that stopped, or set NCCL_DEBUG=INFO"
+    )]
+    Nccl {
+        call: &'static str,
+        code: i32,
+        text: String,
+    },
+    #[error(
+        "NCCL cannot be loaded ({0}); let LD_LIBRARY_PATH name the folder of the libnccl.so.2 that libtorch was built with"
+    )]
+    NoNccl(String),
+    #[error("{call} failed on the GPU: {text}")]
+    Cuda { call: &'static str, text: String },
     #[error(transparent)]
     Torch(#[from] tch::TchError),
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use sharding::Comm;
+use sharding::nccl::{self, Nccl};
 
 /// What every rank of a job runs. `shared` is a folder of the job's own.
 type Case = (&'static str, fn(comm: &dyn Comm, shared: &Path));
@@ -24,12 +25,31 @@ fn main() {
             let comm = sharding::join_through_mpi(world).expect("the ranks meet");
             run(comm.as_ref(), "MPI", Path::new(shared));
         }
+        [child, world, shared] if child == "--gpu-of" => {
+            let world = world.parse().expect("a number of ranks");
+            let host = match world {
+                1 => sharding::join(1),
+                _ => sharding::join_through_mpi(world),
+            };
+            let host = host.expect("the ranks meet");
+            nccl::gpus().expect("a GPU");
+            // One node: ranks and GPUs have the same numbers.
+            let gpu = host.rank();
+            collectives::on(tch::Device::Cuda(gpu));
+            let comm = Nccl::join(host, gpu, true).expect("the GPUs meet");
+            println!("{}", comm.engine());
+            run(&comm, "NCCL", Path::new(shared));
+        }
         // As libtest answers; its other options choose nothing here.
         [list, ..] if list == "--list" => cases().iter().for_each(|(name, _)| println!("{name}: test")),
         _ => {
             let folder = tempfile::tempdir().expect("a folder");
             run(sharding::join(1).expect("one rank").as_ref(), "alone", folder.path());
-            (1..=4).for_each(under_mpirun);
+            (1..=4).for_each(|ranks| under_mpirun("--rank-of", ranks));
+            match nccl::gpus() {
+                Ok(gpus) => under_mpirun("--gpu-of", gpus),
+                Err(error) => println!("SKIPPED: every case on NCCL: {error}"),
+            }
         }
     }
 }
@@ -44,7 +64,7 @@ fn run(comm: &dyn Comm, engine: &str, shared: &Path) {
     }
 }
 
-fn under_mpirun(ranks: usize) {
+fn under_mpirun(engine: &str, ranks: usize) {
     let folder = tempfile::tempdir().expect("a folder");
     let status = Command::new("mpirun")
         // Memory that is freed then leaves the process at once, and what is held can be measured.
@@ -58,7 +78,7 @@ fn under_mpirun(ranks: usize) {
             &ranks.to_string(),
         ])
         .arg(std::env::current_exe().expect("a test knows where it is"))
-        .args(["--rank-of", &ranks.to_string()])
+        .args([engine, &ranks.to_string()])
         .arg(folder.path())
         .status()
         .expect("mpirun starts; set-up installs it");
