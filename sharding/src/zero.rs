@@ -204,7 +204,9 @@ impl Zero {
             let device = values.first().map_or(Device::Cpu, Tensor::device);
             let zeros = |len: usize, kind| Tensor::f_zeros([len as i64], (kind, device));
             let theta = slice_of(bucket, my_slice, &values, Kind::Float, device)?;
-            let full = if stage < Stage::Parameters {
+            let full = if stage < Stage::Parameters && shares(n_slices, kind) {
+                Some(theta.shallow_clone())
+            } else if stage < Stage::Parameters {
                 let whole = zeros(bucket.padded, kind)?;
                 for (range, value) in bucket.ranges.iter().zip(&values) {
                     view(&whole, range.clone()).f_copy_(&value.reshape([-1]))?;
@@ -683,11 +685,11 @@ impl Zero {
         for state in &mut self.buckets {
             state.values.wait()?;
             let full = state.values.full.as_mut().expect("whole before stage 3");
-            if self.layout.n_slices == 1 {
-                full.f_copy_(&state.slice.theta)?;
-            } else {
+            if self.layout.n_slices > 1 {
                 let mine = state.slice.theta.f_to_kind(full.kind())?;
                 state.values.arriving = Some(comm.all_gather(&mine, full)?);
+            } else if !shares(1, full.kind()) {
+                full.f_copy_(&state.slice.theta)?;
             }
         }
         Ok(())
@@ -829,6 +831,11 @@ fn view(flat: &Tensor, range: Range<usize>) -> Tensor {
 
 fn shaped(flat: &Tensor, bucket: &Bucket, param: usize) -> Tensor {
     view(flat, bucket.ranges[param].clone()).view(bucket.params[param].shape.as_slice())
+}
+
+/// Whether master weights are the model's own: whole, and of its precision.
+fn shares(n_slices: usize, kind: Kind) -> bool {
+    n_slices == 1 && kind == Kind::Float
 }
 
 /// Slice `index` of the bucket that `values` fill, padded with zeros.

@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use configs::Plan;
-use safetensors::{Dtype, tensor::TensorView};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 use sharding::memory::{bytes, f32s_mut};
 use sharding::zero::Slice;
@@ -380,38 +381,53 @@ fn write_slices(partial: &Path, slice: usize, zero: &Zero) -> Result<Option<File
             slices.push((name, range.len(), tensor.to_device(Device::Cpu)));
         }
     }
-    let mut tensors = Vec::new();
-    for (name, length, tensor) in &slices {
-        let view = TensorView::new(Dtype::F32, vec![*length], &bytes(tensor)[..4 * length])?;
-        tensors.push((name, view));
-    }
-    let buffer = safetensors::serialize(tensors, None)?;
-    let digest = blake3::Hasher::new().update_rayon(&buffer).finalize();
+    let mut end = 0;
+    let infos = slices.iter().map(|(name, length, _)| {
+        let start = end;
+        end += 4 * length;
+        let info = TensorInfo {
+            dtype: Dtype::F32,
+            shape: vec![*length],
+            data_offsets: (start, end),
+        };
+        (name.clone(), info)
+    });
+    let mut header = serde_json::to_vec(&Metadata::new(None, infos.collect())?)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let length = (header.len() as u64).to_le_bytes();
+    let values = slices.iter().map(|(_, length, tensor)| &bytes(tensor)[..4 * length]);
+    let parts: Vec<&[u8]> = [&length[..], &header].into_iter().chain(values).collect();
+
     let name = slice_file(slice, zero.layout().n_slices);
-    write_synced(&partial.join(&name), &buffer)?;
-    let bytes = buffer.len() as u64;
+    let digest = write_synced(&partial.join(&name), &parts)?;
     Ok(Some(FileEntry {
         name,
-        bytes,
+        bytes: parts.iter().map(|part| part.len() as u64).sum(),
         blake3: digest.to_hex().to_string(),
         slice,
         n_slices: zero.layout().n_slices,
     }))
 }
 
-fn write_synced(path: &Path, contents: &[u8]) -> Result<()> {
+/// Writes a new file of these parts, straight from where they lie, and syncs it. The digest is of memory, not of what was
+/// written.
+fn write_synced(path: &Path, parts: &[&[u8]]) -> Result<blake3::Hash> {
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
         .open(path)
         .with_context(|| path.display().to_string())?;
-    file.write_all(contents)
-        .and_then(|()| file.sync_all())
-        .with_context(|| path.display().to_string())
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update_rayon(part);
+        file.write_all(part).with_context(|| path.display().to_string())?;
+    }
+    file.sync_all().with_context(|| path.display().to_string())?;
+    Ok(hasher.finalize())
 }
 
 fn commit(partial: &Path, target: &Path, manifest: &Manifest) -> Result<()> {
-    write_synced(&partial.join(MANIFEST), &serde_json::to_vec_pretty(manifest)?)?;
+    write_synced(&partial.join(MANIFEST), &[&serde_json::to_vec_pretty(manifest)?])?;
     sync_folder(partial)?;
     if target.exists() {
         // Only a damaged checkpoint's steps are taken again. It makes room first; pruning removes it.

@@ -82,6 +82,7 @@ pub fn build_model<'a>(
     let base = &plan.folders.base_model;
     let config = ModelConfig::open(base)?;
     let weights = Weights::open(base)?;
+    let digest = weights.digest();
     let trains = Trains {
         lora: plan.train.lora.clone(),
         full: plan.train.full.clone(),
@@ -102,7 +103,7 @@ pub fn build_model<'a>(
         !specs.is_empty(),
         "nothing trains: give train.lora, or name modules in train.full"
     );
-    let mut initial = model.initial_values();
+    let mut initial = model.take_initial_values();
     let mut zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
         std::mem::replace(&mut initial[bucket][param], tch::Tensor::new())
     })?;
@@ -124,7 +125,7 @@ pub fn build_model<'a>(
         step: 0,
         guard: Guard::new(plan.train.guard),
     };
-    Ok((trainer, weights.digest()))
+    Ok((trainer, digest))
 }
 
 /// Trains until the plan's last step, from the newest checkpoint if there is one.

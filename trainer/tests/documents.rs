@@ -230,7 +230,7 @@ fn trainer<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Trainer<'a> {
     let (config, weights) = (ModelConfig::open(folder).unwrap(), Weights::open(folder).unwrap());
     let mut model = Model::load(&config, &weights, Kind::Float, &trains).unwrap();
     let specs = model.register();
-    let initial = model.initial_values();
+    let initial = model.take_initial_values();
     // LoRA's B starts at zero, which would leave A without a gradient.
     let mut zero = Zero::new(comm, Stage::OptimizerState, &specs, Kind::Float, |bucket, param| {
         let value = &initial[bucket][param];

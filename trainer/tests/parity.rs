@@ -494,7 +494,7 @@ fn trained(folder: &Path, trains: &Trains) -> Model {
 /// Registers and binds what trains, from `start(name, loaded value)`.
 fn bind(model: &mut Model, comm: &dyn Comm, start: &mut dyn FnMut(&str, Tensor) -> Tensor) -> Zero {
     let specs = model.register();
-    let initial = model.initial_values();
+    let initial = model.take_initial_values();
     let mut zero = Zero::new(comm, Stage::OptimizerState, &specs, Kind::Float, |bucket, param| {
         start(&specs[bucket].params[param].name, initial[bucket][param].copy())
     })

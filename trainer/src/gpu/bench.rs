@@ -263,7 +263,7 @@ fn measure(settings: &Settings, device: Device) -> Result<Measured> {
         model.quantize_frozen()?;
     }
     let specs = model.register();
-    let mut initial = model.initial_values();
+    let mut initial = model.take_initial_values();
     let mut zero = Zero::new(
         comm.as_ref(),
         Stage::OptimizerState,

@@ -294,7 +294,7 @@ fn training(device: Device, precision: Precision) -> Result<Vec<(String, Tensor)
     };
     let mut model = Model::load(&config, &Weights::made_up().on(device), kind(precision), &trains)?;
     let specs = model.register();
-    let initial = model.initial_values();
+    let initial = model.take_initial_values();
     let stage = Stage::OptimizerState;
     let mut zero = Zero::new(comm.as_ref(), stage, &specs, model.kind, |b, p| initial[b][p].copy())?;
     model.bind(&mut zero);

@@ -6,7 +6,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo};
 use serde::Deserialize;
@@ -107,6 +107,7 @@ impl Weights {
             .get(name)
             .with_context(|| format!("the model has no tensor {name}"))?;
         let tensor = self.files[*file].tensor(name)?;
+        self.files[*file].release();
         ensure!(
             tensor.size() == shape,
             "tensor {name} is {:?}, expected {shape:?}; config.json and weights are of different models",
@@ -138,6 +139,7 @@ impl Weights {
         for hash in hashes {
             whole.update(hash.as_bytes());
         }
+        self.files.iter().for_each(TensorFile::release);
         whole.finalize().to_hex().to_string()
     }
 
@@ -268,6 +270,11 @@ impl TensorFile {
         Tensor::f_from_data_size(bytes, &shape, kind).with_context(|| format!("copying {name}"))
     }
 
+    /// Gives the pages that were read back to the page cache, so that a loaded model is not held twice.
+    fn release(&self) {
+        release(&self.map);
+    }
+
     fn view(&self, name: &str) -> Result<(&TensorInfo, &[u8])> {
         let info = self
             .header
@@ -285,6 +292,13 @@ fn map(file: &File) -> std::io::Result<Mmap> {
     // mapped inode keeps its bytes. Truncation by another program would end this process with SIGBUS, as it would any
     // reader that maps, and cannot be turned into a wrong result.
     unsafe { Mmap::map(file) }
+}
+
+#[allow(unsafe_code)]
+fn release(map: &Mmap) {
+    // SAFETY: pages of a read-only map of a file are read from it again when they are next touched, with the same bytes.
+    // That it could not be done costs memory only.
+    let _ = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
 }
 
 fn kind_of(dtype: Dtype) -> Option<Kind> {

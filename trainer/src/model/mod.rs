@@ -80,15 +80,22 @@ impl Held for Weight {
 
 /// `sum` += `a` · `b`, kept in f32 whatever the operands are.
 fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) {
-    let _ = if a.kind() == sum.kind() {
-        sum.addmm_(a, b)
+    if a.kind() == sum.kind() {
+        let _ = sum.addmm_(a, b);
     } else if sum.device() == Device::Cpu {
-        sum.g_add_(&a.matmul(b))
+        // A stretch of rows at a time: its product is still in the cache when it is added.
+        let rows = (PRODUCT_BYTES / (a.kind().elt_size_in_bytes() as i64 * b.size()[1])).max(1);
+        for start in (0..a.size()[0]).step_by(rows as usize) {
+            let rows = rows.min(a.size()[0] - start);
+            let _ = sum.narrow(0, start, rows).g_add_(&a.narrow(0, start, rows).matmul(b));
+        }
     } else {
         // On a GPU the product stays f32 and goes straight into the sum: neither rounded nor stored between.
-        sum.addmm_dtype_out(&sum.shallow_clone(), a, b, sum.kind())
-    };
+        let _ = sum.addmm_dtype_out(&sum.shallow_clone(), a, b, sum.kind());
+    }
 }
+
+const PRODUCT_BYTES: i64 = 16 << 20;
 
 pub struct Model {
     pub config: ModelConfig,
@@ -230,10 +237,11 @@ impl Model {
             .collect()
     }
 
-    /// f32 values of what trains, in registration order.
-    pub fn initial_values(&mut self) -> Vec<Vec<Tensor>> {
+    /// Takes the f32 values of what trains out of the model, in registration order: [`bind`](Self::bind) gives it others.
+    pub fn take_initial_values(&mut self) -> Vec<Vec<Tensor>> {
+        let take = |weight: &mut Weight| std::mem::replace(&mut weight.value, Tensor::new()).to_kind(Kind::Float);
         self.trained()
-            .map(|(_, weights)| weights.iter().map(|weight| weight.value.to_kind(Kind::Float)).collect())
+            .map(|(_, weights)| weights.into_iter().map(take).collect())
             .collect()
     }
 
