@@ -63,7 +63,8 @@ pub fn build<'a>(plan: &'a Plan, comm: &'a dyn Comm, device: Device) -> Result<(
     };
     let weights = weights.on(device);
     let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
-        .with_context(|| format!("loading {}", base.display()))?;
+        .with_context(|| format!("loading {}", base.display()))?
+        .with_residual(plan.train.residual);
     model.check_length(plan.train.sequence_length, "train.sequence_length")?;
     let stage = if plan.train.zero == 0 {
         Stage::Replicated

@@ -1,4 +1,4 @@
-//! The LLaMA family as a list of stages (embedding, layers, head), each with an explicit forward and backward.
+//! The LLaMA and GPT-2 families as a list of stages (embedding, layers, head), each with an explicit forward and backward.
 //! Knows nothing of ranks, files' places or schedules.
 
 pub(crate) mod attention;
@@ -8,7 +8,9 @@ pub(crate) mod kernels;
 mod layer;
 mod linear;
 mod load;
+mod mlp;
 mod new_rows;
+mod norm;
 mod rotary;
 
 use anyhow::{Result, ensure};
@@ -22,6 +24,8 @@ pub use head::{Head, IGNORE, Loss};
 pub use layer::{Layer, Saved};
 pub use linear::{Linear, LoraPair};
 pub use load::Trains;
+pub use mlp::Mlp;
+pub use norm::Norm;
 pub use rotary::Rotary;
 
 use crate::hf::ModelConfig;
@@ -79,12 +83,16 @@ pub struct Model {
     pub config: ModelConfig,
     /// embed_tokens; also the head's matrix when they are tied.
     pub embedding: Weight,
+    /// Learned positions, one row each, added after the embedding; none where positions are rotary.
+    pub positions_td: Option<Weight>,
     pub layers: Vec<Layer>,
     pub head: Head,
     /// lm_head, when it is not the embedding itself.
     pub head_weight: Option<Weight>,
-    pub rotary: Rotary,
+    pub rotary: Option<Rotary>,
     pub kind: Kind,
+    /// In what the residual stream is kept: `kind`, or f32 beside bf16.
+    pub stream: Kind,
     /// Where its weights lie and its stages compute.
     pub device: Device,
     pub buckets: Buckets,
@@ -101,7 +109,8 @@ pub struct Buckets {
 /// What stages need to know of the pass they are in.
 #[derive(Clone, Copy)]
 pub struct Pass<'a> {
-    pub rotary: &'a Rotary,
+    /// `None`: positions are learned, and in the stream already.
+    pub rotary: &'a Option<Rotary>,
     pub recompute: Recompute,
     /// `None`: nothing is dropped.
     pub dropout: Option<&'a DropoutRows>,
@@ -150,11 +159,19 @@ impl Model {
     }
 
     pub fn embed(&self, ids_bt: &Tensor) -> Tensor {
-        Tensor::embedding(&self.embedding.value, ids_bt, -1, false, false)
+        let x_btd = Tensor::embedding(&self.embedding.value, ids_bt, -1, false, false).to_kind(self.stream);
+        match &self.positions_td {
+            None => x_btd,
+            Some(positions_td) => x_btd + positions_td.value.narrow(0, 0, ids_bt.size()[1]),
+        }
     }
 
-    /// Adds d_x to the rows of the embedding that `ids_bt` named.
+    /// Adds d_x to the rows of the embedding that `ids_bt` named, and to those of the positions they stood at.
     pub fn embed_backward(&mut self, ids_bt: &Tensor, d_x_btd: &Tensor) {
+        if let Some(grad) = self.positions_td.as_ref().and_then(|positions| positions.grad.as_ref()) {
+            let d_td = d_x_btd.sum_dim_intlist(0, false, Kind::Float);
+            let _ = grad.narrow(0, 0, d_td.size()[0]).g_add_(&d_td);
+        }
         if let Some(grad) = &mut self.embedding.grad {
             let dim = grad.size()[1];
             let d_x_nd = d_x_btd.reshape([-1, dim]).to_kind(Kind::Float);
@@ -191,11 +208,12 @@ impl Model {
 
     /// Everything that may train, stage by stage in registration order.
     fn stages(&mut self) -> Vec<(String, Vec<&mut Weight>)> {
-        let mut stages = vec![("embedding".to_string(), vec![&mut self.embedding])];
+        let embedding = std::iter::once(&mut self.embedding).chain(&mut self.positions_td);
+        let mut stages = vec![("embedding".to_string(), embedding.collect::<Vec<_>>())];
         for (index, layer) in self.layers.iter_mut().enumerate() {
             stages.push((format!("layers.{index}"), layer.weights_mut()));
         }
-        let head = std::iter::once(&mut self.head.norm_d).chain(&mut self.head_weight);
+        let head = self.head.norm.weights_mut().chain(&mut self.head_weight);
         stages.push(("head".to_string(), head.collect()));
         for (_, weights) in &mut stages {
             weights.retain(|weight| weight.group.is_some());
