@@ -118,7 +118,7 @@ fn gradients_and_ten_adamw_steps_are_those_of_peft_and_torch() {
         let mut worst = Worst::of("way of ten steps", case, MOVEMENT);
         for (name, value, _) in named(&trainer) {
             let expected = as_ours(&trainer.model, &name, file.tensor(&format!("end.{name}")).unwrap());
-            let moved = |to: &Tensor| to - &start[&name];
+            let moved = |to: &Tensor| told(&name, &(to - &start[&name]));
             worst.see(&name, difference(&moved(&value), &moved(&expected)));
         }
     }
@@ -601,6 +601,18 @@ fn grown_vocabulary(base_size: usize, size: usize, padded_size: usize) -> Vocabu
         digest: String::new(),
         lowered_scores: 0,
         unreachable: 0,
+    }
+}
+
+/// The part of a movement that a gradient tells: what is added to all keys moves all scores of a query alike, which softmax
+/// does not see, so the true gradient of the keys' bias is 0 and AdamW makes steps of its rounding.
+fn told(name: &str, moved: &Tensor) -> Tensor {
+    match name.ends_with("c_attn.bias") {
+        true => {
+            let third = moved.size()[0] / 3;
+            Tensor::cat(&[moved.narrow(0, 0, third), moved.narrow(0, 2 * third, third)], 0)
+        }
+        false => moved.shallow_clone(),
     }
 }
 

@@ -387,7 +387,7 @@ mod tests {
         for architecture in ARCHITECTURES {
             SOURCE.compile(architecture).unwrap_or_else(|error| panic!("{error}"));
         }
-        assert_eq!(SOURCE.kernels().len(), 23, "{:?}", SOURCE.kernels());
+        assert_eq!(SOURCE.kernels().len(), 27, "{:?}", SOURCE.kernels());
     }
 
     const KINDS: [Kind; 2] = [Kind::Float, Kind::BFloat16];
