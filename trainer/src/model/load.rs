@@ -149,8 +149,13 @@ fn stored(config: &ModelConfig, weight: &Tensor) -> Tensor {
 
 /// What a config names must be there: a target that matches nothing would train nothing, in silence.
 fn check_names(config: &ModelConfig, trains: &Trains) -> Result<()> {
-    let mut linears: Vec<&str> = config.linears().iter().flatten().map(|l| l.module.name()).collect();
-    linears.dedup();
+    let mut linears: Vec<&str> = Vec::new();
+    for name in config.linears().iter().flatten().map(|linear| linear.module.name()) {
+        // GPT-2 has two of one name.
+        if !linears.contains(&name) {
+            linears.push(name);
+        }
+    }
     for target in trains.lora.iter().flat_map(|lora| &lora.targets) {
         ensure!(
             linears.contains(&target.as_str()),
