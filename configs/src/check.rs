@@ -566,9 +566,11 @@ fn check_modules(plan: &Plan, typed: &[String], rules: &mut Rules) {
         // A name that no family has is refused elsewhere.
         let known = FullModule::ALL.iter().any(|module| module.name() == name);
         rules.require(!known || modules.iter().any(|module| module.name() == name), || {
-            let names: Vec<&str> = modules.iter().map(|module| module.name()).collect();
+            let linears_only = key == "train.lora.targets";
+            let possible = modules.iter().filter(|module| !linears_only || module.is_linear());
+            let names: Vec<&str> = possible.map(|module| module.name()).collect();
             format!(
-                "{key} names `{name}`, which no model of model.shape.family has; its modules are {}",
+                "{key} names `{name}`, which no model of model.shape.family has; it has {}",
                 names.join(", ")
             )
         });

@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Group, Launch, Lora, OnUnreadable, OneDocument,
-    Gelu, Precision, Recompute, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
+    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Gelu, Group, Launch, Lora, OnUnreadable, OneDocument,
+    Precision, Recompute, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
 };
 
 #[derive(Debug, Deserialize)]

@@ -213,7 +213,14 @@ impl<'a> Adapter<'a> {
         let plain = |weight: &Weight| (weight.name.clone(), weight.value.shallow_clone());
         full.extend(model.positions_td.iter().filter(trains).map(plain));
         for layer in &model.layers {
-            full.extend(layer.norms().into_iter().flat_map(Norm::weights).filter(trains).map(plain));
+            full.extend(
+                layer
+                    .norms()
+                    .into_iter()
+                    .flat_map(Norm::weights)
+                    .filter(trains)
+                    .map(plain),
+            );
             for linear in layer.linears() {
                 let matrix = std::iter::once(&linear.weight_oi).filter(trains);
                 full.extend(matrix.map(|weight| (weight.name.clone(), model.stored(&weight.value))));
@@ -266,7 +273,10 @@ impl<'a> Adapter<'a> {
     fn modules(&self) -> Vec<&str> {
         let mut modules: Vec<&str> = Vec::new();
         for (name, _) in &self.full {
-            let module = name.rsplit('.').nth(1).expect("a weight's name has its module before it");
+            let module = name
+                .rsplit('.')
+                .nth(1)
+                .expect("a weight's name has its module before it");
             if !modules.contains(&module) {
                 modules.push(module);
             }

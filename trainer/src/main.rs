@@ -122,7 +122,9 @@ fn start(command: Command) -> Result<i32> {
     let threads = plan.as_ref().and_then(|plan| plan.launch.threads_per_rank);
     // Before the first tensor, and before ranks meet: libtorch asks once whether CUDA is there.
     let device = match (&command, &plan) {
-        (Command::Train { .. } | Command::Eval { .. } | Command::DayZero { .. }, Some(plan)) => device_of(plan, &place)?,
+        (Command::Train { .. } | Command::Eval { .. } | Command::DayZero { .. }, Some(plan)) => {
+            device_of(plan, &place)?
+        }
         _ => Device::Cpu,
     };
     set_threads(threads.unwrap_or_else(|| cores().div_ceil(place.local_world).max(1)))?;

@@ -58,7 +58,10 @@ fn an_f32_stream_changes_no_bit_in_f32_and_is_nearer_to_it_in_bf16() {
                 .collect::<Vec<Tensor>>()
         };
         let exact = gradients(Precision::F32, Residual::Compute, Recompute::None);
-        assert!(exact == gradients(Precision::F32, Residual::F32, Recompute::None), "{name}");
+        assert!(
+            exact == gradients(Precision::F32, Residual::F32, Recompute::None),
+            "{name}"
+        );
 
         let f32_stream = gradients(Precision::Bf16, Residual::F32, Recompute::None);
         for recompute in [Recompute::Selective, Recompute::Full] {
@@ -124,7 +127,10 @@ fn a_biass_group_goes_with_its_module() {
         .iter()
         .flat_map(|bucket| bucket.params.iter().map(|param| param.name.as_str()))
         .collect();
-    assert_eq!(names, ["transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.bias"]);
+    assert_eq!(
+        names,
+        ["transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.bias"]
+    );
 }
 
 #[test]
@@ -144,12 +150,15 @@ fn files_without_the_heads_module_around_the_model_are_read_as_they_are() {
         (short, file.tensor(&name).unwrap().size())
     });
     let shapes: Vec<(String, Vec<i64>)> = tensors.chain(mask).collect();
-    write_tensors(&bare.join("model.safetensors"), &shapes, Kind::Float, &mut |name, shape| {
-        match file.tensor(&format!("transformer.{name}")) {
+    write_tensors(
+        &bare.join("model.safetensors"),
+        &shapes,
+        Kind::Float,
+        &mut |name, shape| match file.tensor(&format!("transformer.{name}")) {
             Ok(tensor) => Ok(tensor),
             Err(_) => Ok(Tensor::ones(shape, (Kind::Float, Device::Cpu))),
-        }
-    })
+        },
+    )
     .unwrap();
     let read = Weights::open(&bare).unwrap();
     assert_eq!(read.digest(), whole.digest());
@@ -225,7 +234,10 @@ fn trainer<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Trainer<'a> {
         .with_residual(plan.train.residual);
     let specs = model.register();
     let initial = model.initial_values();
-    let zero = Zero::new(comm, Stage::OptimizerState, &specs, kind, |bucket, param| initial[bucket][param].copy()).unwrap();
+    let zero = Zero::new(comm, Stage::OptimizerState, &specs, kind, |bucket, param| {
+        initial[bucket][param].copy()
+    })
+    .unwrap();
     model.bind(&zero);
     let mut trainer = Trainer {
         plan,

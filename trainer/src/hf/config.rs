@@ -748,7 +748,11 @@ mod tests {
         let plain = read_over(gpt2(), json!({})).unwrap();
         assert_eq!((plain.intermediate_size, plain.norm_epsilon), (32, 1e-5));
         assert!(plain.tie_word_embeddings);
-        for (name, activation) in [("gelu", Gelu::Exact), ("gelu_fast", Gelu::Tanh), ("gelu_new", Gelu::Tanh)] {
+        for (name, activation) in [
+            ("gelu", Gelu::Exact),
+            ("gelu_fast", Gelu::Tanh),
+            ("gelu_new", Gelu::Tanh),
+        ] {
             let changes = json!({ "activation_function": name, "n_inner": 20, "tie_word_embeddings": false });
             let config = read_over(gpt2(), changes).unwrap();
             assert_eq!(config.family, Family::Gpt2 { activation });
@@ -771,9 +775,16 @@ mod tests {
             (read(json!({})).unwrap(), 5, 0),
             (read_over(gpt2(), json!({})).unwrap(), 5, 5 + 2 * 4),
         ] {
-            let starts: Vec<Start> = config.parameter_shapes().iter().map(|(name, _)| Start::of(name)).collect();
+            let starts: Vec<Start> = config
+                .parameter_shapes()
+                .iter()
+                .map(|(name, _)| Start::of(name))
+                .collect();
             assert_eq!(starts.iter().filter(|start| matches!(start, Start::Ones)).count(), ones);
-            assert_eq!(starts.iter().filter(|start| matches!(start, Start::Zeros)).count(), zeros);
+            assert_eq!(
+                starts.iter().filter(|start| matches!(start, Start::Zeros)).count(),
+                zeros
+            );
         }
     }
 }

@@ -27,8 +27,13 @@ pub struct Layer {
 }
 
 /// How queries, keys and values are made.
+#[expect(clippy::large_enum_variant, reason = "one a layer, beside megabytes of weights")]
 pub enum Qkv {
-    Apart { q: Linear, k: Linear, v: Linear },
+    Apart {
+        q: Linear,
+        k: Linear,
+        v: Linear,
+    },
     /// By one matrix: its outputs are all of q, then k, then v.
     Fused(Linear),
 }
@@ -106,7 +111,9 @@ impl Layer {
 
         // MLP: y = middle + mlp(norm(middle))
         let d_out_nd = d_y_nd.to_kind(kind);
-        let d_normed_2_nd = self.mlp.backward(&normed_2_nd, &wide, &activated_nf, dropout, &d_out_nd);
+        let d_normed_2_nd = self
+            .mlp
+            .backward(&normed_2_nd, &wide, &activated_nf, dropout, &d_out_nd);
         let d_middle_nd = self.mlp_norm.backward(&middle_nd, &d_normed_2_nd, Some(&d_y_nd));
 
         // Attention: middle = x + o(attend(positioned(q), positioned(k), v))
@@ -121,11 +128,13 @@ impl Layer {
             None => (d_q, d_k),
         };
         let flat = |d: Tensor, heads: i64| d.reshape([-1, heads * self.head_dim]);
-        let d_qkv = [flat(d_q, self.heads), flat(d_k, self.kv_heads), flat(d_v, self.kv_heads)];
+        let d_qkv = [
+            flat(d_q, self.heads),
+            flat(d_k, self.kv_heads),
+            flat(d_v, self.kv_heads),
+        ];
         let d_normed_1_nd = self.qkv.backward(&normed_1_nd, dropout, d_qkv);
-        let d_x_nd = self
-            .attention_norm
-            .backward(&x_nd, &d_normed_1_nd, Some(&d_middle_nd));
+        let d_x_nd = self.attention_norm.backward(&x_nd, &d_normed_1_nd, Some(&d_middle_nd));
         d_x_nd.view(size.as_slice())
     }
 

@@ -212,10 +212,7 @@ impl From<'_> {
     }
 
     fn norm(&self, path: &str) -> Result<Norm> {
-        let (dim, group) = (
-            self.config.hidden_size as i64,
-            self.trains.group(FullModule::Norms),
-        );
+        let (dim, group) = (self.config.hidden_size as i64, self.trains.group(FullModule::Norms));
         Ok(Norm {
             weight_d: self.read(format!("{path}.weight"), &[dim], group)?,
             bias_d: self.bias(path, dim, group.is_some())?,

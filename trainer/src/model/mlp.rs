@@ -8,6 +8,7 @@ use super::DropoutRows;
 use super::kernels::{gelu, gelu_backward, swiglu, swiglu_backward};
 use super::linear::Linear;
 
+#[expect(clippy::large_enum_variant, reason = "one a layer, beside megabytes of weights")]
 pub enum Mlp {
     /// LLaMA's: y = down(silu(gate(x)) · up(x)).
     SwiGlu { gate: Linear, up: Linear, down: Linear },

@@ -218,7 +218,11 @@ pub fn rms_norm_backward(
     }
     let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
     let passed_by_nd = passed_by_nd.map(Tensor::contiguous);
-    by_kinds!(x_nd, weight_d, each(&x_nd, weight_d, epsilon, &d_y_nd, passed_by_nd.as_ref()))
+    by_kinds!(
+        x_nd,
+        weight_d,
+        each(&x_nd, weight_d, epsilon, &d_y_nd, passed_by_nd.as_ref())
+    )
 }
 
 /// d_w of [`rms_norm`]: Σ_n d_y · x·r, f32.
@@ -286,9 +290,8 @@ pub fn layer_norm_backward(
                     }
                 }
                 let (mean_g, projection) = (total(sums) / d as f32, total(products) / d as f32);
-                let of_norm = |x: X, d_y: E, w: E| {
-                    (d_y.widen() * w.widen() - mean_g - (x.widen() - mean) * r * projection) * r
-                };
+                let of_norm =
+                    |x: X, d_y: E, w: E| (d_y.widen() * w.widen() - mean_g - (x.widen() - mean) * r * projection) * r;
                 let outputs = d_x.iter_mut().zip(x).zip(d_y).zip(weight);
                 match passed_by {
                     None => outputs.for_each(|(((d_x, x), d_y), w)| *d_x = X::round(of_norm(*x, *d_y, *w))),
@@ -316,7 +319,10 @@ pub fn layer_norm_weight_gradients(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor)
     let centred_nd = &x_nd - x_nd.mean_dim(-1, true, Kind::Float);
     let r_n1 = (centred_nd.square().mean_dim(-1, true, Kind::Float) + epsilon).rsqrt();
     let d_bias_d = d_y_nd.sum_dim_intlist(0, false, Kind::Float);
-    ((d_y_nd * centred_nd * r_n1).sum_dim_intlist(0, false, Kind::Float), d_bias_d)
+    (
+        (d_y_nd * centred_nd * r_n1).sum_dim_intlist(0, false, Kind::Float),
+        d_bias_d,
+    )
 }
 
 /// (μ, 1/√(σ² + ε)), the variance from the differences, in a second pass over what is in the nearest cache by then.
@@ -385,7 +391,9 @@ pub fn swiglu_backward(gate_nf: &Tensor, up_nf: &Tensor, d_y_nf: &Tensor) -> (Te
 pub fn gelu(x_nf: &Tensor, form: Gelu) -> Tensor {
     fn each<E: Element>(x_nf: &Tensor) -> Tensor {
         let mut y_nf = x_nf.empty_like();
-        let tasks = E::of_mut(&mut y_nf).par_chunks_mut(TASK).zip(E::of(x_nf).par_chunks(TASK));
+        let tasks = E::of_mut(&mut y_nf)
+            .par_chunks_mut(TASK)
+            .zip(E::of(x_nf).par_chunks(TASK));
         tasks.for_each(|(y, x)| {
             Arch::new().dispatch(|| {
                 for (y, x) in y.iter_mut().zip(x) {
@@ -430,7 +438,7 @@ pub fn gelu_backward(x_nf: &Tensor, form: Gelu, d_y_nf: &Tensor) -> Tensor {
 }
 
 /// 2·√(2/π)
-const TWICE_ROOT: f32 = 1.595_769_1;
+const TWICE_ROOT: f32 = 1.595_769;
 const CUBIC: f32 = TWICE_ROOT * 0.044_715;
 
 /// Turns pairs (i, i + d/2) of every head in place, by the angles of the position: `cos_th` and `sin_th` hold d/2 values a
