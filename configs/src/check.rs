@@ -5,23 +5,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf, absolute};
 
 use crate::plan::*;
-use crate::raw::{self, ModelKind, PiecesKind, Raw, SourceKind as Kind};
-
-/// The linear layers of a LLaMA block that LoRA can stand beside.
-pub const LORA_TARGETS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
+use crate::raw::{self, FamilyName, ModelKind, PiecesKind, Raw, SourceKind as Kind};
 
 pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     let mut rules = Rules::default();
     let model = model(&raw.model, &mut rules);
-    let full = full_modules(&raw.train.full, &mut rules);
+    let full = full_modules(&raw.train.full, model.as_ref(), &mut rules);
+    let typed_full = raw.train.full.clone();
     let folders = folders(&raw, &mut rules);
     let optimizer = optimizer(raw.optimizer, &raw.train, &full, &mut rules);
     let train = train(raw.train, full, &mut rules);
@@ -45,6 +35,7 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
         }),
     };
     check_name(&plan.name, &mut rules);
+    check_modules(&plan, &typed_full, &mut rules);
     check_sampling(&plan.sampling, &mut rules);
     check_vocabulary(&plan, &mut rules);
     check_text(&plan, &mut rules);
@@ -400,7 +391,8 @@ fn model(raw: &raw::Model, rules: &mut Rules) -> Option<Model> {
             path: rules.path("model.path", raw.path.as_deref()?),
         }),
         ModelKind::Scratch => {
-            let (shape, init_std, pieces) = (raw.shape.clone()?, raw.init_std?, raw.tokenizer.as_ref()?);
+            let (shape, init_std, pieces) = (raw.shape.as_ref()?, raw.init_std?, raw.tokenizer.as_ref()?);
+            let shape = shape_of(shape, rules)?;
             check_shape(&shape, rules);
             rules.require(init_std > 0.0 && init_std < 1.0, || {
                 format!("model.init_std = {init_std} is not a standard deviation between 0 and 1; try 0.02")
@@ -462,47 +454,127 @@ fn tokenizer(raw: &raw::Pieces, rules: &mut Rules) -> Option<Pieces> {
     })
 }
 
+/// None where a key of the family is missing.
+fn shape_of(raw: &raw::Shape, rules: &mut Rules) -> Option<Shape> {
+    let family = raw.family.unwrap_or_default();
+    let is_llama = family == FamilyName::Llama;
+    let name = if is_llama { "llama" } else { "gpt2" };
+    for (key, typed, wanted) in [
+        ("num_key_value_heads", raw.num_key_value_heads.is_some(), is_llama),
+        ("rms_norm_eps", raw.rms_norm_eps.is_some(), is_llama),
+        ("rope_theta", raw.rope_theta.is_some(), is_llama),
+        ("layer_norm_epsilon", raw.layer_norm_epsilon.is_some(), !is_llama),
+        ("activation_function", raw.activation_function.is_some(), !is_llama),
+    ] {
+        rules.require(typed || !wanted, || {
+            format!("model.shape.{key} is missing, and family: {name} needs it; add it")
+        });
+        rules.require(wanted || !typed, || {
+            format!("model.shape.{key} means nothing with family: {name}; remove it")
+        });
+    }
+    Some(Shape {
+        hidden_size: raw.hidden_size,
+        intermediate_size: raw.intermediate_size,
+        num_hidden_layers: raw.num_hidden_layers,
+        num_attention_heads: raw.num_attention_heads,
+        max_position_embeddings: raw.max_position_embeddings,
+        tie_word_embeddings: raw.tie_word_embeddings,
+        family: match family {
+            FamilyName::Llama => Family::Llama {
+                num_key_value_heads: raw.num_key_value_heads?,
+                rms_norm_eps: raw.rms_norm_eps?,
+                rope_theta: raw.rope_theta?,
+            },
+            FamilyName::Gpt2 => Family::Gpt2 {
+                layer_norm_epsilon: raw.layer_norm_epsilon?,
+                activation_function: raw.activation_function?,
+            },
+        },
+    })
+}
+
 fn check_shape(shape: &Shape, rules: &mut Rules) {
-    let (hidden, heads, kv_heads) = (shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads);
+    let (hidden, heads) = (shape.hidden_size, shape.num_attention_heads);
     for (key, value) in [
         ("hidden_size", hidden),
         ("intermediate_size", shape.intermediate_size),
         ("num_hidden_layers", shape.num_hidden_layers),
         ("num_attention_heads", heads),
-        ("num_key_value_heads", kv_heads),
         ("max_position_embeddings", shape.max_position_embeddings),
     ] {
         rules.at_least(&format!("model.shape.{key}"), value, 1);
     }
-    if hidden == 0 || heads == 0 || kv_heads == 0 {
-        return;
+    match shape.family {
+        Family::Llama {
+            num_key_value_heads: kv_heads,
+            rms_norm_eps,
+            rope_theta,
+        } => {
+            rules.at_least("model.shape.num_key_value_heads", kv_heads, 1);
+            rules.require(rms_norm_eps > 0.0, || {
+                format!("model.shape.rms_norm_eps = {rms_norm_eps} must be above 0; LLaMA 2 has 1e-5")
+            });
+            rules.require(rope_theta > 1.0, || {
+                format!("model.shape.rope_theta = {rope_theta} must be above 1; LLaMA 2 has 10000")
+            });
+            if hidden == 0 || heads == 0 || kv_heads == 0 {
+                return;
+            }
+            // RoPE turns the two halves of a head, so a head's width is even.
+            rules.require(hidden.is_multiple_of(2 * heads), || {
+                format!(
+                    "model.shape.hidden_size = {hidden} is not a multiple of {} (2 × {heads} heads: RoPE turns pairs); try {}",
+                    2 * heads,
+                    hidden.next_multiple_of(2 * heads)
+                )
+            });
+            rules.require(heads.is_multiple_of(kv_heads), || {
+                format!(
+                    "model.shape.num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}; \
+                     every key/value head serves the same number of heads; try num_key_value_heads: {heads}"
+                )
+            });
+        }
+        Family::Gpt2 { layer_norm_epsilon, .. } => {
+            rules.require(layer_norm_epsilon > 0.0, || {
+                format!("model.shape.layer_norm_epsilon = {layer_norm_epsilon} must be above 0; GPT-2 has 1e-5")
+            });
+            rules.require(heads == 0 || hidden.is_multiple_of(heads), || {
+                format!(
+                    "model.shape.hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; try {}",
+                    hidden.next_multiple_of(heads)
+                )
+            });
+        }
     }
-    // RoPE turns the two halves of a head, so a head's width is even.
-    rules.require(hidden.is_multiple_of(2 * heads), || {
-        format!(
-            "model.shape.hidden_size = {hidden} is not a multiple of {} (2 × {heads} heads: RoPE turns pairs); try {}",
-            2 * heads,
-            hidden.next_multiple_of(2 * heads)
-        )
-    });
-    rules.require(heads.is_multiple_of(kv_heads), || {
-        format!(
-            "model.shape.num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}; \
-             every key/value head serves the same number of heads; try num_key_value_heads: {heads}"
-        )
-    });
-    rules.require(shape.rms_norm_eps > 0.0, || {
-        format!(
-            "model.shape.rms_norm_eps = {} must be above 0; LLaMA 2 has 1e-5",
-            shape.rms_norm_eps
-        )
-    });
-    rules.require(shape.rope_theta > 1.0, || {
-        format!(
-            "model.shape.rope_theta = {} must be above 1; LLaMA 2 has 10000",
-            shape.rope_theta
-        )
-    });
+}
+
+/// Where the model's family is known before the model is: every named module is one of its own.
+fn check_modules(plan: &Plan, typed: &[String], rules: &mut Rules) {
+    let Model::Scratch { shape, .. } = &plan.model else {
+        return;
+    };
+    let modules = shape.family.modules();
+    let targets = plan.train.lora.iter().flat_map(|lora| &lora.targets);
+    let named = typed
+        .iter()
+        .filter(|name| *name != "all")
+        .map(|name| ("train.full", name))
+        .chain(targets.map(|name| ("train.lora.targets", name)));
+    for (key, name) in named {
+        // A name that no family has is refused elsewhere.
+        let known = FullModule::ALL.iter().any(|module| module.name() == name);
+        rules.require(!known || modules.iter().any(|module| module.name() == name), || {
+            let linears_only = key == "train.lora.targets";
+            let possible = modules.iter().filter(|module| !linears_only || module.is_linear());
+            let names: Vec<&str> = possible.map(|module| module.name()).collect();
+            format!(
+                "{key} names `{name}`, which no model of model.shape.family has; it has {}",
+                names.join(", ")
+            )
+        });
+    }
 }
 
 /// `full` is `train.full`, read.
@@ -551,6 +623,7 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
         frozen_precision: raw.frozen_precision,
         device: raw.device.unwrap_or_default(),
         recompute: raw.recompute,
+        residual: raw.residual.unwrap_or_default(),
         zero: raw.zero,
         shard_frozen: raw.shard_frozen.unwrap_or(false),
         reduce: raw.reduce.unwrap_or(Precision::F32),
@@ -584,14 +657,19 @@ fn check_guard(guard: &Guard, rules: &mut Rules) {
 }
 
 /// In the order of [`FullModule::ALL`], whatever the order in the config.
-fn full_modules(typed: &[String], rules: &mut Rules) -> Vec<FullModule> {
+/// `all` is every module of the model's family, or of any where that is not known yet.
+fn full_modules(typed: &[String], model: Option<&Model>, rules: &mut Rules) -> Vec<FullModule> {
+    let of_model = match model {
+        Some(Model::Scratch { shape, .. }) => shape.family.modules(),
+        _ => &FullModule::ALL,
+    };
     if typed == ["all"] {
-        return FullModule::ALL.to_vec();
+        return of_model.to_vec();
     }
     for (i, name) in typed.iter().enumerate() {
         rules.require(FullModule::ALL.iter().any(|module| module.name() == name), || {
             let known = FullModule::ALL.map(FullModule::name).join(", ");
-            format!("train.full names `{name}`, which no LLaMA model has; known: {known}; or [all] alone for every parameter")
+            format!("train.full names `{name}`, which no model has; known: {known}; or [all] alone for every parameter")
         });
         rules.require(!typed[..i].contains(name), || {
             format!("train.full names {name} twice; name each module once")
@@ -620,10 +698,13 @@ fn check_lora(lora: &Lora, full: &[FullModule], rules: &mut Rules) {
             .to_owned()
     });
     for (i, target) in lora.targets.iter().enumerate() {
-        rules.require(LORA_TARGETS.contains(&target.as_str()), || {
+        let mut linears = FullModule::ALL.into_iter().filter(|module| module.is_linear());
+        rules.require(linears.any(|linear| linear.name() == target), || {
+            let linears = FullModule::ALL.into_iter().filter(|module| module.is_linear());
+            let known: Vec<&str> = linears.map(FullModule::name).collect();
             format!(
-                "train.lora.targets names `{target}`, which no LLaMA block has; known: {}",
-                LORA_TARGETS.join(", ")
+                "train.lora.targets names `{target}`, which no block has; known: {}",
+                known.join(", ")
             )
         });
         rules.require(!lora.targets[..i].contains(target), || {
@@ -686,7 +767,7 @@ fn optimizer(raw: raw::Optimizer, train: &raw::Train, full: &[FullModule], rules
 fn groups(raw: &raw::Optimizer, train: &raw::Train, full: &[FullModule], rules: &mut Rules) -> BTreeMap<Group, Rates> {
     let trains = |group: Group| match group {
         Group::Lora => train.lora.is_some(),
-        _ => full.iter().any(|module| module.group() == group),
+        _ => full.iter().any(|module| module.fills(group)),
     };
     let own = raw.groups.clone().unwrap_or_default();
     for (typed, key, of, groups) in [

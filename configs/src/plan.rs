@@ -213,19 +213,73 @@ pub enum Model {
     },
 }
 
-/// Sizes of a LLaMA-family model, by the names of Hugging Face's `config.json`.
+/// Sizes of a model, by the names of Hugging Face's `config.json` for LLaMA.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Shape {
     pub hidden_size: usize,
     pub intermediate_size: usize,
     pub num_hidden_layers: usize,
     pub num_attention_heads: usize,
-    pub num_key_value_heads: usize,
     pub max_position_embeddings: usize,
-    pub rms_norm_eps: f64,
-    pub rope_theta: f64,
     pub tie_word_embeddings: bool,
+    #[serde(flatten)]
+    pub family: Family,
+}
+
+/// What a block is made of, and what only such a block has.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "family", rename_all = "snake_case")]
+pub enum Family {
+    /// RMSNorm, SwiGLU, rotary positions, no biases.
+    Llama {
+        num_key_value_heads: usize,
+        rms_norm_eps: f64,
+        rope_theta: f64,
+    },
+    /// LayerNorm, GELU, learned positions, biases; PolyLM is one.
+    Gpt2 {
+        layer_norm_epsilon: f64,
+        activation_function: Gelu,
+    },
+}
+
+impl Family {
+    /// The modules that such models have, as `train.full` and `train.lora.targets` name them.
+    pub fn modules(&self) -> &'static [FullModule] {
+        match self {
+            Family::Llama { .. } => &FullModule::OF_LLAMA,
+            Family::Gpt2 { .. } => &FullModule::OF_GPT2,
+        }
+    }
+}
+
+/// Hendrycks and Gimpel 2016, "Gaussian Error Linear Units": x · Φ(x).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Gelu {
+    /// x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
+    #[serde(rename = "gelu_new")]
+    Tanh,
+    /// x/2 · (1 + erf(x/√2)).
+    #[serde(rename = "gelu")]
+    Exact,
+}
+
+impl Gelu {
+    /// As `transformers` names it; several names mean the same formula.
+    pub fn from_name(name: &str) -> Option<Gelu> {
+        match name {
+            "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Some(Gelu::Tanh),
+            "gelu" | "gelu_python" => Some(Gelu::Exact),
+            _ => None,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Gelu::Tanh => "gelu_new",
+            Gelu::Exact => "gelu",
+        }
+    }
 }
 
 /// The tokenizer of a model made from scratch.
@@ -513,6 +567,9 @@ pub struct Train {
     #[serde(default)]
     pub device: Device,
     pub recompute: Recompute,
+    /// In what the sums between blocks are kept.
+    #[serde(default)]
+    pub residual: Residual,
     /// ZeRO stage, 0 to 3: what each rank keeps a slice of. 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
     pub zero: u8,
     /// Frozen weights are divided among the ranks too, and gathered stage by stage; whatever the ZeRO stage.
@@ -576,13 +633,24 @@ fn f32() -> Precision {
     Precision::F32
 }
 
+/// In what the residual stream is kept: what passes from block to block, each adding its part, and its gradient.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residual {
+    /// As `precision` says.
+    #[default]
+    Compute,
+    /// f32 whatever the precision: what blocks add is not rounded away where the stream has grown large.
+    F32,
+}
+
 /// What a layer keeps between forward and backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Recompute {
     /// Every activation that backward reads.
     None,
-    /// What GEMMs and attention made; norms and SwiGLU are computed again.
+    /// What GEMMs and attention made; norms and activations are computed again.
     Selective,
     /// The layer's input only.
     Full,
@@ -595,7 +663,8 @@ pub struct Lora {
     pub alpha: f64,
     /// 0 ≤ p < 1.
     pub dropout: f64,
-    /// `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`; at least one.
+    /// LLaMA's `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`, or GPT-2's `c_attn`, `c_proj`
+    /// (attention's and the MLP's) and `c_fc`; at least one.
     pub targets: Vec<String>,
     /// Some(true): scaled by α / √r (Kalajdzievski 2023, "rsLoRA"), so that the term's size does not fall with the rank.
     /// None or false: by α / r (Hu et al. 2021).
@@ -614,11 +683,14 @@ impl Lora {
     }
 }
 
-/// A kind of module that trains in full, in every layer.
+/// A kind of module that trains in full, in every layer. Its bias, where it has one, trains with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FullModule {
+    /// GPT-2's is called `wte` in its files.
     EmbedTokens,
+    /// GPT-2's learned positions, `wpe`.
+    Positions,
     LmHead,
     QProj,
     KProj,
@@ -627,12 +699,35 @@ pub enum FullModule {
     GateProj,
     UpProj,
     DownProj,
-    /// Every RMSNorm's weight, the last one's too.
+    /// GPT-2's q, k and v in one.
+    CAttn,
+    /// GPT-2's last linear of attention, and of the MLP.
+    CProj,
+    CFc,
+    /// Every norm, the last one too.
     Norms,
 }
 
 impl FullModule {
-    pub const ALL: [FullModule; 10] = [
+    pub const ALL: [FullModule; 14] = [
+        FullModule::EmbedTokens,
+        FullModule::Positions,
+        FullModule::LmHead,
+        FullModule::QProj,
+        FullModule::KProj,
+        FullModule::VProj,
+        FullModule::OProj,
+        FullModule::GateProj,
+        FullModule::UpProj,
+        FullModule::DownProj,
+        FullModule::CAttn,
+        FullModule::CProj,
+        FullModule::CFc,
+        FullModule::Norms,
+    ];
+
+    /// In the order of [`FullModule::ALL`], as the next.
+    pub const OF_LLAMA: [FullModule; 10] = [
         FullModule::EmbedTokens,
         FullModule::LmHead,
         FullModule::QProj,
@@ -645,10 +740,22 @@ impl FullModule {
         FullModule::Norms,
     ];
 
-    /// As the config spells it, which is Hugging Face's name of the module except for `norms`.
+    pub const OF_GPT2: [FullModule; 7] = [
+        FullModule::EmbedTokens,
+        FullModule::Positions,
+        FullModule::LmHead,
+        FullModule::CAttn,
+        FullModule::CProj,
+        FullModule::CFc,
+        FullModule::Norms,
+    ];
+
+    /// As the config spells it, which is Hugging Face's name of the module except for `positions`, `norms` and GPT-2's
+    /// embedding.
     pub fn name(self) -> &'static str {
         match self {
             FullModule::EmbedTokens => "embed_tokens",
+            FullModule::Positions => "positions",
             FullModule::LmHead => "lm_head",
             FullModule::QProj => "q_proj",
             FullModule::KProj => "k_proj",
@@ -657,13 +764,28 @@ impl FullModule {
             FullModule::GateProj => "gate_proj",
             FullModule::UpProj => "up_proj",
             FullModule::DownProj => "down_proj",
+            FullModule::CAttn => "c_attn",
+            FullModule::CProj => "c_proj",
+            FullModule::CFc => "c_fc",
             FullModule::Norms => "norms",
         }
     }
 
+    /// Whether it is a linear of the layers, beside which LoRA can stand.
+    pub fn is_linear(self) -> bool {
+        self.group() == Group::Body
+    }
+
+    /// Whether training it fills this group.
+    pub fn fills(self, group: Group) -> bool {
+        let has_bias = matches!(self, FullModule::CAttn | FullModule::CProj | FullModule::CFc);
+        self.group() == group || has_bias && group == Group::Norms
+    }
+
+    /// Of its weight. Biases are in [`Group::Norms`].
     pub fn group(self) -> Group {
         match self {
-            FullModule::EmbedTokens => Group::Embeddings,
+            FullModule::EmbedTokens | FullModule::Positions => Group::Embeddings,
             FullModule::LmHead => Group::Head,
             FullModule::Norms => Group::Norms,
             _ => Group::Body,
@@ -681,6 +803,7 @@ pub enum Group {
     Head,
     /// Matrices of the layers, trained in full.
     Body,
+    /// Norms, and the biases of linears: vectors, which do not decay unless told to.
     Norms,
 }
 

@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Group, Guard, Launch, Lora, OnUnreadable, OneDocument,
-    Precision, Recompute, Sampling, Schedule, Shape, Vocabulary, WordRules, maybe_whole,
+    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Gelu, Group, Guard, Launch, Lora, OnUnreadable,
+    OneDocument, Precision, Recompute, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
 };
 
 #[derive(Debug, Deserialize)]
@@ -123,6 +123,35 @@ pub struct Model {
     pub tokenizer: Option<Pieces>,
 }
 
+/// Which keys a family needs is checked in `check.rs`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    /// None: `llama`.
+    pub family: Option<FamilyName>,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub max_position_embeddings: usize,
+    pub tie_word_embeddings: bool,
+    /// This and the next two are needed with family: llama, and only there.
+    pub num_key_value_heads: Option<usize>,
+    pub rms_norm_eps: Option<f64>,
+    pub rope_theta: Option<f64>,
+    /// This and the next are needed with family: gpt2, and only there.
+    pub layer_norm_epsilon: Option<f64>,
+    pub activation_function: Option<Gelu>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum FamilyName {
+    #[default]
+    Llama,
+    Gpt2,
+}
+
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum ModelKind {
@@ -172,6 +201,8 @@ pub struct Train {
     /// None: `cpu`.
     pub device: Option<Device>,
     pub recompute: Recompute,
+    /// None: `compute`.
+    pub residual: Option<Residual>,
     pub zero: u8,
     /// None: every rank keeps all frozen weights.
     pub shard_frozen: Option<bool>,

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use configs::{
-    Algorithm, FullModule, Group, LanguageOf, Model, NewRows, OnUnreadable, Optimizer, Pieces, Plan, Schedule, Sides,
-    SourceKind, WordRules, load,
+    Algorithm, FullModule, Group, LanguageOf, Model, NewRows, OnUnreadable, Optimizer, Pieces, Plan, Residual,
+    Schedule, Sides, SourceKind, WordRules, load,
 };
 use proptest::prelude::*;
 
@@ -141,7 +141,7 @@ fn each_group_has_a_rate_and_a_decay() {
         "optimizer.weight_decay=0.1",
     ];
     let plan = tiny(&whole).unwrap();
-    assert_eq!(plan.train.full, FullModule::ALL);
+    assert_eq!(plan.train.full, FullModule::OF_LLAMA);
     let rates = |plan: &Plan, group| {
         plan.optimizer
             .groups
@@ -177,7 +177,7 @@ fn each_group_has_a_rate_and_a_decay() {
         ),
         (
             "train.full=[embed_tokens, k_projection]",
-            "train.full names `k_projection`, which no LLaMA model has; known: embed_tokens",
+            "train.full names `k_projection`, which no model has; known: embed_tokens",
         ),
         ("train.full=[embed_tokens, all]", "train.full names `all`"),
         ("train.full=[norms, norms]", "train.full names norms twice"),
@@ -261,6 +261,42 @@ fn the_mala_recipe_has_the_released_sizes() {
         8,
         "8 rows a GPU, accumulated one by one"
     );
+}
+
+#[test]
+fn the_polylm_recipes_have_the_released_numbers() {
+    for (name, rows, warmup) in [("polylm-1.7b.yaml", 512, 2_000), ("polylm-13b.yaml", 2048, 2_500)] {
+        let plan = load(&here().join(name), &[]).unwrap();
+        let train = &plan.train;
+        assert_eq!((train.rows_per_step, plan.optimizer.warmup_steps), (rows, warmup));
+        let tokens = train.steps * (train.rows_per_step * train.sequence_length) as u64;
+        assert_eq!(tokens / 100_000_000, 6_396, "639.6 G tokens");
+        assert_eq!(
+            (train.residual, &train.full[..]),
+            (Residual::F32, &FullModule::OF_GPT2[..])
+        );
+        let rates = &plan.optimizer.groups;
+        assert_eq!((rates[&Group::Body].lr, rates[&Group::Norms].weight_decay), (6e-5, 0.0));
+        let english: Vec<_> = plan
+            .sampling
+            .stages
+            .iter()
+            .map(|stage| stage.shares["eng_Latn"].ends()[0])
+            .collect();
+        assert_eq!(english, [0.7, 0.4]);
+    }
+}
+
+#[test]
+fn a_module_with_a_bias_has_a_rate_for_it() {
+    let file = here().join("tiny-gpt2.yaml");
+    let plan = load(
+        &file,
+        &["train.full=[c_fc]".into(), "optimizer.lr_embeddings=null".into()],
+    )
+    .unwrap();
+    let groups: Vec<Group> = plan.optimizer.groups.keys().copied().collect();
+    assert_eq!(groups, [Group::Body, Group::Norms]);
 }
 
 #[test]

@@ -56,9 +56,10 @@ def adapter(folder, dtype):
         base = json.load(file)["base_model_name_or_path"]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as file:
-        matrix = "base_model.model.model.embed_tokens.weight"
-        if matrix in file.keys():
-            model.resize_token_embeddings(file.get_slice(matrix).get_shape()[0], mean_resizing=False)
+        for matrix in ("model.embed_tokens", "transformer.wte"):
+            matrix = f"base_model.model.{matrix}.weight"
+            if matrix in file.keys():
+                model.resize_token_embeddings(file.get_slice(matrix).get_shape()[0], mean_resizing=False)
         # PEFT warns, and does no more, where a name fits nothing.
         names = set(file.keys())
     model = PeftModel.from_pretrained(model, folder)

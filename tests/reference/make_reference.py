@@ -3,8 +3,8 @@
 
     make_reference.py OUT --pretrained DIR
 
-Makes two tiny models in OUT (a LLaMA-2 shape, untied, as many key/value heads as heads; and a tied one with shared key/value
-heads) and takes the pretrained one in DIR. For each case it writes OUT/CASE.safetensors:
+Makes tiny models in OUT (of LLaMA's shapes: untied with as many key/value heads as heads, tied with shared ones, with scaled
+rotary positions; of GPT-2's: tied with GELU's tanh form, untied with the exact one) and takes the pretrained one in DIR. For each case it writes OUT/CASE.safetensors:
 
     ids              [steps, rows, time]
     base_logits      of the model alone on ids[0]; base_loss beside it in reference.json
@@ -13,7 +13,8 @@ heads) and takes the pretrained one in DIR. For each case it writes OUT/CASE.saf
     grad.NAME        of the mean loss on ids[0]
     end.NAME         after `steps` steps of torch.optim.AdamW with clipping by global norm, one batch of ids a step
 
-All in f32 but the cross-entropy. NAME is the parameter's name without PEFT's prefixes. Hyperparameters, losses and norms: OUT/reference.json.
+A case may grow the vocabulary to some pieces in a matrix padded with rows that no piece has, and may keep documents of a row
+from seeing each other. All in f32 but the cross-entropy. NAME is the parameter's name without PEFT's prefixes. Hyperparameters, losses and norms: OUT/reference.json.
 """
 
 import argparse
@@ -27,12 +28,19 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 STEPS, ROWS = 10, 2
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 ALL_MODULES = ["embed_tokens", "lm_head", *ALL_LINEARS, "norms"]
+GPT2_LINEARS = ["c_attn", "c_proj", "c_fc"]
+GPT2_MODULES = ["embed_tokens", "positions", "lm_head", *GPT2_LINEARS, "norms"]
+# Our names of modules that GPT-2's files call otherwise.
+GPT2_NAMES = {"embed_tokens": ["wte"], "positions": ["wpe"], "norms": ["ln_1", "ln_2", "ln_f"]}
+# First positions of the documents in each row of a step.
+DOCUMENTS = [[0, 7, 8, 19], [0]]
+PADDED = {"pieces": 140, "rows": 160}
 LORA = {"rank": 8, "alpha": 16.0}
 # Weight decay, unequal learning rates and a clip that is always active: each would show if left out or misplaced.
 OPTIMIZER = {
@@ -71,6 +79,8 @@ def main():
     llama3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 0.25, "high_freq_factor": 2.0,
               "original_max_position_embeddings": 32}
     scaled = tiny(arguments.out, "tiny-llama3", heads=4, kv_heads=2, tied=False, head_dim=16, rope=llama3)
+    gpt2 = tiny_gpt2(arguments.out, "tiny-gpt2", tied=True, activation="gelu_new", inner=None)
+    gpt2_untied = tiny_gpt2(arguments.out, "tiny-gpt2-untied", tied=False, activation="gelu", inner=176)
     cases = [
         case(arguments.out, "tiny-mha-qv", mha, ["q_proj", "v_proj"], time=24),
         case(arguments.out, "tiny-mha-all", mha, ALL_LINEARS, time=24),
@@ -80,6 +90,17 @@ def main():
         case(arguments.out, "tiny-gqa-full", gqa, [], time=24, full=ALL_MODULES),
         case(arguments.out, "tiny-gqa-mixed", gqa, ["q_proj", "down_proj"], time=24, full=["v_proj", "norms"]),
         case(arguments.out, "tiny-llama3-all", scaled, ALL_LINEARS, time=48),
+        case(arguments.out, "tiny-mha-padded", mha, ["q_proj", "v_proj"], time=24, padded=PADDED),
+        case(arguments.out, "tiny-gqa-padded", gqa, ["q_proj", "v_proj"], time=24, padded=PADDED),
+        case(arguments.out, "tiny-gqa-documents", gqa, ["k_proj", "v_proj"], time=24, documents=DOCUMENTS),
+        case(arguments.out, "tiny-gpt2-attn", gpt2, ["c_attn"], time=24),
+        case(arguments.out, "tiny-gpt2-all", gpt2, GPT2_LINEARS, time=24),
+        case(arguments.out, "tiny-gpt2-full", gpt2, [], time=24, full=GPT2_MODULES),
+        case(arguments.out, "tiny-gpt2-mixed", gpt2, ["c_proj"], time=24, full=["positions", "c_fc", "norms"]),
+        case(arguments.out, "tiny-gpt2-padded", gpt2, ["c_attn"], time=24, padded=PADDED),
+        case(arguments.out, "tiny-gpt2-documents", gpt2, ["c_attn", "c_fc"], time=24, documents=DOCUMENTS),
+        case(arguments.out, "tiny-gpt2-untied-all", gpt2_untied, GPT2_LINEARS, time=24),
+        case(arguments.out, "tiny-gpt2-untied-full", gpt2_untied, [], time=24, full=GPT2_MODULES),
         case(arguments.out, "pretrained-all", arguments.pretrained, ALL_LINEARS, time=32),
     ]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -106,29 +127,59 @@ def tiny(out, name, heads, kv_heads, tied, head_dim, rope=DEFAULT_ROPE):
         max_position_embeddings=128,
         tie_word_embeddings=tied,
     )
-    model = LlamaForCausalLM(config)
+    return save_random(LlamaForCausalLM(config), generator, os.path.join(out, name))
+
+
+def tiny_gpt2(out, name, tied, activation, inner):
+    """The same of GPT-2's architecture; biases too are random. Returns its folder."""
+    generator = torch.Generator().manual_seed(len(name))
+    config = GPT2Config(
+        vocab_size=131,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        n_inner=inner,
+        n_positions=48,
+        activation_function=activation,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        tie_word_embeddings=tied,
+    )
+    return save_random(GPT2LMHeadModel(config), generator, os.path.join(out, name))
+
+
+def save_random(model, generator, folder):
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.12 * noise)
-    folder = os.path.join(out, name)
+            is_scale = parameter.dim() == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.2 * noise if is_scale else 0.12 * noise)
     model.save_pretrained(folder)
     return folder
 
 
-def case(out, name, folder, targets, time, full=("embed_tokens", "lm_head")):
+def case(out, name, folder, targets, time, full=("embed_tokens", "lm_head"), padded=None, documents=None):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     model.config.use_cache = False
     ids = batches(folder, model.config.vocab_size, time)
+    if padded:
+        grow(model, padded)
+        ids = batches(folder, padded["pieces"], time)
+    pieces = padded["pieces"] if padded else model.config.vocab_size
+    seen = {"attention_mask": block_diagonal(documents, time)} if documents else {}
     tied = bool(model.config.tie_word_embeddings)
     tensors = {"ids": ids}
     with torch.no_grad():
-        base = model(ids[0], labels=ids[0])
-        base_loss = cross_entropy(base.logits, ids[0]).item()
-        tensors["base_logits"] = base.logits.clone()
+        base = model(ids[0], labels=ids[0], **seen)
+        base_logits = base.logits[..., :pieces]
+        base_loss = cross_entropy(base_logits, ids[0]).item()
+        tensors["base_logits"] = base_logits.clone()
 
-    whole = [module for name in full for module in (NORMS if name == "norms" else [name])]
+    is_gpt2 = model.config.model_type == "gpt2"
+    names = GPT2_NAMES if is_gpt2 else {"norms": NORMS}
+    whole = [module for name in full for module in names.get(name, [name])]
     if targets:
         lora = LoraConfig(
             r=LORA["rank"],
@@ -137,6 +188,7 @@ def case(out, name, folder, targets, time, full=("embed_tokens", "lm_head")):
             target_modules=targets,
             modules_to_save=whole,
             ensure_weight_tying=tied and "lm_head" in whole,  # one matrix, trained once
+            fan_in_fan_out=is_gpt2,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
@@ -154,7 +206,7 @@ def case(out, name, folder, targets, time, full=("embed_tokens", "lm_head")):
     adamw = torch.optim.AdamW(groups, betas=betas, eps=OPTIMIZER["epsilon"])
     losses, norms = [], []
     for step in range(STEPS):
-        logits = model(ids[step]).logits
+        logits = model(ids[step], **seen).logits[..., :pieces]
         loss = cross_entropy(logits, ids[step])
         loss.backward()
         if step == 0:
@@ -173,16 +225,42 @@ def case(out, name, folder, targets, time, full=("embed_tokens", "lm_head")):
         "full": list(full),
         "tied": tied,
         "base_loss": base_loss,
-        "stock_base_loss": base.loss.item(),
+        # Of all rows of a padded matrix.
+        "stock_base_loss": base_loss if padded else base.loss.item(),
+        "padded": padded,
+        "documents": documents,
         "losses": losses,
         "grad_norms": norms,
     }
 
 
+def grow(model, padded):
+    """New piece i starts as the mean of the base's pieces i and 7, whose text it would have been; padding is 0."""
+    base = model.config.vocab_size
+    model.resize_token_embeddings(padded["rows"], mean_resizing=False)
+    with torch.no_grad():
+        for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            for new in range(padded["pieces"] - base):
+                matrix[base + new] = (matrix[new] + matrix[7]) / 2
+            matrix[padded["pieces"] :] = 0
+
+
+def block_diagonal(documents, time):
+    """[rows, 1, time, time]: whether a position sees another, which is not later and of its own document. Positions go on
+    through a row."""
+    document = torch.zeros(len(documents), time, dtype=torch.long)
+    for row, starts in enumerate(documents):
+        for start in starts[1:]:
+            document[row, start:] += 1
+    same = document[:, :, None] == document[:, None, :]
+    return (same & torch.ones(time, time, dtype=torch.bool).tril())[:, None]
+
+
 def rates(name):
-    """Learning rate and weight decay of a parameter: norms have none of the latter."""
-    kind = "lora" if "lora_" in name else "embeddings" if "embed_tokens" in name or "lm_head" in name else "body"
-    decay = 0.0 if "norm" in name else OPTIMIZER["weight_decay"]
+    """Learning rate and weight decay of a parameter: norms and biases have none of the latter."""
+    vocabulary = ("embed_tokens", "lm_head", "wte", "wpe")
+    kind = "lora" if "lora_" in name else "embeddings" if any(part in name for part in vocabulary) else "body"
+    decay = 0.0 if "norm" in name or "ln_" in name or name.endswith(".bias") else OPTIMIZER["weight_decay"]
     return {"lr": OPTIMIZER[f"lr_{kind}"], "weight_decay": decay}
 
 

@@ -153,7 +153,8 @@ fn score(
         kind(plan.train.precision),
         &subject.grows,
     )
-    .with_context(|| format!("loading {}", subject.model.display()))?;
+    .with_context(|| format!("loading {}", subject.model.display()))?
+    .with_residual(plan.train.residual);
     model.check_length(plan.evaluation.window, "evaluation.window")?;
 
     say(format!("scoring held-out documents ({short})"));

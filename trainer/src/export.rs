@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use crate::checkpoint;
 use crate::hf::weights::{TensorFile, write_tensors};
 use crate::hf::{ModelConfig, NewFolder, SHARD_BYTES, Weights, write_weights};
-use crate::model::{Layer, LoraPair, Model, Trains, Weight};
+use crate::model::{LoraPair, Model, Norm, Trains, Weight};
 use crate::train;
 
 /// Writes the newest checkpoint's model to both folders and checks them. Without LoRA there is no adapter.
@@ -152,15 +152,19 @@ fn unmerged_f32(model: &Model, base: &Path) -> Result<Model> {
         Kind::Float,
         &Trains::default(),
     )?;
+    copy.stream = Kind::Float;
     copy.embedding = f32(&model.embedding);
+    copy.positions_td = model.positions_td.as_ref().map(f32);
     copy.head_weight = model.head_weight.as_ref().map(f32);
     copy.head.pieces = model.head.pieces;
-    copy.head.norm_d = f32(&model.head.norm_d);
+    copy.head.norm = model.head.norm.in_f32();
     for (copy, trained) in copy.layers.iter_mut().zip(&model.layers) {
-        copy.attention_norm_d = f32(&trained.attention_norm_d);
-        copy.mlp_norm_d = f32(&trained.mlp_norm_d);
+        for (copy, trained) in copy.norms_mut().into_iter().zip(trained.norms()) {
+            *copy = trained.in_f32();
+        }
         for (copy, trained) in copy.linears_mut().into_iter().zip(trained.linears()) {
             copy.weight_oi = f32(&trained.weight_oi);
+            copy.bias_o = trained.bias_o.as_ref().map(f32);
             copy.lora = trained.lora.as_ref().map(|lora| LoraPair {
                 a_ri: f32(&lora.a_ri),
                 b_or: f32(&lora.b_or),
@@ -179,8 +183,11 @@ pub struct Adapter<'a> {
     pub lora: &'a Lora,
     /// (module path such as "model.layers.0.self_attn.q_proj", A \[r, in\], B \[out, r\]).
     pub pairs: Vec<(String, Tensor, Tensor)>,
-    /// Whole weights, trained or grown, by their module: "model.embed_tokens", "lm_head", "model.norm", …
+    /// Whole weights, trained or grown, by their names: "model.embed_tokens.weight", "transformer.ln_f.bias", …; as Hugging
+    /// Face stores them.
     pub full: Vec<(String, Tensor)>,
+    /// Linears are stored transposed.
+    pub fan_in_fan_out: bool,
     /// The base ties its head to its embedding.
     pub tied: bool,
     /// Rows of the vocabulary matrices; the base is resized to it where it has others.
@@ -199,25 +206,36 @@ impl<'a> Adapter<'a> {
         let mut full = Vec::new();
         // A tied matrix is named in both places, since PEFT's copies of the two modules are separate.
         if grown || trained.contains(&FullModule::EmbedTokens) {
-            full.push(("model.embed_tokens".to_owned(), matrix(&model.embedding)));
+            full.push((model.embedding.name.clone(), matrix(&model.embedding)));
         }
         if grown || trained.contains(&FullModule::LmHead) {
-            full.push(("lm_head".to_owned(), matrix(model.head_matrix())));
+            full.push(("lm_head.weight".to_owned(), matrix(model.head_matrix())));
         }
-        let body = model
-            .layers
-            .iter()
-            .flat_map(Layer::base_weights)
-            .chain([&model.head.norm_d]);
-        full.extend(body.filter(|weight| weight.group.is_some()).map(|weight| {
-            let module = weight.name.trim_end_matches(".weight").to_owned();
-            (module, weight.value.shallow_clone())
-        }));
+        let trains = |weight: &&Weight| weight.group.is_some();
+        let plain = |weight: &Weight| (weight.name.clone(), weight.value.shallow_clone());
+        full.extend(model.positions_td.iter().filter(trains).map(plain));
+        for layer in &model.layers {
+            full.extend(
+                layer
+                    .norms()
+                    .into_iter()
+                    .flat_map(Norm::weights)
+                    .filter(trains)
+                    .map(plain),
+            );
+            for linear in layer.linears() {
+                let matrix = std::iter::once(&linear.weight_oi).filter(trains);
+                full.extend(matrix.map(|weight| (weight.name.clone(), model.stored(&weight.value))));
+                full.extend(linear.bias_o.iter().filter(trains).map(plain));
+            }
+        }
+        full.extend(model.head.norm.weights().filter(trains).map(plain));
         Ok(Adapter {
             base,
             lora,
             pairs: model.lora_pairs(),
             full,
+            fan_in_fan_out: model.config.names().stored_transposed,
             tied,
             pieces,
             base_pieces,
@@ -247,7 +265,7 @@ impl<'a> Adapter<'a> {
             "bias": "none",
             "use_rslora": self.lora.is_rank_stabilized(),
             "use_dora": false,
-            "fan_in_fan_out": false,
+            "fan_in_fan_out": self.fan_in_fan_out,
             "init_lora_weights": true,
             "inference_mode": true,
         })
@@ -256,8 +274,11 @@ impl<'a> Adapter<'a> {
     /// The last parts of whole weights' paths, each once: PEFT finds the modules of all layers by them.
     fn modules(&self) -> Vec<&str> {
         let mut modules: Vec<&str> = Vec::new();
-        for (path, _) in &self.full {
-            let module = path.rsplit('.').next().expect("a path has a last part");
+        for (name, _) in &self.full {
+            let module = name
+                .rsplit('.')
+                .nth(1)
+                .expect("a weight's name has its module before it");
             if !modules.contains(&module) {
                 modules.push(module);
             }
@@ -278,7 +299,7 @@ impl<'a> Adapter<'a> {
         let full = self
             .full
             .iter()
-            .map(|(path, value)| (format!("base_model.model.{path}.weight"), value.shallow_clone()));
+            .map(|(name, value)| (format!("base_model.model.{name}"), value.shallow_clone()));
         pairs.chain(full).collect()
     }
 

@@ -12,7 +12,7 @@ use candle_core::quantized::gguf_file::{Content, Value};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
-use crate::hf::{ModelConfig, NewFolder, SHARD_BYTES, write_weights};
+use crate::hf::{Family, ModelConfig, NewFolder, SHARD_BYTES, write_weights};
 
 /// Makes the model folder `out` of the file `gguf`. `progress` hears (parameters done, of how many).
 ///
@@ -93,16 +93,18 @@ impl Gguf {
             num_attention_heads,
             num_key_value_heads: or("llama.attention.head_count_kv", num_attention_heads)?,
             head_dim,
-            rms_norm_eps: self.number("llama.attention.layer_norm_rms_epsilon")?,
-            rope_scaling: None,
-            rope_theta: match self.content.metadata.contains_key("llama.rope.freq_base") {
-                true => self.number("llama.rope.freq_base")?,
-                false => 10_000.0,
-            },
+            norm_epsilon: self.number("llama.attention.layer_norm_rms_epsilon")?,
             max_position_embeddings: self.count("llama.context_length")?,
             tie_word_embeddings: !self.content.tensor_infos.contains_key("output.weight"),
             bos_token_id: self.token("bos")?,
             eos_token_id: self.token("eos")?,
+            family: Family::Llama {
+                rope_theta: match self.content.metadata.contains_key("llama.rope.freq_base") {
+                    true => self.number("llama.rope.freq_base")?,
+                    false => 10_000.0,
+                },
+                rope_scaling: None,
+            },
         };
         // The rules of config.json hold here too.
         let written = config.to_json("bfloat16");
@@ -518,7 +520,11 @@ mod tests {
                 heard.is_sorted() && heard.last().is_some_and(|(done, total)| done == total),
                 "{heard:?}"
             );
-            assert_eq!((config.rms_norm_eps, config.rope_theta), (1e-5, 1e5));
+            let family = Family::Llama {
+                rope_theta: 1e5,
+                rope_scaling: None,
+            };
+            assert_eq!((config.norm_epsilon, config.family), (1e-5, family));
             assert_eq!((config.tie_word_embeddings, config.eos_token_id), (tied, Some(0)));
             assert_eq!(ModelConfig::open(&out).unwrap(), config);
             let weights = Weights::open(&out).unwrap();

@@ -8,10 +8,10 @@ use corpus::{Algorithm, ScratchVocabulary, Tokenizer};
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
-use crate::hf::{ModelConfig, NewFolder, SHARD_BYTES, write_weights};
+use crate::hf::{Family, ModelConfig, NewFolder, SHARD_BYTES, Start, write_weights};
 use crate::random;
 
-/// Makes the folder `out`: matrices N(0, `init_std`²), norms 1, f32, with the tokenizer that the plan names.
+/// Makes the folder `out`: matrices N(0, `init_std`²), norms 1, biases 0, f32, with the tokenizer that the plan names.
 pub fn init(plan: &Plan, out: &Path) -> Result<ModelConfig> {
     let Model::Scratch {
         shape,
@@ -63,21 +63,41 @@ fn config(shape: &Shape, tokenizer: &Path) -> Result<ModelConfig> {
         shape.hidden_size.next_multiple_of(shape.num_attention_heads)
     );
     let pieces = Tokenizer::open(tokenizer)?;
+    let (num_key_value_heads, norm_epsilon, family) = match shape.family {
+        configs::Family::Llama {
+            num_key_value_heads,
+            rms_norm_eps,
+            rope_theta,
+        } => {
+            let family = Family::Llama {
+                rope_theta,
+                rope_scaling: None,
+            };
+            (num_key_value_heads, rms_norm_eps, family)
+        }
+        configs::Family::Gpt2 {
+            layer_norm_epsilon,
+            activation_function: activation,
+        } => (
+            shape.num_attention_heads,
+            layer_norm_epsilon,
+            Family::Gpt2 { activation },
+        ),
+    };
     let config = ModelConfig {
         vocab_size: pieces.size(),
         hidden_size: shape.hidden_size,
         intermediate_size: shape.intermediate_size,
         num_hidden_layers: shape.num_hidden_layers,
         num_attention_heads: shape.num_attention_heads,
-        num_key_value_heads: shape.num_key_value_heads,
+        num_key_value_heads,
         head_dim: shape.hidden_size / shape.num_attention_heads,
-        rms_norm_eps: shape.rms_norm_eps,
-        rope_theta: shape.rope_theta,
-        rope_scaling: None,
+        norm_epsilon,
         max_position_embeddings: shape.max_position_embeddings,
         tie_word_embeddings: shape.tie_word_embeddings,
         bos_token_id: special(tokenizer, &pieces, "bos_token"),
         eos_token_id: special(tokenizer, &pieces, "eos_token"),
+        family,
     };
     // The rules of config.json hold here too.
     let written = config.to_json("float32");
@@ -93,8 +113,11 @@ fn special(folder: &Path, pieces: &Tokenizer, name: &str) -> Option<u32> {
 }
 
 fn parameter(seed: u64, name: &str, shape: &[i64], std: f64) -> Tensor {
-    if name.ends_with("norm.weight") {
-        return Tensor::ones(shape, (Kind::Float, tch::Device::Cpu));
+    let options = (Kind::Float, tch::Device::Cpu);
+    match Start::of(name) {
+        Start::Ones => return Tensor::ones(shape, options),
+        Start::Zeros => return Tensor::zeros(shape, options),
+        Start::Drawn => {}
     }
     let stream = random::Stream::new(seed, &format!("init {name}"));
     let n: i64 = shape.iter().product();

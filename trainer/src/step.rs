@@ -14,7 +14,7 @@ use tch::Tensor;
 
 use crate::batch::{Batch, MicroBatch};
 use crate::guard::{Guard, Why};
-use crate::model::{DropoutRows, Model, Pass};
+use crate::model::{DropoutRows, Model, Pass, embedding_weights};
 use crate::random;
 
 /// What a step works on: the same fields for every recipe, world size and kind of hardware.
@@ -107,9 +107,19 @@ impl Trainer<'_> {
         let (forward, backward) = (Forward, Backward { last });
         let head_stage = model.layers.len() + 1;
 
-        zero.enter(comm, 0, forward, vec![&mut model.embedding])?;
+        zero.enter(
+            comm,
+            0,
+            forward,
+            embedding_weights(&mut model.embedding, &mut model.positions_td),
+        )?;
         let mut hidden_btd = model.embed(&micro.ids_bt);
-        zero.leave(comm, 0, forward, vec![&mut model.embedding])?;
+        zero.leave(
+            comm,
+            0,
+            forward,
+            embedding_weights(&mut model.embedding, &mut model.positions_td),
+        )?;
         let mut trace = Vec::with_capacity(model.layers.len());
         for (layer, stage) in model.layers.iter_mut().zip(1..head_stage) {
             zero.enter(comm, stage, forward, layer.weights_mut())?;
@@ -120,9 +130,9 @@ impl Trainer<'_> {
         }
 
         let matrix = model.head_weight.as_mut().unwrap_or(&mut model.embedding);
-        zero.enter(comm, head_stage, backward, vec![&mut model.head.norm_d, matrix])?;
+        zero.enter(comm, head_stage, backward, model.head.weights_mut(matrix))?;
         let head = model.head.loss(matrix, &hidden_btd, &micro.targets_bt, n_targets);
-        zero.leave(comm, head_stage, backward, vec![&mut model.head.norm_d, matrix])?;
+        zero.leave(comm, head_stage, backward, model.head.weights_mut(matrix))?;
         drop(hidden_btd);
 
         let mut d_btd = head.d_hidden_btd;
@@ -131,9 +141,19 @@ impl Trainer<'_> {
             d_btd = layer.backward(saved, d_btd, &pass);
             zero.leave(comm, stage, backward, layer.weights_mut())?;
         }
-        zero.enter(comm, 0, backward, vec![&mut model.embedding])?;
+        zero.enter(
+            comm,
+            0,
+            backward,
+            embedding_weights(&mut model.embedding, &mut model.positions_td),
+        )?;
         model.embed_backward(&micro.ids_bt, &d_btd);
-        zero.leave(comm, 0, backward, vec![&mut model.embedding])?;
+        zero.leave(
+            comm,
+            0,
+            backward,
+            embedding_weights(&mut model.embedding, &mut model.positions_td),
+        )?;
         Ok(head.nll)
     }
 

@@ -91,7 +91,8 @@ pub fn build_model<'a>(
     };
     let weights = weights.on(device);
     let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
-        .with_context(|| format!("loading {}", base.display()))?;
+        .with_context(|| format!("loading {}", base.display()))?
+        .with_residual(plan.train.residual);
     model.check_length(plan.train.sequence_length, "train.sequence_length")?;
     // An export reads the base itself.
     if plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu {

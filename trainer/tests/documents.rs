@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use configs::{Pieces, Plan, Recompute, Shape};
+use configs::{Family, Pieces, Plan, Recompute, Shape};
 use corpus::{Row, RowsDigest};
 use sharding::{Comm, Stage, Zero};
 use tch::{Kind, Tensor};
@@ -183,11 +183,13 @@ fn plan(root: &Path, recompute: Recompute) -> Plan {
             intermediate_size: 48,
             num_hidden_layers: 2,
             num_attention_heads: 4,
-            num_key_value_heads: 2,
             max_position_embeddings: 64,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10_000.0,
             tie_word_embeddings: false,
+            family: Family::Llama {
+                num_key_value_heads: 2,
+                rms_norm_eps: 1e-5,
+                rope_theta: 10_000.0,
+            },
         },
         // Large, so that attention is far from uniform.
         init_std: 0.3,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context;
-use configs::{FullModule, Group, Model, Plan, Shape};
+use configs::{Family, FullModule, Gelu, Model, Pieces, Plan, Shape};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -52,7 +52,7 @@ struct Derived {
     /// None until `panglot tokenize` has counted.
     tokens_in_corpus: Option<u64>,
     passes_over_corpus: Option<f64>,
-    /// None until the base model is there.
+    /// None until the base model is there, or its shape and pieces are known without.
     parameters: Option<Parameters>,
 }
 
@@ -61,7 +61,7 @@ struct Parameters {
     vocabulary: usize,
     total: u64,
     lora: u64,
-    /// Trained in full: the vocabulary matrices.
+    /// Trained in full: the vocabulary matrices, and learned positions.
     embeddings: u64,
     /// Trained in full: the layers' matrices and the norms.
     body: u64,
@@ -100,33 +100,55 @@ impl Parameters {
             (base_pieces + v.new_pieces + tokens).next_multiple_of(v.multiple_of)
         });
         let (hidden, mlp, layers) = (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers);
-        let kv = hidden / shape.num_attention_heads * shape.num_key_value_heads;
-        // (inputs, outputs) of each linear layer of a block
-        let linear = |name: &str| match name {
-            "q_proj" | "o_proj" => (hidden, hidden),
-            "k_proj" | "v_proj" => (hidden, kv),
-            "down_proj" => (mlp, hidden),
-            _ => (hidden, mlp),
+        // (module, inputs, outputs) of each linear of a block; whether linears and norms have biases; rows of positions
+        let (linears, has_biases, positions) = match shape.family {
+            Family::Llama {
+                num_key_value_heads, ..
+            } => {
+                let kv = hidden / shape.num_attention_heads * num_key_value_heads;
+                let linears = vec![
+                    (FullModule::QProj, hidden, hidden),
+                    (FullModule::KProj, hidden, kv),
+                    (FullModule::VProj, hidden, kv),
+                    (FullModule::OProj, hidden, hidden),
+                    (FullModule::GateProj, hidden, mlp),
+                    (FullModule::UpProj, hidden, mlp),
+                    (FullModule::DownProj, mlp, hidden),
+                ];
+                (linears, 0, 0)
+            }
+            Family::Gpt2 { .. } => {
+                let linears = vec![
+                    (FullModule::CAttn, hidden, 3 * hidden),
+                    (FullModule::CProj, hidden, hidden),
+                    (FullModule::CFc, hidden, mlp),
+                    (FullModule::CProj, mlp, hidden),
+                ];
+                (linears, 1, shape.max_position_embeddings)
+            }
         };
-        let of_modules = |modules: &[FullModule]| -> usize {
-            let of_layer = modules.iter().filter(|module| module.group() == Group::Body);
-            let matrices: usize = of_layer.map(|module| linear(module.name())).map(|(a, b)| a * b).sum();
-            let norms = modules.contains(&FullModule::Norms);
-            layers * matrices + if norms { (2 * layers + 1) * hidden } else { 0 }
+        let of_body = |modules: &[FullModule]| -> usize {
+            let of_layer = linears.iter().filter(|(module, ..)| modules.contains(module));
+            let of_linears: usize = of_layer.map(|(_, a, b)| a * b + has_biases * b).sum();
+            let norms = usize::from(modules.contains(&FullModule::Norms)) * (2 * layers + 1);
+            layers * of_linears + norms * (1 + has_biases) * hidden
         };
         let matrix = vocabulary * hidden;
         let matrices = if shape.tie_word_embeddings { 1 } else { 2 };
         let lora = plan.train.lora.as_ref().map_or(0, |lora| {
-            let pairs = lora.targets.iter().map(|name| linear(name));
-            layers * pairs.map(|(a, b)| lora.rank * (a + b)).sum::<usize>()
+            let named = |module: &FullModule| lora.targets.iter().any(|target| target == module.name());
+            let pairs = linears.iter().filter(|(module, ..)| named(module));
+            layers * pairs.map(|(_, a, b)| lora.rank * (a + b)).sum::<usize>()
         });
         // A tied matrix trains once, under whichever of its names.
         let of_vocabulary = |module: &&FullModule| matches!(module, FullModule::EmbedTokens | FullModule::LmHead);
-        let embeddings = plan.train.full.iter().filter(of_vocabulary).count().min(matrices) * matrix;
-        let body = of_modules(&plan.train.full);
+        let full = &plan.train.full;
+        let trained_positions = usize::from(full.contains(&FullModule::Positions)) * positions * hidden;
+        let embeddings = full.iter().filter(of_vocabulary).count().min(matrices) * matrix + trained_positions;
+        let body = of_body(full);
         Parameters {
             vocabulary,
-            total: (of_modules(&FullModule::ALL) + matrices * matrix + lora) as u64,
+            total: (of_body(&FullModule::ALL) + matrices * matrix + positions * hidden + lora) as u64,
             lora: lora as u64,
             embeddings: embeddings as u64,
             body: body as u64,
@@ -135,37 +157,67 @@ impl Parameters {
     }
 }
 
-/// Shape and pieces of the base model, from the plan or from the model's own `config.json`.
+/// Shape and pieces of the base model: from the model's own `config.json`, or from the plan where the model is yet to be made
+/// and both are known.
 fn base(plan: &Plan) -> Option<(Shape, usize)> {
-    #[derive(Deserialize)]
-    struct Config {
-        vocab_size: usize,
-        hidden_size: usize,
-        intermediate_size: usize,
-        num_hidden_layers: usize,
-        num_attention_heads: usize,
-        num_key_value_heads: Option<usize>,
-        #[serde(default)]
-        tie_word_embeddings: bool,
-    }
-    let read = |folder: &Path| files::read_json::<Config>(&folder.join("config.json")).ok();
-    let config = read(&plan.folders.base_model)?;
-    let shape = match &plan.model {
-        Model::Scratch { shape, .. } => shape.clone(),
-        _ => Shape {
-            hidden_size: config.hidden_size,
-            intermediate_size: config.intermediate_size,
-            num_hidden_layers: config.num_hidden_layers,
-            num_attention_heads: config.num_attention_heads,
-            num_key_value_heads: config.num_key_value_heads.unwrap_or(config.num_attention_heads),
-            tie_word_embeddings: config.tie_word_embeddings,
-            // No parameters hang on these.
-            max_position_embeddings: 0,
-            rms_norm_eps: 0.0,
-            rope_theta: 0.0,
+    let config: Option<Config> = files::read_json(&plan.folders.base_model.join("config.json")).ok();
+    match (config, &plan.model) {
+        (Some(config), Model::Scratch { shape, .. }) => Some((shape.clone(), config.vocab_size)),
+        (Some(config), _) => Some((config.shape()?, config.vocab_size)),
+        (None, Model::Scratch { shape, tokenizer, .. }) => match tokenizer {
+            Pieces::Train { pieces, .. } => Some((shape.clone(), *pieces)),
+            _ => None,
         },
-    };
-    Some((shape, config.vocab_size))
+        (None, _) => None,
+    }
+}
+
+/// `config.json`, as far as parameters hang on it; in the names of both families.
+#[derive(Deserialize)]
+struct Config {
+    vocab_size: usize,
+    #[serde(alias = "n_embd")]
+    hidden_size: usize,
+    #[serde(alias = "n_inner")]
+    intermediate_size: Option<usize>,
+    #[serde(alias = "n_layer")]
+    num_hidden_layers: usize,
+    #[serde(alias = "n_head")]
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    n_positions: Option<usize>,
+    model_type: Option<String>,
+    tie_word_embeddings: Option<bool>,
+}
+
+impl Config {
+    fn shape(&self) -> Option<Shape> {
+        let is_gpt2 = self.model_type.as_deref() == Some("gpt2");
+        // No parameters hang on ε, θ and the like.
+        let family = match is_gpt2 {
+            false => Family::Llama {
+                num_key_value_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
+                rms_norm_eps: 0.0,
+                rope_theta: 0.0,
+            },
+            true => Family::Gpt2 {
+                layer_norm_epsilon: 0.0,
+                activation_function: Gelu::Tanh,
+            },
+        };
+        Some(Shape {
+            hidden_size: self.hidden_size,
+            intermediate_size: match self.intermediate_size {
+                None if is_gpt2 => 4 * self.hidden_size,
+                size => size?,
+            },
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            max_position_embeddings: if is_gpt2 { self.n_positions.unwrap_or(1024) } else { 0 },
+            tie_word_embeddings: self.tie_word_embeddings.unwrap_or(is_gpt2),
+            family,
+        })
+    }
 }
 
 impl std::fmt::Display for Derived {
@@ -231,17 +283,7 @@ mod tests {
         let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/mala500-7b.yaml");
         // The released figure counts 260,164 rows; padding is ours.
         let plan = configs::load(&recipe, &["vocabulary.multiple_of=1".to_owned()]).unwrap();
-        let llama_2_7b = Shape {
-            hidden_size: 4096,
-            intermediate_size: 11_008,
-            num_hidden_layers: 32,
-            num_attention_heads: 32,
-            num_key_value_heads: 32,
-            max_position_embeddings: 4096,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10_000.0,
-            tie_word_embeddings: false,
-        };
+        let llama_2_7b = llama(4096, 11_008, 32, 32, 32);
         let parameters = Parameters::of(&plan, &llama_2_7b, 32_000);
         assert_eq!((parameters.trainable, parameters.lora), (2_135_457_792, 4_194_304));
         assert_eq!(parameters.total, 8_607_535_104 + parameters.lora);
@@ -250,5 +292,64 @@ mod tests {
         (whole.train.lora, whole.train.full) = (None, FullModule::ALL.to_vec());
         let parameters = Parameters::of(&whole, &llama_2_7b, 32_000);
         assert_eq!((parameters.trainable, parameters.total), (8_607_535_104, 8_607_535_104));
+    }
+
+    fn llama(hidden: usize, mlp: usize, layers: usize, heads: usize, kv_heads: usize) -> Shape {
+        Shape {
+            hidden_size: hidden,
+            intermediate_size: mlp,
+            num_hidden_layers: layers,
+            num_attention_heads: heads,
+            max_position_embeddings: 4096,
+            tie_word_embeddings: false,
+            family: Family::Llama {
+                num_key_value_heads: kv_heads,
+                rms_norm_eps: 1e-5,
+                rope_theta: 10_000.0,
+            },
+        }
+    }
+
+    #[test]
+    fn llama_2_has_the_parameters_that_are_published() {
+        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/emma500-7b.yaml");
+        let plan = configs::load(&recipe, &[]).unwrap();
+        for (shape, published) in [
+            (llama(4096, 11_008, 32, 32, 32), 6_738_415_616),
+            (llama(5120, 13_824, 40, 40, 40), 13_015_864_320),
+            (llama(8192, 28_672, 80, 64, 8), 68_976_648_192),
+        ] {
+            let parameters = Parameters::of(&plan, &shape, 32_000);
+            assert_eq!((parameters.total, parameters.trainable), (published, published));
+        }
+    }
+
+    #[test]
+    fn polylm_has_the_parameters_of_its_shape() {
+        for (recipe, hidden, layers) in [("polylm-1.7b", 2048u64, 24), ("polylm-13b", 5120, 40)] {
+            let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{recipe}.yaml"));
+            let plan = configs::load(&file, &["folders.prepared=no/such/folder".to_owned()]).unwrap();
+            // Before there is any file: 256,000 pieces and 2,048 positions; a layer of 12 d² + 13 d, the last norm.
+            let expected = (256_000 + 2048) * hidden + layers * (12 * hidden * hidden + 13 * hidden) + 2 * hidden;
+            let parameters = Derived::of(&plan).parameters.unwrap();
+            assert_eq!((parameters.total, parameters.trainable), (expected, expected));
+            let written = match recipe {
+                "polylm-1.7b" => 1_737_084_928,
+                _ => 13_906_790_400,
+            };
+            assert_eq!(parameters.total, written, "{recipe}");
+        }
+    }
+
+    #[test]
+    fn a_gpt2_folder_is_counted_by_its_own_names() {
+        let config = serde_json::json!({ "model_type": "gpt2", "vocab_size": 50_257, "n_embd": 768, "n_layer": 12,
+            "n_head": 12, "n_positions": 1024, "n_inner": null });
+        let config: Config = serde_json::from_value(config).unwrap();
+        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/emma500-7b.yaml");
+        let plan = configs::load(&recipe, &[]).unwrap();
+        let parameters = Parameters::of(&plan, &config.shape().unwrap(), config.vocab_size);
+        // GPT-2 small, as published.
+        assert_eq!((parameters.total, parameters.trainable), (124_439_808, 124_439_808));
     }
 }

@@ -10,7 +10,7 @@ pub use check::check;
 use anyhow::{Context, Result};
 use configs::Plan;
 
-use crate::hf::ModelConfig;
+use crate::hf::{Family, ModelConfig};
 
 /// Why nothing can be done here, if nothing can: a line for the person.
 fn absence(program: &str) -> Option<String> {
@@ -37,12 +37,14 @@ fn llama_7b(layers: usize) -> ModelConfig {
         num_attention_heads: 32,
         num_key_value_heads: 32,
         head_dim: 128,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: None,
+        norm_epsilon: 1e-5,
         max_position_embeddings: 4096,
         tie_word_embeddings: false,
         bos_token_id: Some(1),
         eos_token_id: Some(2),
+        family: Family::Llama {
+            rope_theta: 10_000.0,
+            rope_scaling: None,
+        },
     }
 }

@@ -4,6 +4,6 @@ pub mod config;
 pub mod folder;
 pub mod weights;
 
-pub use config::{ModelConfig, RopeScaling};
+pub use config::{Family, ModelConfig, RopeScaling, Start};
 pub use folder::NewFolder;
 pub use weights::{SHARD_BYTES, Weights, write_folder, write_weights};

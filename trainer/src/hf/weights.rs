@@ -14,7 +14,7 @@ use serde_json::json;
 use sharding::memory;
 use tch::{Device, Kind, Tensor};
 
-use super::{ModelConfig, NewFolder};
+use super::{ModelConfig, NewFolder, Start};
 use crate::random;
 
 const SINGLE: &str = "model.safetensors";
@@ -26,12 +26,18 @@ pub const SHARD_BYTES: u64 = 5_000_000_000;
 /// The weights of a model folder, all there and of the right shapes. Nothing is copied until [`Weights::tensor`].
 pub struct Weights {
     files: Vec<TensorFile>,
-    /// Which file holds each tensor that the model has, ordered by name.
-    place: BTreeMap<String, usize>,
+    /// Where each tensor of the model lies, ordered by its name in the model.
+    place: BTreeMap<String, Place>,
     /// Where copies go.
     device: Device,
     /// There are no files: values are made up.
     made_up: bool,
+}
+
+/// A tensor's file and what it is called there, which is not always its name in the model.
+struct Place {
+    file: usize,
+    stored: String,
 }
 
 /// Of made-up values, after which they begin again: a prime, so that rows of a matrix differ.
@@ -53,13 +59,19 @@ impl Weights {
             .iter()
             .map(|name| TensorFile::open(&dir.join(name)))
             .collect::<Result<_>>()?;
-        let mut place = BTreeMap::new();
+        let prefix = missing_prefix(config, &files);
+        let mut place: BTreeMap<String, Place> = BTreeMap::new();
         for (index, file) in files.iter().enumerate() {
-            for name in file.names() {
-                if let Some(before) = place.insert(name.clone(), index) {
+            for stored in file.names() {
+                let name = match stored.starts_with("lm_head.") {
+                    true => stored.clone(),
+                    false => format!("{prefix}{stored}"),
+                };
+                let here = Place { file: index, stored };
+                if let Some(before) = place.insert(name.clone(), here) {
                     bail!(
                         "tensor {name} is in both {} and {}; keep the files of one saved model only",
-                        files[before].path.display(),
+                        files[before.file].path.display(),
                         file.path.display()
                     );
                 }
@@ -78,7 +90,7 @@ impl Weights {
     }
 
     /// Weights that look random, the same every time and everywhere, of any shape that is asked for: for measurements and
-    /// checks, which need no model's files. Matrices are N(0, 0.02²), norms 1.
+    /// checks, which need no model's files. Matrices are N(0, 0.02²), norms 1, biases 0.
     pub fn made_up() -> Weights {
         Weights {
             files: Vec::new(),
@@ -102,12 +114,12 @@ impl Weights {
         if self.made_up {
             return Ok(make_up(name, shape, kind, self.device));
         }
-        let file = self
+        let place = self
             .place
             .get(name)
             .with_context(|| format!("the model has no tensor {name}"))?;
-        let tensor = self.files[*file].tensor(name)?;
-        self.files[*file].release();
+        let tensor = self.files[place.file].tensor(&place.stored)?;
+        self.files[place.file].release();
         ensure!(
             tensor.size() == shape,
             "tensor {name} is {:?}, expected {shape:?}; config.json and weights are of different models",
@@ -125,8 +137,8 @@ impl Weights {
         let views: Vec<(&str, &TensorInfo, &[u8])> = self
             .place
             .iter()
-            .map(|(name, &file)| {
-                let (info, bytes) = self.files[file].view(name).expect("placed at opening");
+            .map(|(name, place)| {
+                let (info, bytes) = self.view(place).expect("placed at opening");
                 (name.as_str(), info, bytes)
             })
             .collect();
@@ -145,8 +157,12 @@ impl Weights {
 
     /// Bytes of all tensors as they are stored.
     pub fn stored_bytes(&self) -> u64 {
-        let length = |(name, &file): (&String, &usize)| self.files[file].view(name).map_or(0, |(_, bytes)| bytes.len());
-        self.place.iter().map(length).sum::<usize>() as u64
+        let length = |place: &Place| self.view(place).map_or(0, |(_, bytes)| bytes.len());
+        self.place.values().map(length).sum::<usize>() as u64
+    }
+
+    fn view(&self, place: &Place) -> Result<(&TensorInfo, &[u8])> {
+        self.files[place.file].view(&place.stored)
     }
 
     fn check(&mut self, config: &ModelConfig) -> Result<()> {
@@ -154,11 +170,11 @@ impl Weights {
         self.drop_what_no_model_reads(config, &expected)?;
         let mut wrong = Vec::new();
         for (name, shape) in &expected {
-            let Some(&file) = self.place.get(name) else {
+            let Some(place) = self.place.get(name) else {
                 wrong.push(format!("{name} is missing, expected {shape:?}"));
                 continue;
             };
-            let (info, _) = self.files[file].view(name)?;
+            let (info, _) = self.view(place)?;
             if !shape.iter().map(|&size| size as usize).eq(info.shape.iter().copied()) {
                 wrong.push(format!("{name} is {:?}, expected {shape:?}", info.shape));
             } else if kind_of(info.dtype).is_none() {
@@ -166,8 +182,8 @@ impl Weights {
             }
         }
         let known: HashSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
-        for (name, &file) in self.place.iter().filter(|(name, _)| !known.contains(name.as_str())) {
-            let (info, _) = self.files[file].view(name)?;
+        for (name, place) in self.place.iter().filter(|(name, _)| !known.contains(name.as_str())) {
+            let (info, _) = self.view(place)?;
             wrong.push(format!(
                 "{name} {:?} is extra: a model of this config has no such tensor",
                 info.shape
@@ -186,15 +202,18 @@ impl Weights {
         Ok(())
     }
 
-    /// Old LLaMA checkpoints store RoPE's frequencies, and some tied ones store the tied matrix twice.
+    /// Old LLaMA checkpoints store RoPE's frequencies, old GPT-2 ones attention's causal mask, and some tied ones store the
+    /// tied matrix twice.
     fn drop_what_no_model_reads(&mut self, config: &ModelConfig, expected: &[(String, Vec<i64>)]) -> Result<()> {
-        self.place.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
+        const BUFFERS: [&str; 3] = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
+        self.place
+            .retain(|name, _| !BUFFERS.iter().any(|buffer| name.ends_with(buffer)));
         let (embedding, head) = (&expected[0].0, "lm_head.weight");
-        let (Some(&a), Some(&b)) = (self.place.get(embedding), self.place.get(head)) else {
+        let (Some(a), Some(b)) = (self.place.get(embedding), self.place.get(head)) else {
             return Ok(());
         };
         if config.tie_word_embeddings {
-            let (first, second) = (self.files[a].view(embedding)?, self.files[b].view(head)?);
+            let (first, second) = (self.view(a)?, self.view(b)?);
             ensure!(
                 first.0.dtype == second.0.dtype && first.1 == second.1,
                 "tie_word_embeddings = true, but {head} and {embedding} are stored with different values; \
@@ -206,9 +225,24 @@ impl Weights {
     }
 }
 
+/// What stands before the model's names of tensors and is left out in these files: GPT-2 as it was published was saved
+/// without the head's module around it.
+fn missing_prefix(config: &ModelConfig, files: &[TensorFile]) -> &'static str {
+    let names = config.names();
+    let (prefix, within) = names.embedding.split_once('.').unwrap_or(("", names.embedding));
+    let bare = format!("{within}.weight");
+    let is_bare = names.stored_transposed && files.iter().flat_map(TensorFile::names).any(|name| name == bare);
+    match (is_bare, prefix) {
+        (true, "transformer") => "transformer.",
+        _ => "",
+    }
+}
+
 fn make_up(name: &str, shape: &[i64], kind: Kind, device: Device) -> Tensor {
-    if name.ends_with("norm.weight") {
-        return Tensor::ones(shape, (kind, device));
+    match Start::of(name) {
+        Start::Ones => return Tensor::ones(shape, (kind, device)),
+        Start::Zeros => return Tensor::zeros(shape, (kind, device)),
+        Start::Drawn => {}
     }
     let stream = random::Stream::new(0, name);
     let values: Vec<f32> = (0..MADE_UP as u64)
@@ -507,6 +541,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::hf::Family;
 
     fn config(tied: bool) -> ModelConfig {
         ModelConfig {
@@ -517,13 +552,15 @@ mod tests {
             num_attention_heads: 2,
             num_key_value_heads: 1,
             head_dim: 4,
-            rms_norm_eps: 1e-5,
-            rope_theta: 1e4,
-            rope_scaling: None,
+            norm_epsilon: 1e-5,
             max_position_embeddings: 32,
             tie_word_embeddings: tied,
             bos_token_id: None,
             eos_token_id: None,
+            family: Family::Llama {
+                rope_theta: 1e4,
+                rope_scaling: None,
+            },
         }
     }
 

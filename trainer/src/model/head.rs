@@ -3,7 +3,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::kernels::{cross_entropy, nll, rms_norm, rms_norm_backward, rms_norm_weight_gradient};
+use super::kernels::{cross_entropy, nll};
+use super::norm::Norm;
 use super::{Weight, add_product};
 
 /// The logits of one chunk take at most this much memory; larger chunks make larger GEMMs and fewer passes over d_weight.
@@ -15,8 +16,7 @@ const GPU_CHUNK_BYTES: usize = 1 << 30;
 pub const IGNORE: i64 = -1;
 
 pub struct Head {
-    pub norm_d: Weight,
-    pub epsilon: f64,
+    pub norm: Norm,
     /// Pieces; rows of the matrix beyond it are padding and get no probability.
     pub pieces: i64,
 }
@@ -28,6 +28,11 @@ pub struct Loss {
 }
 
 impl Head {
+    /// What the head's stage reads: its norm, and `matrix`.
+    pub fn weights_mut<'a>(&'a mut self, matrix: &'a mut Weight) -> Vec<&'a mut Weight> {
+        self.norm.weights_mut().chain([matrix]).collect()
+    }
+
     /// Loss and its gradients, scaled by 1 / `n_targets` (targets of the global batch). Adds to the gradients of `weight` and
     /// of the norm.
     pub fn loss(&mut self, weight: &mut Weight, hidden_btd: &Tensor, targets_bt: &Tensor, n_targets: f64) -> Loss {
@@ -43,7 +48,7 @@ impl Head {
         }
         let targets_n = targets_bt.view([-1]).index_select(0, &positions);
         let unnormed_nd = hidden_nd.index_select(0, &positions);
-        let normed_nd = rms_norm(&unnormed_nd, &self.norm_d.value, self.epsilon);
+        let normed_nd = self.norm.forward(&unnormed_nd);
         let weight_vd = weight.value.narrow(0, 0, self.pieces);
         let mut nll_n = Vec::new();
         let mut d_normed = Vec::new();
@@ -64,10 +69,7 @@ impl Head {
             }
         }
         let d_normed_nd = Tensor::cat(&d_normed, 0);
-        let d_unnormed_nd = rms_norm_backward(&unnormed_nd, &self.norm_d.value, self.epsilon, &d_normed_nd, None);
-        let epsilon = self.epsilon;
-        self.norm_d
-            .accumulate(|| rms_norm_weight_gradient(&unnormed_nd, epsilon, &d_normed_nd));
+        let d_unnormed_nd = self.norm.backward(&unnormed_nd, &d_normed_nd, None);
         let d_hidden_nd = hidden_nd.zeros_like().index_copy(0, &positions, &d_unnormed_nd);
         Loss {
             nll: Tensor::cat(&nll_n, 0).sum(Kind::Double).double_value(&[]),
@@ -80,11 +82,8 @@ impl Head {
         let dim = *hidden_btd.size().last().expect("three axes");
         let positions = known_positions(targets_bt);
         let targets_n = targets_bt.view([-1]).index_select(0, &positions);
-        let normed_nd = rms_norm(
-            &hidden_btd.view([-1, dim]).index_select(0, &positions),
-            &self.norm_d.value,
-            self.epsilon,
-        );
+        let unnormed_nd = hidden_btd.view([-1, dim]).index_select(0, &positions);
+        let normed_nd = self.norm.forward(&unnormed_nd);
         let weight_vd = weight.value.narrow(0, 0, self.pieces);
         let chunks = self.chunks(targets_n.numel(), &weight.value).map(|(start, length)| {
             let logits_nv = normed_nd.narrow(0, start, length).matmul(&weight_vd.tr());
@@ -101,7 +100,7 @@ impl Head {
 
     /// Whole logits [b, t, pieces]: for comparisons with other programs only.
     pub fn whole_logits(&self, weight: &Weight, hidden_btd: &Tensor) -> Tensor {
-        let normed = rms_norm(hidden_btd, &self.norm_d.value, self.epsilon);
+        let normed = self.norm.forward(hidden_btd);
         normed
             .matmul(&weight.value.narrow(0, 0, self.pieces).tr())
             .to_kind(Kind::Float)

@@ -1,4 +1,4 @@
-//! A linear map without bias: frozen, trained in full, or frozen with a trained low-rank term beside it (LoRA).
+//! A linear map: frozen, trained in full, or frozen with a trained low-rank term beside it (LoRA).
 //! Source: Hu et al. 2021, "LoRA", equation 3.
 
 use tch::Tensor;
@@ -6,11 +6,13 @@ use tch::Tensor;
 use super::fp8::Fp8;
 use super::{DropoutRows, Weight};
 
-/// y = x Wᵀ + s · drop(x) Aᵀ Bᵀ, with s = α / r, or α / √r where it is rank-stabilised.
+/// y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with s = α / r, or α / √r where it is rank-stabilised.
 pub struct Linear {
     /// Path of the module, as Hugging Face names it: "model.layers.0.self_attn.q_proj".
     pub path: String,
     pub weight_oi: Weight,
+    /// None in LLaMA.
+    pub bias_o: Option<Weight>,
     pub lora: Option<LoraPair>,
     /// W for the two products with it, where it is frozen and kept in FP8.
     pub fp8: Option<Fp8>,
@@ -26,9 +28,11 @@ pub struct LoraPair {
 
 impl Linear {
     pub fn forward(&self, x_ni: &Tensor, dropout: Option<&DropoutRows>) -> Tensor {
-        let mut y_no = match &self.fp8 {
-            Some(fp8) => fp8.forward(x_ni),
-            None => x_ni.matmul(&self.weight_oi.value.tr()),
+        let mut y_no = match (&self.fp8, &self.bias_o) {
+            (Some(fp8), None) => fp8.forward(x_ni),
+            (Some(fp8), Some(bias_o)) => fp8.forward(x_ni) + &bias_o.value,
+            (None, None) => x_ni.matmul(&self.weight_oi.value.tr()),
+            (None, Some(bias_o)) => bias_o.value.addmm(x_ni, &self.weight_oi.value.tr()),
         };
         if let Some(lora) = &self.lora {
             let dropped = self.drop(lora, x_ni, dropout);
@@ -45,6 +49,9 @@ impl Linear {
             None => d_y_no.matmul(&self.weight_oi.value),
         };
         self.weight_oi.accumulate_product(&d_y_no.tr(), x_ni);
+        if let Some(bias_o) = &mut self.bias_o {
+            bias_o.accumulate(|| d_y_no.sum_dim_intlist(0, false, tch::Kind::Float));
+        }
         let Some(lora) = &self.lora else { return d_x_ni };
         // Low-rank activations lie transposed, [r, n]: GEMMs this thin run at half the speed or less the other way round.
         let dropped = self.drop(lora, x_ni, dropout);

@@ -2,13 +2,15 @@
 //! extended, LoRA pairs beside the linears that the plan names.
 
 use anyhow::{Context, Result, ensure};
-use configs::{FullModule, Group, Lora, NewRows};
+use configs::{FullModule, Group, Lora, NewRows, Residual};
 use corpus::Vocabulary;
 use tch::{Device, Kind, Tensor};
 
+use super::layer::Qkv;
 use super::linear::{Linear, LoraPair};
-use super::{Head, Layer, Model, Rotary, Weight, new_rows};
-use crate::hf::{ModelConfig, Weights};
+use super::{Head, Layer, Mlp, Model, Norm, Rotary, Weight, new_rows};
+use crate::hf::config::LinearShape;
+use crate::hf::{Family, ModelConfig, Weights};
 use crate::random;
 
 /// What of the model trains, and how its vocabulary grows.
@@ -28,63 +30,45 @@ impl Trains {
     }
 }
 
-/// A tensor of the base, in the compute precision; what trains keeps f32 until it is bound, since its master weights
-/// start from here.
-fn read(weights: &Weights, name: String, shape: &[i64], kind: Kind, group: Option<Group>) -> Result<Weight> {
-    let kind = if group.is_some() { Kind::Float } else { kind };
-    Ok(Weight {
-        value: weights.tensor(&name, shape, kind)?,
-        name,
-        grad: None,
-        group,
-    })
-}
-
-/// Every linear of a layer, with its parent module.
-const LINEARS: [(&str, FullModule); 7] = [
-    ("self_attn", FullModule::QProj),
-    ("self_attn", FullModule::KProj),
-    ("self_attn", FullModule::VProj),
-    ("self_attn", FullModule::OProj),
-    ("mlp", FullModule::GateProj),
-    ("mlp", FullModule::UpProj),
-    ("mlp", FullModule::DownProj),
-];
-
 impl Model {
     /// # Errors
-    /// When a tensor is missing or mis-shaped, a LoRA target matches nothing, or the vocabulary does not extend this base.
+    /// When a tensor is missing or mis-shaped, a LoRA target or a module to train matches nothing, or the vocabulary does not
+    /// extend this base.
     pub fn load(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trains) -> Result<Model> {
-        if let Some(lora) = &trains.lora {
-            for target in &lora.targets {
-                let known: Vec<&str> = LINEARS.iter().map(|(_, module)| module.name()).collect();
-                ensure!(
-                    known.contains(&target.as_str()),
-                    "train.lora.targets names {target}, which matches no module of this model; its linears are {}",
-                    known.join(", ")
-                );
-            }
-        }
-        let dim = config.hidden_size as i64;
+        check_names(config, trains)?;
+        let from = From {
+            config,
+            weights,
+            kind,
+            trains,
+        };
         let matrices = vocabulary_matrices(config, weights, kind, trains)?;
+        let positions_td = config.names().positions.map(|name| {
+            let shape = [config.max_position_embeddings as i64, config.hidden_size as i64];
+            let group = trains.group(FullModule::Positions);
+            from.read(format!("{name}.weight"), &shape, group)
+        });
         let layers = (0..config.num_hidden_layers)
-            .map(|index| load_layer(config, weights, kind, trains, index))
+            .map(|index| from.layer(index))
             .collect::<Result<_>>()?;
         let head = Head {
-            norm_d: read(
-                weights,
-                "model.norm.weight".into(),
-                &[dim],
-                kind,
-                trains.group(FullModule::Norms),
-            )?,
-            epsilon: config.rms_norm_eps,
+            norm: from.norm(config.names().final_norm)?,
             pieces: matrices.pieces,
         };
-        // Positions beyond the longest row are never asked for; the table is small all the same.
-        let longest = config.max_position_embeddings.min(1 << 16);
+        let rotary = match config.family {
+            Family::Llama {
+                rope_theta,
+                rope_scaling,
+            } => {
+                // Positions beyond the longest row are never asked for; the table is small all the same.
+                let longest = config.max_position_embeddings.min(1 << 16);
+                Some(Rotary::new(longest, config.head_dim, rope_theta, rope_scaling).on(weights.device()))
+            }
+            Family::Gpt2 { .. } => None,
+        };
         Ok(Model {
-            rotary: Rotary::new(longest, config.head_dim, config.rope_theta, config.rope_scaling).on(weights.device()),
+            rotary,
+            positions_td: positions_td.transpose()?,
             config: ModelConfig {
                 vocab_size: matrices.pieces as usize,
                 ..config.clone()
@@ -94,37 +78,42 @@ impl Model {
             head,
             head_weight: matrices.head,
             kind,
+            stream: kind,
             device: weights.device(),
         })
     }
 
-    /// Every weight of an equal model without LoRA, under Hugging Face's names, in its order; f32, padding rows left out.
+    /// The same model with its residual stream kept as the plan says.
+    pub fn with_residual(mut self, residual: Residual) -> Model {
+        self.stream = match residual {
+            Residual::Compute => self.kind,
+            Residual::F32 => Kind::Float,
+        };
+        self
+    }
+
+    /// Every weight of an equal model without LoRA, under Hugging Face's names and as it stores them, in its order; f32,
+    /// padding rows left out.
     pub fn merged_weights(&self) -> Vec<(String, Tensor)> {
         let pieces = |weight: &Weight| weight.value.narrow(0, 0, self.head.pieces).to_kind(Kind::Float);
-        let mut all = vec![("model.embed_tokens.weight".to_string(), pieces(&self.embedding))];
-        for (index, layer) in self.layers.iter().enumerate() {
+        let plain = |weight: &Weight| (weight.name.clone(), weight.value.to_kind(Kind::Float));
+        let mut all = vec![(self.embedding.name.clone(), pieces(&self.embedding))];
+        all.extend(self.positions_td.iter().map(plain));
+        for layer in &self.layers {
             for linear in layer.linears() {
-                all.push((format!("{}.weight", linear.path), linear.merged()));
+                all.push((linear.weight_oi.name.clone(), self.stored(&linear.merged())));
+                all.extend(linear.bias_o.iter().map(plain));
             }
-            let norms = [
-                ("input_layernorm", &layer.attention_norm_d),
-                ("post_attention_layernorm", &layer.mlp_norm_d),
-            ];
-            for (name, norm) in norms {
-                all.push((
-                    format!("model.layers.{index}.{name}.weight"),
-                    norm.value.to_kind(Kind::Float),
-                ));
-            }
+            all.extend(layer.norms().into_iter().flat_map(Norm::weights).map(plain));
         }
-        all.push((
-            "model.norm.weight".to_string(),
-            self.head.norm_d.value.to_kind(Kind::Float),
-        ));
-        if let Some(head) = &self.head_weight {
-            all.push(("lm_head.weight".to_string(), pieces(head)));
-        }
+        all.extend(self.head.norm.weights().map(plain));
+        all.extend(self.head_weight.iter().map(|head| (head.name.clone(), pieces(head))));
         all
+    }
+
+    /// A linear's matrix [out, in] as Hugging Face stores it for this family.
+    pub fn stored(&self, weight_oi: &Tensor) -> Tensor {
+        stored(&self.config, weight_oi)
     }
 
     /// (module path, A, B) of every LoRA pair, f32.
@@ -146,6 +135,159 @@ impl Model {
             self.config.max_position_embeddings
         );
         Ok(())
+    }
+}
+
+/// [out, in] to how Hugging Face stores it and back: the two differ by a transposition, or not at all.
+fn stored(config: &ModelConfig, weight: &Tensor) -> Tensor {
+    match config.names().stored_transposed {
+        false => weight.shallow_clone(),
+        true => weight.tr().contiguous(),
+    }
+}
+
+/// What a config names must be there: a target that matches nothing would train nothing, in silence.
+fn check_names(config: &ModelConfig, trains: &Trains) -> Result<()> {
+    let mut linears: Vec<&str> = Vec::new();
+    for name in config.linears().iter().flatten().map(|linear| linear.module.name()) {
+        // GPT-2 has two of one name.
+        if !linears.contains(&name) {
+            linears.push(name);
+        }
+    }
+    for target in trains.lora.iter().flat_map(|lora| &lora.targets) {
+        ensure!(
+            linears.contains(&target.as_str()),
+            "train.lora.targets names {target}, which matches no module of this model; its linears are {}",
+            linears.join(", ")
+        );
+    }
+    // All modules of all families stand for every parameter.
+    if trains.full.len() == FullModule::ALL.len() {
+        return Ok(());
+    }
+    let modules: &[FullModule] = match config.family {
+        Family::Llama { .. } => &FullModule::OF_LLAMA,
+        Family::Gpt2 { .. } => &FullModule::OF_GPT2,
+    };
+    for module in &trains.full {
+        let names: Vec<&str> = modules.iter().map(|module| module.name()).collect();
+        ensure!(
+            modules.contains(module),
+            "train.full names {}, which matches no module of this model; its modules are {}",
+            module.name(),
+            names.join(", ")
+        );
+    }
+    Ok(())
+}
+
+/// Where a model is read from.
+struct From<'a> {
+    config: &'a ModelConfig,
+    weights: &'a Weights,
+    kind: Kind,
+    trains: &'a Trains,
+}
+
+impl From<'_> {
+    /// A tensor of the base, in the compute precision; what trains keeps f32 until it is bound, since its master weights
+    /// start from here.
+    fn read(&self, name: String, shape: &[i64], group: Option<Group>) -> Result<Weight> {
+        let kind = if group.is_some() { Kind::Float } else { self.kind };
+        Ok(Weight {
+            value: self.weights.tensor(&name, shape, kind)?,
+            name,
+            grad: None,
+            group,
+        })
+    }
+
+    /// The bias of a module, where the family has them; in the norms' group, whichever module it is of.
+    fn bias(&self, path: &str, size: i64, trains: bool) -> Result<Option<Weight>> {
+        let has = self.config.names().biases;
+        has.then(|| self.read(format!("{path}.bias"), &[size], trains.then_some(Group::Norms)))
+            .transpose()
+    }
+
+    fn norm(&self, path: &str) -> Result<Norm> {
+        let (dim, group) = (self.config.hidden_size as i64, self.trains.group(FullModule::Norms));
+        Ok(Norm {
+            weight_d: self.read(format!("{path}.weight"), &[dim], group)?,
+            bias_d: self.bias(path, dim, group.is_some())?,
+            epsilon: self.config.norm_epsilon,
+        })
+    }
+
+    /// `within` is the layer's path.
+    fn linear(&self, within: &str, shape: &LinearShape) -> Result<Linear> {
+        let LinearShape {
+            path,
+            module,
+            out,
+            input,
+        } = *shape;
+        let path = format!("{within}.{path}");
+        let group = self.trains.group(module);
+        let size = match self.config.names().stored_transposed {
+            false => [out, input],
+            true => [input, out],
+        };
+        let mut weight_oi = self.read(format!("{path}.weight"), &size, group)?;
+        weight_oi.value = stored(self.config, &weight_oi.value);
+        let lora = self.trains.lora.as_ref();
+        let lora = lora.filter(|lora| lora.targets.iter().any(|target| target == module.name()));
+        let lora = lora.map(|lora| lora_pair(&path, lora, out, input, self.trains.seed, self.weights.device()));
+        Ok(Linear {
+            bias_o: self.bias(&path, out, group.is_some())?,
+            path,
+            weight_oi,
+            lora,
+            fp8: None,
+        })
+    }
+
+    fn layer(&self, index: usize) -> Result<Layer> {
+        let (config, names) = (self.config, self.config.names());
+        let within = format!("{}.{index}", names.layers);
+        let layer = || -> Result<Layer> {
+            let read = |shapes: Vec<LinearShape>| -> Result<Vec<Linear>> {
+                shapes.iter().map(|shape| self.linear(&within, shape)).collect()
+            };
+            let [attention, mlp] = config.linears();
+            let (mut attention, mut mlp) = (read(attention)?.into_iter(), read(mlp)?.into_iter());
+            let mut in_attention = || attention.next().expect("as many as the family has");
+            let mut in_mlp = || mlp.next().expect("as many as the family has");
+            Ok(Layer {
+                attention_norm: self.norm(&format!("{within}.{}", names.attention_norm))?,
+                qkv: match config.family {
+                    Family::Llama { .. } => Qkv::Apart {
+                        q: in_attention(),
+                        k: in_attention(),
+                        v: in_attention(),
+                    },
+                    Family::Gpt2 { .. } => Qkv::Fused(in_attention()),
+                },
+                o: in_attention(),
+                mlp_norm: self.norm(&format!("{within}.{}", names.mlp_norm))?,
+                mlp: match config.family {
+                    Family::Llama { .. } => Mlp::SwiGlu {
+                        gate: in_mlp(),
+                        up: in_mlp(),
+                        down: in_mlp(),
+                    },
+                    Family::Gpt2 { activation } => Mlp::Gelu {
+                        fc: in_mlp(),
+                        proj: in_mlp(),
+                        form: activation,
+                    },
+                },
+                heads: config.num_attention_heads as i64,
+                kv_heads: config.num_key_value_heads as i64,
+                head_dim: config.head_dim as i64,
+            })
+        };
+        layer().with_context(|| format!("layer {index}"))
     }
 }
 
@@ -189,6 +331,7 @@ fn vocabulary_matrices(config: &ModelConfig, weights: &Weights, kind: Kind, trai
             group,
         })
     };
+    let embedding = format!("{}.weight", config.names().embedding);
     let tied = config.tie_word_embeddings;
     let (embed, head) = (trains.group(FullModule::EmbedTokens), trains.group(FullModule::LmHead));
     ensure!(
@@ -196,7 +339,7 @@ fn vocabulary_matrices(config: &ModelConfig, weights: &Weights, kind: Kind, trai
         "the base ties lm_head to embed_tokens, but train.full names only one of them; name both or neither"
     );
     Ok(Matrices {
-        embedding: load("model.embed_tokens.weight", embed)?,
+        embedding: load(&embedding, embed)?,
         head: if tied {
             None
         } else {
@@ -204,63 +347,6 @@ fn vocabulary_matrices(config: &ModelConfig, weights: &Weights, kind: Kind, trai
         },
         pieces: pieces as i64,
     })
-}
-
-fn load_layer(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trains, index: usize) -> Result<Layer> {
-    let dim = config.hidden_size as i64;
-    let (heads, kv_heads) = (config.num_attention_heads as i64, config.num_key_value_heads as i64);
-    let (head_dim, feed_forward) = (config.head_dim as i64, config.intermediate_size as i64);
-    let linear = |which: usize, out: i64, input: i64| -> Result<Linear> {
-        let (parent, module) = LINEARS[which];
-        let name = module.name();
-        let path = format!("model.layers.{index}.{parent}.{name}");
-        let weight_oi = read(
-            weights,
-            format!("{path}.weight"),
-            &[out, input],
-            kind,
-            trains.group(module),
-        )?;
-        let wanted = trains
-            .lora
-            .as_ref()
-            .filter(|lora| lora.targets.iter().any(|target| target == name));
-        let lora = wanted.map(|lora| lora_pair(&path, lora, out, input, trains.seed, weights.device()));
-        Ok(Linear {
-            path,
-            weight_oi,
-            lora,
-            fp8: None,
-        })
-    };
-    let norms = trains.group(FullModule::Norms);
-    let norm = |name: &str| {
-        read(
-            weights,
-            format!("model.layers.{index}.{name}.weight"),
-            &[dim],
-            kind,
-            norms,
-        )
-    };
-    let layer = || -> Result<Layer> {
-        Ok(Layer {
-            attention_norm_d: norm("input_layernorm")?,
-            q: linear(0, heads * head_dim, dim)?,
-            k: linear(1, kv_heads * head_dim, dim)?,
-            v: linear(2, kv_heads * head_dim, dim)?,
-            o: linear(3, dim, heads * head_dim)?,
-            mlp_norm_d: norm("post_attention_layernorm")?,
-            gate: linear(4, feed_forward, dim)?,
-            up: linear(5, feed_forward, dim)?,
-            down: linear(6, dim, feed_forward)?,
-            heads,
-            kv_heads,
-            head_dim,
-            epsilon: config.rms_norm_eps,
-        })
-    };
-    layer().with_context(|| format!("layer {index}"))
 }
 
 /// A uniform in ±1/√in (Kaiming's with a = √5, as PEFT starts it), B zero: the model starts as the base.

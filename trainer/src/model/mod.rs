@@ -1,4 +1,4 @@
-//! The LLaMA family as a list of stages (embedding, layers, head), each with an explicit forward and backward.
+//! The LLaMA and GPT-2 families as a list of stages (embedding, layers, head), each with an explicit forward and backward.
 //! Knows nothing of ranks, files' places or schedules.
 
 pub(crate) mod attention;
@@ -9,7 +9,9 @@ pub(crate) mod kernels;
 mod layer;
 mod linear;
 mod load;
+mod mlp;
 mod new_rows;
+mod norm;
 mod rotary;
 
 use anyhow::{Result, ensure};
@@ -23,6 +25,8 @@ pub use head::{Head, IGNORE, Loss};
 pub use layer::{Layer, Saved};
 pub use linear::{Linear, LoraPair};
 pub use load::Trains;
+pub use mlp::Mlp;
+pub use norm::Norm;
 pub use rotary::Rotary;
 
 use crate::hf::ModelConfig;
@@ -101,12 +105,16 @@ pub struct Model {
     pub config: ModelConfig,
     /// embed_tokens; also the head's matrix when they are tied.
     pub embedding: Weight,
+    /// Learned positions, one row each, added after the embedding; none where positions are rotary.
+    pub positions_td: Option<Weight>,
     pub layers: Vec<Layer>,
     pub head: Head,
     /// lm_head, when it is not the embedding itself.
     pub head_weight: Option<Weight>,
-    pub rotary: Rotary,
+    pub rotary: Option<Rotary>,
     pub kind: Kind,
+    /// In what the residual stream is kept: `kind`, or f32 beside bf16.
+    pub stream: Kind,
     /// Where its weights lie and its stages compute.
     pub device: Device,
 }
@@ -114,7 +122,8 @@ pub struct Model {
 /// What stages need to know of the pass they are in.
 #[derive(Clone, Copy)]
 pub struct Pass<'a> {
-    pub rotary: &'a Rotary,
+    /// `None`: positions are learned, and in the stream already.
+    pub rotary: &'a Option<Rotary>,
     pub recompute: Recompute,
     /// `None`: nothing is dropped.
     pub dropout: Option<&'a DropoutRows>,
@@ -147,6 +156,11 @@ impl DropoutRows {
     }
 }
 
+/// What the embedding stage reads.
+pub fn embedding_weights<'a>(matrix: &'a mut Weight, positions: &'a mut Option<Weight>) -> Vec<&'a mut Weight> {
+    std::iter::once(matrix).chain(positions).collect()
+}
+
 impl Model {
     /// Embedding and layers, without keeping anything for backward.
     pub fn hidden(&self, ids_bt: &Tensor) -> Tensor {
@@ -163,11 +177,19 @@ impl Model {
     }
 
     pub fn embed(&self, ids_bt: &Tensor) -> Tensor {
-        Tensor::embedding(&self.embedding.value, ids_bt, -1, false, false)
+        let x_btd = Tensor::embedding(&self.embedding.value, ids_bt, -1, false, false).to_kind(self.stream);
+        match &self.positions_td {
+            None => x_btd,
+            Some(positions_td) => x_btd + positions_td.value.narrow(0, 0, ids_bt.size()[1]),
+        }
     }
 
-    /// Adds d_x to the rows of the embedding that `ids_bt` named.
+    /// Adds d_x to the rows of the embedding that `ids_bt` named, and to those of the positions they stood at.
     pub fn embed_backward(&mut self, ids_bt: &Tensor, d_x_btd: &Tensor) {
+        if let Some(grad) = self.positions_td.as_ref().and_then(|positions| positions.grad.as_ref()) {
+            let d_td = d_x_btd.sum_dim_intlist(0, false, Kind::Float);
+            let _ = grad.narrow(0, 0, d_td.size()[0]).g_add_(&d_td);
+        }
         if let Some(grad) = &mut self.embedding.grad {
             let dim = grad.size()[1];
             let d_x_nd = d_x_btd.reshape([-1, dim]).to_kind(Kind::Float);
@@ -204,11 +226,12 @@ impl Model {
 
     /// Every weight, by the stage that it belongs to, in registration order. A tied head reads the embedding's.
     pub fn stages(&mut self) -> Vec<(String, Vec<&mut Weight>)> {
-        let mut stages = vec![("embedding".to_string(), vec![&mut self.embedding])];
+        let embedding = embedding_weights(&mut self.embedding, &mut self.positions_td);
+        let mut stages = vec![("embedding".to_string(), embedding)];
         for (index, layer) in self.layers.iter_mut().enumerate() {
             stages.push((format!("layers.{index}"), layer.weights_mut()));
         }
-        let head = std::iter::once(&mut self.head.norm_d).chain(&mut self.head_weight);
+        let head = self.head.norm.weights_mut().chain(&mut self.head_weight);
         stages.push(("head".to_string(), head.collect()));
         stages
     }

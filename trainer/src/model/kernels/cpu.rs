@@ -4,6 +4,7 @@
 //! processor's vector width or on the number of threads. Arithmetic is in f32 whatever the elements are.
 //! Axes: n position, d dim, v vocabulary, h head, t time.
 
+use configs::Gelu;
 use half::bf16;
 use pulp::Arch;
 use rayon::prelude::*;
@@ -93,6 +94,18 @@ macro_rules! by_kind {
 }
 pub(in crate::model) use by_kind;
 
+/// The same with two types: that of the residual stream, which may be f32 beside bf16, and that of everything else.
+macro_rules! by_kinds {
+    ($stream:expr, $tensor:expr, $function:ident($($argument:expr),*)) => {
+        match ($stream.kind(), $tensor.kind()) {
+            (Kind::Float, Kind::Float) => $function::<f32, f32>($($argument),*),
+            (Kind::BFloat16, Kind::BFloat16) => $function::<bf16, bf16>($($argument),*),
+            (Kind::Float, Kind::BFloat16) => $function::<f32, bf16>($($argument),*),
+            kinds => unreachable!("the residual stream is f32 or as the rest, not {kinds:?}"),
+        }
+    };
+}
+
 /// −ln p(target) of each row of `logits_nv`, nats, f64; the logits become their gradient, softmax − onehot.
 pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
     fn each<E: Element>(logits_nv: &mut Tensor, targets: &[i64]) -> Vec<f64> {
@@ -152,14 +165,14 @@ pub(in crate::model) fn largest<E: Element>(row: &[E]) -> f32 {
     lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// RMSNorm of each row (Zhang and Sennrich 2019): x / √(mean(x²) + ε), rounded, times w.
+/// RMSNorm of each row (Zhang and Sennrich 2019): x / √(mean(x²) + ε), rounded, times w; of w's kind.
 pub fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
-    fn each<E: Element>(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
+    fn each<X: Element, E: Element>(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
         let (d, weight) = (width(x_nd), E::of(weight_d));
-        let mut y_nd = x_nd.empty_like();
+        let mut y_nd = Tensor::empty(x_nd.size(), (weight_d.kind(), x_nd.device()));
         let rows = E::of_mut(&mut y_nd)
             .par_chunks_exact_mut(d)
-            .zip(E::of(x_nd).par_chunks_exact(d));
+            .zip(X::of(x_nd).par_chunks_exact(d));
         rows.for_each(|(y, x)| {
             Arch::new().dispatch(|| {
                 let r = inverse_rms(x, epsilon);
@@ -171,11 +184,11 @@ pub fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
         y_nd
     }
     let x_nd = x_nd.contiguous();
-    by_kind!(x_nd, each(&x_nd, weight_d, epsilon))
+    by_kinds!(x_nd, weight_d, each(&x_nd, weight_d, epsilon))
 }
 
 /// `passed_by` + d_x of [`rms_norm`]: with g = d_y·w and r = 1/√(mean(x²) + ε), d_x = r·g − x·r³·mean(g·x). `passed_by` is the
-/// gradient that reaches x beside the norm.
+/// gradient that reaches x beside the norm; of x's kind, as the result.
 pub fn rms_norm_backward(
     x_nd: &Tensor,
     weight_d: &Tensor,
@@ -183,7 +196,7 @@ pub fn rms_norm_backward(
     d_y_nd: &Tensor,
     passed_by_nd: Option<&Tensor>,
 ) -> Tensor {
-    fn each<E: Element>(
+    fn each<X: Element, E: Element>(
         x_nd: &Tensor,
         weight_d: &Tensor,
         epsilon: f64,
@@ -192,10 +205,10 @@ pub fn rms_norm_backward(
     ) -> Tensor {
         let (d, weight) = (width(x_nd), E::of(weight_d));
         let mut d_x_nd = x_nd.empty_like();
-        let passed_by = passed_by.map(E::of);
-        let rows = E::of_mut(&mut d_x_nd)
+        let passed_by = passed_by.map(X::of);
+        let rows = X::of_mut(&mut d_x_nd)
             .par_chunks_exact_mut(d)
-            .zip(E::of(x_nd).par_chunks_exact(d))
+            .zip(X::of(x_nd).par_chunks_exact(d))
             .zip(E::of(d_y_nd).par_chunks_exact(d));
         rows.enumerate().for_each(|(n, ((d_x, x), d_y))| {
             Arch::new().dispatch(|| {
@@ -207,14 +220,14 @@ pub fn rms_norm_backward(
                     }
                 }
                 let projection = total(lanes) / d as f32 * r * r * r;
-                let of_norm = |x: E, d_y: E, w: E| d_y.widen() * w.widen() * r - x.widen() * projection;
+                let of_norm = |x: X, d_y: E, w: E| d_y.widen() * w.widen() * r - x.widen() * projection;
                 let outputs = d_x.iter_mut().zip(x).zip(d_y).zip(weight);
                 match passed_by {
-                    None => outputs.for_each(|(((d_x, x), d_y), w)| *d_x = E::round(of_norm(*x, *d_y, *w))),
+                    None => outputs.for_each(|(((d_x, x), d_y), w)| *d_x = X::round(of_norm(*x, *d_y, *w))),
                     // The sum is rounded once.
                     Some(passed_by) => outputs
                         .zip(&passed_by[n * d..(n + 1) * d])
-                        .for_each(|((((d_x, x), d_y), w), p)| *d_x = E::round(p.widen() + of_norm(*x, *d_y, *w))),
+                        .for_each(|((((d_x, x), d_y), w), p)| *d_x = X::round(p.widen() + of_norm(*x, *d_y, *w))),
                 }
             });
         });
@@ -222,7 +235,11 @@ pub fn rms_norm_backward(
     }
     let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
     let passed_by_nd = passed_by_nd.map(Tensor::contiguous);
-    by_kind!(x_nd, each(&x_nd, weight_d, epsilon, &d_y_nd, passed_by_nd.as_ref()))
+    by_kinds!(
+        x_nd,
+        weight_d,
+        each(&x_nd, weight_d, epsilon, &d_y_nd, passed_by_nd.as_ref())
+    )
 }
 
 /// d_w of [`rms_norm`]: Σ_n d_y · x·r, f32.
@@ -230,6 +247,108 @@ pub fn rms_norm_weight_gradient(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) ->
     let x_nd = x_nd.to_kind(Kind::Float);
     let r_n1 = (x_nd.square().mean_dim(-1, true, Kind::Float) + epsilon).rsqrt();
     (d_y_nd.to_kind(Kind::Float) * x_nd * r_n1).sum_dim_intlist(0, false, Kind::Float)
+}
+
+/// LayerNorm of each row (Ba et al. 2016): (x − μ)·r·w + b with r = 1/√(σ² + ε); of w's kind.
+pub fn layer_norm(x_nd: &Tensor, weight_d: &Tensor, bias_d: &Tensor, epsilon: f64) -> Tensor {
+    fn each<X: Element, E: Element>(x_nd: &Tensor, weight_d: &Tensor, bias_d: &Tensor, epsilon: f64) -> Tensor {
+        let (d, weight, bias) = (width(x_nd), E::of(weight_d), E::of(bias_d));
+        let mut y_nd = Tensor::empty(x_nd.size(), (weight_d.kind(), x_nd.device()));
+        let rows = E::of_mut(&mut y_nd)
+            .par_chunks_exact_mut(d)
+            .zip(X::of(x_nd).par_chunks_exact(d));
+        rows.for_each(|(y, x)| {
+            Arch::new().dispatch(|| {
+                let (mean, r) = moments(x, epsilon);
+                for (((y, x), w), b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                    *y = E::round((x.widen() - mean) * r * w.widen() + b.widen());
+                }
+            });
+        });
+        y_nd
+    }
+    let x_nd = x_nd.contiguous();
+    by_kinds!(x_nd, weight_d, each(&x_nd, weight_d, bias_d, epsilon))
+}
+
+/// `passed_by` + d_x of [`layer_norm`]: with g = d_y·w and z = (x − μ)·r, d_x = r·(g − mean(g) − z·mean(g·z)). `passed_by` is
+/// the gradient that reaches x beside the norm; of x's kind, as the result.
+pub fn layer_norm_backward(
+    x_nd: &Tensor,
+    weight_d: &Tensor,
+    epsilon: f64,
+    d_y_nd: &Tensor,
+    passed_by_nd: Option<&Tensor>,
+) -> Tensor {
+    fn each<X: Element, E: Element>(
+        x_nd: &Tensor,
+        weight_d: &Tensor,
+        epsilon: f64,
+        d_y_nd: &Tensor,
+        passed_by: Option<&Tensor>,
+    ) -> Tensor {
+        let (d, weight) = (width(x_nd), E::of(weight_d));
+        let mut d_x_nd = x_nd.empty_like();
+        let passed_by = passed_by.map(X::of);
+        let rows = X::of_mut(&mut d_x_nd)
+            .par_chunks_exact_mut(d)
+            .zip(X::of(x_nd).par_chunks_exact(d))
+            .zip(E::of(d_y_nd).par_chunks_exact(d));
+        rows.enumerate().for_each(|(n, ((d_x, x), d_y))| {
+            Arch::new().dispatch(|| {
+                let (mean, r) = moments(x, epsilon);
+                let (mut sums, mut products) = ([0f32; LANES], [0f32; LANES]);
+                for ((x, d_y), w) in x.chunks(LANES).zip(d_y.chunks(LANES)).zip(weight.chunks(LANES)) {
+                    let lanes = sums.iter_mut().zip(&mut products);
+                    for ((((sum, product), x), d_y), w) in lanes.zip(x).zip(d_y).zip(w) {
+                        let g = d_y.widen() * w.widen();
+                        *sum += g;
+                        *product += g * ((x.widen() - mean) * r);
+                    }
+                }
+                let (mean_g, projection) = (total(sums) / d as f32, total(products) / d as f32);
+                let of_norm =
+                    |x: X, d_y: E, w: E| (d_y.widen() * w.widen() - mean_g - (x.widen() - mean) * r * projection) * r;
+                let outputs = d_x.iter_mut().zip(x).zip(d_y).zip(weight);
+                match passed_by {
+                    None => outputs.for_each(|(((d_x, x), d_y), w)| *d_x = X::round(of_norm(*x, *d_y, *w))),
+                    // The sum is rounded once.
+                    Some(passed_by) => outputs
+                        .zip(&passed_by[n * d..(n + 1) * d])
+                        .for_each(|((((d_x, x), d_y), w), p)| *d_x = X::round(p.widen() + of_norm(*x, *d_y, *w))),
+                }
+            });
+        });
+        d_x_nd
+    }
+    let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
+    let passed_by_nd = passed_by_nd.map(Tensor::contiguous);
+    by_kinds!(
+        x_nd,
+        weight_d,
+        each(&x_nd, weight_d, epsilon, &d_y_nd, passed_by_nd.as_ref())
+    )
+}
+
+/// (d_w, d_b) of [`layer_norm`]: Σ_n d_y · z and Σ_n d_y, f32.
+pub fn layer_norm_weight_gradients(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> (Tensor, Tensor) {
+    let (x_nd, d_y_nd) = (x_nd.to_kind(Kind::Float), d_y_nd.to_kind(Kind::Float));
+    let centred_nd = &x_nd - x_nd.mean_dim(-1, true, Kind::Float);
+    let r_n1 = (centred_nd.square().mean_dim(-1, true, Kind::Float) + epsilon).rsqrt();
+    let d_bias_d = d_y_nd.sum_dim_intlist(0, false, Kind::Float);
+    (
+        (d_y_nd * centred_nd * r_n1).sum_dim_intlist(0, false, Kind::Float),
+        d_bias_d,
+    )
+}
+
+/// (μ, 1/√(σ² + ε)), the variance from the differences, in a second pass over what is in the nearest cache by then.
+#[inline(always)]
+fn moments<E: Element>(x: &[E], epsilon: f64) -> (f32, f32) {
+    let d = x.len() as f32;
+    let mean = sum(x, |x| x) / d;
+    let variance = sum(x, |x| (x - mean) * (x - mean)) / d;
+    (mean, 1.0 / (variance + epsilon as f32).sqrt())
 }
 
 #[inline(always)]
@@ -284,6 +403,60 @@ pub fn swiglu_backward(gate_nf: &Tensor, up_nf: &Tensor, d_y_nf: &Tensor) -> (Te
     let d_y_nf = d_y_nf.contiguous();
     by_kind!(gate_nf, each(gate_nf, up_nf, &d_y_nf))
 }
+
+/// GELU. The form with tanh is x·σ(2u) with u = √(2/π)·(x + 0.044715 x³); the other is libtorch's own kernel.
+pub fn gelu(x_nf: &Tensor, form: Gelu) -> Tensor {
+    fn each<E: Element>(x_nf: &Tensor) -> Tensor {
+        let mut y_nf = x_nf.empty_like();
+        let tasks = E::of_mut(&mut y_nf)
+            .par_chunks_mut(TASK)
+            .zip(E::of(x_nf).par_chunks(TASK));
+        tasks.for_each(|(y, x)| {
+            Arch::new().dispatch(|| {
+                for (y, x) in y.iter_mut().zip(x) {
+                    let x = x.widen();
+                    *y = E::round(x * sigmoid(x * (TWICE_ROOT + CUBIC * x * x)));
+                }
+            });
+        });
+        y_nf
+    }
+    match form {
+        Gelu::Tanh => by_kind!(x_nf, each(x_nf)),
+        Gelu::Exact => x_nf.gelu("none"),
+    }
+}
+
+/// d_x of [`gelu`]: with s = σ(2u), d_y·s·(1 + x·(1 − s)·2u′).
+pub fn gelu_backward(x_nf: &Tensor, form: Gelu, d_y_nf: &Tensor) -> Tensor {
+    fn each<E: Element>(x_nf: &Tensor, d_y_nf: &Tensor) -> Tensor {
+        let mut d_x_nf = x_nf.empty_like();
+        let tasks = E::of_mut(&mut d_x_nf)
+            .par_chunks_mut(TASK)
+            .zip(E::of(x_nf).par_chunks(TASK))
+            .zip(E::of(d_y_nf).par_chunks(TASK));
+        tasks.for_each(|((d_x, x), d_y)| {
+            Arch::new().dispatch(|| {
+                for ((d_x, x), d_y) in d_x.iter_mut().zip(x).zip(d_y) {
+                    let (x, d_y) = (x.widen(), d_y.widen());
+                    let s = sigmoid(x * (TWICE_ROOT + CUBIC * x * x));
+                    let slope = TWICE_ROOT + 3.0 * CUBIC * x * x;
+                    *d_x = E::round(d_y * (s * (1.0 + x * (1.0 - s) * slope)));
+                }
+            });
+        });
+        d_x_nf
+    }
+    let d_y_nf = d_y_nf.contiguous();
+    match form {
+        Gelu::Tanh => by_kind!(x_nf, each(x_nf, &d_y_nf)),
+        Gelu::Exact => x_nf.gelu_backward(&d_y_nf, "none"),
+    }
+}
+
+/// 2·√(2/π)
+const TWICE_ROOT: f32 = 1.595_769;
+const CUBIC: f32 = TWICE_ROOT * 0.044_715;
 
 /// Turns pairs (i, i + d/2) of every head in place, by the angles of the position: `cos_th` and `sin_th` hold d/2 values a
 /// position, `direction` is 1 or −1. `x_bthd` is contiguous.
@@ -465,6 +638,68 @@ mod tests {
                 vec![d_gate, d_up]
             },
         );
+    }
+
+    #[test]
+    fn layer_norm_and_its_derivatives_are_the_formulas() {
+        for width in WIDTHS {
+            let formula = |x: &[Tensor]| {
+                let centred = &x[0] - x[0].mean_dim(-1, true, Kind::Float);
+                let variance = centred.square().mean_dim(-1, true, Kind::Float);
+                centred * (variance + 1e-5f64).rsqrt() * &x[1] + &x[2]
+            };
+            let backward = |x: &[Tensor], d_y: &Tensor| {
+                let alone = layer_norm_backward(&x[0], &x[1], 1e-5, d_y, None);
+                let beside = random(&alone.size());
+                close(
+                    &layer_norm_backward(&x[0], &x[1], 1e-5, d_y, Some(&beside)),
+                    &(&alone + beside),
+                );
+                let (d_weight, d_bias) = layer_norm_weight_gradients(&x[0], 1e-5, d_y);
+                vec![alone, d_weight, d_bias]
+            };
+            // Off centre, as streams are.
+            let inputs = [random(&[7, width]) + 0.5, random(&[width]) + 1.0, random(&[width])];
+            check(&inputs, formula, |x| layer_norm(&x[0], &x[1], &x[2], 1e-5), backward);
+        }
+    }
+
+    #[test]
+    fn both_gelus_and_their_derivatives_are_the_formulas() {
+        for (form, name) in [(Gelu::Tanh, "tanh"), (Gelu::Exact, "none")] {
+            check(
+                &[random(&[40, 600]) * 4.0],
+                |x| x[0].gelu(name),
+                |x| gelu(&x[0], form),
+                |x, d_y| vec![gelu_backward(&x[0], form, d_y)],
+            );
+        }
+        // Where tanh has no more to give.
+        let far = Tensor::from_slice(&[-1e4f32, -40.0, 40.0, 1e4]);
+        let expected = Tensor::from_slice(&[0f32, 0.0, 40.0, 1e4]);
+        close(&gelu(&far, Gelu::Tanh), &expected);
+    }
+
+    #[test]
+    fn norms_of_an_f32_stream_beside_bf16_round_only_what_is_bf16() {
+        let x = random(&[3, 50]);
+        let [weight, bias] = [random(&[50]), random(&[50])].map(|x| x.to_kind(Kind::BFloat16));
+        let (d_y, beside) = (random(&[3, 50]).to_kind(Kind::BFloat16), random(&[3, 50]));
+        let wide = |x: &Tensor| x.to_kind(Kind::Float);
+        let y = layer_norm(&x, &weight, &bias, 1e-5);
+        let exact = layer_norm(&x, &wide(&weight), &wide(&bias), 1e-5);
+        assert_eq!(y, exact.to_kind(Kind::BFloat16));
+        let d_x = layer_norm_backward(&x, &weight, 1e-5, &d_y, Some(&beside));
+        let exact = layer_norm_backward(&x, &wide(&weight), 1e-5, &wide(&d_y), Some(&beside));
+        assert_eq!((d_x.kind(), &d_x), (Kind::Float, &exact));
+        let y = rms_norm(&x, &weight, 1e-5);
+        assert_eq!(y.kind(), Kind::BFloat16);
+        // Rounded twice, as in bf16 alone.
+        let difference = (wide(&y) - rms_norm(&x, &wide(&weight), 1e-5)).abs().max();
+        assert!(f64::try_from(difference).unwrap() < 0.03);
+        let d_x = rms_norm_backward(&x, &weight, 1e-5, &d_y, Some(&beside));
+        let exact = rms_norm_backward(&x, &wide(&weight), 1e-5, &wide(&d_y), Some(&beside));
+        assert_eq!((d_x.kind(), &d_x), (Kind::Float, &exact));
     }
 
     #[test]

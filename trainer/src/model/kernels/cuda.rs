@@ -1,6 +1,7 @@
 //! The kernels of `kernels.cu` as functions of tensors: shapes, grids and arguments. Like those of `cpu.rs`, which have the
 //! formulas.
 
+use configs::Gelu;
 use sharding::cuda::kernels::{Argument, Grid, Launch, Source};
 use tch::{Kind, Tensor};
 
@@ -60,6 +61,10 @@ pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
 }
 
 pub fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
+    if x_nd.kind() != weight_d.kind() {
+        // An f32 stream beside bf16: in f32, and rounded after.
+        return rms_norm(x_nd, &weight_d.to_kind(x_nd.kind()), epsilon).to_kind(weight_d.kind());
+    }
     let x_nd = x_nd.contiguous();
     let (n, d) = rows_and_width(&x_nd);
     let mut y_nd = x_nd.empty_like();
@@ -86,6 +91,8 @@ pub fn rms_norm_backward(
     d_y_nd: &Tensor,
     passed_by_nd: Option<&Tensor>,
 ) -> Tensor {
+    let kind = x_nd.kind();
+    let (weight_d, d_y_nd) = (&weight_d.to_kind(kind), d_y_nd.to_kind(kind));
     let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
     let passed_by_nd = passed_by_nd.map(Tensor::contiguous);
     let (n, d) = rows_and_width(&x_nd);
@@ -109,7 +116,7 @@ pub fn rms_norm_backward(
 }
 
 pub fn rms_norm_weight_gradient(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> Tensor {
-    let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
+    let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.to_kind(x_nd.kind()).contiguous());
     let (n, d) = rows_and_width(&x_nd);
     let empty = |shape: &[i64]| Tensor::empty(shape, (Kind::Float, x_nd.device()));
     let shares = SHARES.min(n.max(1));
@@ -154,6 +161,89 @@ pub fn rms_norm_weight_gradient(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) ->
         ],
     );
     sum_d
+}
+
+pub fn layer_norm(x_nd: &Tensor, weight_d: &Tensor, bias_d: &Tensor, epsilon: f64) -> Tensor {
+    let kind = x_nd.kind();
+    if kind != weight_d.kind() {
+        // An f32 stream beside bf16: in f32, and rounded after.
+        let [weight, bias] = [weight_d, bias_d].map(|w| w.to_kind(kind));
+        return layer_norm(x_nd, &weight, &bias, epsilon).to_kind(weight_d.kind());
+    }
+    let x_nd = x_nd.contiguous();
+    let (n, d) = rows_and_width(&x_nd);
+    let mut y_nd = x_nd.empty_like();
+    start(
+        "layer_norm",
+        kind,
+        [n, 1],
+        ROW_BLOCK,
+        vec![
+            Argument::Read(&x_nd),
+            Argument::Read(weight_d),
+            Argument::Read(bias_d),
+            Argument::Write(&mut y_nd),
+            Argument::Whole(d),
+            Argument::Real(epsilon as f32),
+        ],
+    );
+    y_nd
+}
+
+pub fn layer_norm_backward(
+    x_nd: &Tensor,
+    weight_d: &Tensor,
+    epsilon: f64,
+    d_y_nd: &Tensor,
+    passed_by_nd: Option<&Tensor>,
+) -> Tensor {
+    let kind = x_nd.kind();
+    let (weight_d, d_y_nd) = (&weight_d.to_kind(kind), d_y_nd.to_kind(kind));
+    let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
+    let passed_by_nd = passed_by_nd.map(Tensor::contiguous);
+    let (n, d) = rows_and_width(&x_nd);
+    let mut d_x_nd = x_nd.empty_like();
+    start(
+        "layer_norm_backward",
+        kind,
+        [n, 1],
+        ROW_BLOCK,
+        vec![
+            Argument::Read(&x_nd),
+            Argument::Read(weight_d),
+            Argument::Read(&d_y_nd),
+            passed_by_nd.as_ref().map_or(Argument::Absent, Argument::Read),
+            Argument::Write(&mut d_x_nd),
+            Argument::Whole(d),
+            Argument::Real(epsilon as f32),
+        ],
+    );
+    d_x_nd
+}
+
+/// libtorch's operations in f32: only full training asks for them, and two sums a layer are little beside its GEMMs.
+pub fn layer_norm_weight_gradients(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> (Tensor, Tensor) {
+    let (x_nd, d_y_nd) = (x_nd.to_kind(Kind::Float), d_y_nd.to_kind(Kind::Float));
+    let d = rows_and_width(&x_nd).1;
+    let (z_nd, _, _) = x_nd.native_layer_norm([d], None::<&Tensor>, None, epsilon);
+    let d_bias_d = d_y_nd.sum_dim_intlist(0, false, Kind::Float);
+    ((d_y_nd * z_nd).sum_dim_intlist(0, false, Kind::Float), d_bias_d)
+}
+
+/// libtorch's own kernel, which is one pass on a GPU as well.
+pub fn gelu(x_nf: &Tensor, form: Gelu) -> Tensor {
+    x_nf.gelu(approximation(form))
+}
+
+pub fn gelu_backward(x_nf: &Tensor, form: Gelu, d_y_nf: &Tensor) -> Tensor {
+    x_nf.gelu_backward(&d_y_nf.contiguous(), approximation(form))
+}
+
+fn approximation(form: Gelu) -> &'static str {
+    match form {
+        Gelu::Tanh => "tanh",
+        Gelu::Exact => "none",
+    }
 }
 
 pub fn swiglu(gate_nf: &Tensor, up_nf: &Tensor) -> Tensor {
@@ -298,7 +388,7 @@ mod tests {
         for architecture in ARCHITECTURES {
             SOURCE.compile(architecture).unwrap_or_else(|error| panic!("{error}"));
         }
-        assert_eq!(SOURCE.kernels().len(), 23, "{:?}", SOURCE.kernels());
+        assert_eq!(SOURCE.kernels().len(), 27, "{:?}", SOURCE.kernels());
     }
 
     const KINDS: [Kind; 2] = [Kind::Float, Kind::BFloat16];
@@ -355,6 +445,55 @@ mod tests {
             let (x, w) = (random(&[2, 64], kind), off(&[64], kind));
             close(&rms_norm(&x, &w, 1e-5), &cpu::rms_norm(&x, &w, 1e-5));
         }
+    }
+
+    #[test]
+    fn layer_norm_is_the_cpus() {
+        for kind in KINDS {
+            for (n, d) in [(3, 640), (2, 37), (5, 4104), (70, 8)] {
+                let (x, d_y, beside) = (random(&[n, d], kind), random(&[n, d], kind), random(&[n, d], kind));
+                let (w, b) = (random(&[d], kind), random(&[d], kind));
+                close(&layer_norm(&x, &w, &b, 1e-5), &cpu::layer_norm(&x, &w, &b, 1e-5));
+                for beside in [None, Some(&beside)] {
+                    close(
+                        &layer_norm_backward(&x, &w, 1e-5, &d_y, beside),
+                        &cpu::layer_norm_backward(&x, &w, 1e-5, &d_y, beside),
+                    );
+                }
+                let (ours, exact) = (
+                    layer_norm_weight_gradients(&x, 1e-5, &d_y),
+                    cpu::layer_norm_weight_gradients(&x, 1e-5, &d_y),
+                );
+                close(&(ours.0 / 10.0), &(exact.0 / 10.0));
+                close(&(ours.1 / 10.0), &(exact.1 / 10.0));
+            }
+            let (x, w) = (random(&[2, 64], kind), off(&[64], kind));
+            close(&layer_norm(&x, &w, &w, 1e-5), &cpu::layer_norm(&x, &w, &w, 1e-5));
+        }
+    }
+
+    #[test]
+    fn an_f32_stream_beside_bf16_is_the_cpus() {
+        let (x, beside) = (random(&[9, 72], Kind::Float), random(&[9, 72], Kind::Float));
+        let [w, b] = [random(&[72], Kind::BFloat16), random(&[72], Kind::BFloat16)];
+        let d_y = random(&[9, 72], Kind::BFloat16);
+        close(&layer_norm(&x, &w, &b, 1e-5), &cpu::layer_norm(&x, &w, &b, 1e-5));
+        close(
+            &layer_norm_backward(&x, &w, 1e-5, &d_y, Some(&beside)),
+            &cpu::layer_norm_backward(&x, &w, 1e-5, &d_y, Some(&beside)),
+        );
+        close(
+            &rms_norm_backward(&x, &w, 1e-5, &d_y, Some(&beside)),
+            &cpu::rms_norm_backward(&x, &w, 1e-5, &d_y, Some(&beside)),
+        );
+        close(
+            &rms_norm_weight_gradient(&x, 1e-5, &d_y),
+            &cpu::rms_norm_weight_gradient(&x, 1e-5, &d_y),
+        );
+        // The CPU's is rounded twice, as in bf16 alone.
+        let (ours, theirs) = (rms_norm(&x, &w, 1e-5), cpu::rms_norm(&x, &w, 1e-5));
+        let difference = (ours.to_kind(Kind::Float) - theirs.to_kind(Kind::Float)).abs().max();
+        assert!(ours.kind() == Kind::BFloat16 && f64::try_from(difference).expect("a number") < 0.05);
     }
 
     #[test]

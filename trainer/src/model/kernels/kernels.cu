@@ -122,6 +122,95 @@ KERNEL rms_norm_weight_bf16(const bf16 *x_nd, const bf16 *d_y_nd, const float *r
     rms_norm_weight(x_nd, d_y_nd, r_n, partial_bd, n, d);
 }
 
+// ---- LayerNorm: a block a row
+
+struct Moments {
+    float mean, r;
+};
+
+template <class E> __device__ __forceinline__ Moments moments(const E *x_d, i64 d, bool wide, float epsilon) {
+    float sum = 0;
+    each<E>(d, wide, threadIdx.x, blockDim.x, [&](auto count, i64 i) {
+        constexpr int N = decltype(count)::value;
+        auto x = load<N>(x_d + i);
+        for (int k = 0; k < N; k++)
+            sum += widen(x.at[k]);
+    });
+    float mean = over_block(sum, 0.0f, Plus{}) / float(d), squares = 0;
+    each<E>(d, wide, threadIdx.x, blockDim.x, [&](auto count, i64 i) {
+        constexpr int N = decltype(count)::value;
+        auto x = load<N>(x_d + i);
+        for (int k = 0; k < N; k++)
+            squares += (widen(x.at[k]) - mean) * (widen(x.at[k]) - mean);
+    });
+    return {mean, 1.0f / sqrtf(over_block(squares, 0.0f, Plus{}) / float(d) + epsilon)};
+}
+
+template <class E>
+__device__ __forceinline__ void layer_norm(const E *x_nd, const E *weight_d, const E *bias_d, E *y_nd, i64 d, float epsilon) {
+    i64 row = i64(blockIdx.x) * d;
+    bool wide = wide_rows<E>(d) && aligned(x_nd) && aligned(weight_d) && aligned(bias_d) && aligned(y_nd);
+    Moments m = moments(x_nd + row, d, wide, epsilon);
+    each<E>(d, wide, threadIdx.x, blockDim.x, [&](auto count, i64 i) {
+        constexpr int N = decltype(count)::value;
+        auto x = load<N>(x_nd + row + i), w = load<N>(weight_d + i), b = load<N>(bias_d + i);
+        for (int k = 0; k < N; k++)
+            x.at[k] = rounded<E>((widen(x.at[k]) - m.mean) * m.r * widen(w.at[k]) + widen(b.at[k]));
+        store(y_nd + row + i, x);
+    });
+}
+
+// passed_by_nd may be null.
+template <class E>
+__device__ __forceinline__ void layer_norm_backward(const E *x_nd, const E *weight_d, const E *d_y_nd,
+                                                    const E *passed_by_nd, E *d_x_nd, i64 d, float epsilon) {
+    i64 row = i64(blockIdx.x) * d;
+    bool wide = wide_rows<E>(d) && aligned(x_nd) && aligned(weight_d) && aligned(d_y_nd) && aligned(passed_by_nd) &&
+                aligned(d_x_nd);
+    Moments m = moments(x_nd + row, d, wide, epsilon);
+    float sums = 0, products = 0;
+    each<E>(d, wide, threadIdx.x, blockDim.x, [&](auto count, i64 i) {
+        constexpr int N = decltype(count)::value;
+        auto x = load<N>(x_nd + row + i), w = load<N>(weight_d + i), d_y = load<N>(d_y_nd + row + i);
+        for (int k = 0; k < N; k++) {
+            float g = widen(d_y.at[k]) * widen(w.at[k]);
+            sums += g;
+            products += g * ((widen(x.at[k]) - m.mean) * m.r);
+        }
+    });
+    float mean_g = over_block(sums, 0.0f, Plus{}) / float(d);
+    float projection = over_block(products, 0.0f, Plus{}) / float(d);
+    each<E>(d, wide, threadIdx.x, blockDim.x, [&](auto count, i64 i) {
+        constexpr int N = decltype(count)::value;
+        auto x = load<N>(x_nd + row + i), w = load<N>(weight_d + i), d_y = load<N>(d_y_nd + row + i);
+        Pack<E, N> passed_by;
+        if (passed_by_nd)
+            passed_by = load<N>(passed_by_nd + row + i);
+        for (int k = 0; k < N; k++) {
+            float z = (widen(x.at[k]) - m.mean) * m.r;
+            float of_norm = (widen(d_y.at[k]) * widen(w.at[k]) - mean_g - z * projection) * m.r;
+            // The sum is rounded once.
+            x.at[k] = rounded<E>(passed_by_nd ? widen(passed_by.at[k]) + of_norm : of_norm);
+        }
+        store(d_x_nd + row + i, x);
+    });
+}
+
+KERNEL layer_norm_f32(const float *x_nd, const float *weight_d, const float *bias_d, float *y_nd, i64 d, float epsilon) {
+    layer_norm(x_nd, weight_d, bias_d, y_nd, d, epsilon);
+}
+KERNEL layer_norm_bf16(const bf16 *x_nd, const bf16 *weight_d, const bf16 *bias_d, bf16 *y_nd, i64 d, float epsilon) {
+    layer_norm(x_nd, weight_d, bias_d, y_nd, d, epsilon);
+}
+KERNEL layer_norm_backward_f32(const float *x_nd, const float *weight_d, const float *d_y_nd, const float *passed_by_nd,
+                               float *d_x_nd, i64 d, float epsilon) {
+    layer_norm_backward(x_nd, weight_d, d_y_nd, passed_by_nd, d_x_nd, d, epsilon);
+}
+KERNEL layer_norm_backward_bf16(const bf16 *x_nd, const bf16 *weight_d, const bf16 *d_y_nd, const bf16 *passed_by_nd,
+                                bf16 *d_x_nd, i64 d, float epsilon) {
+    layer_norm_backward(x_nd, weight_d, d_y_nd, passed_by_nd, d_x_nd, d, epsilon);
+}
+
 // ---- SwiGLU: a thread a few elements
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

@@ -4,6 +4,7 @@
 pub(super) mod cpu;
 mod cuda;
 
+use configs::Gelu;
 use tch::{Device, Tensor};
 
 use crate::random;
@@ -29,6 +30,9 @@ pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
 }
 
 /// RMSNorm of each row (Zhang and Sennrich 2019): x / √(mean(x²) + ε), rounded, times w.
+///
+/// x is of the residual stream, which may be f32 where all else is bf16: norms read its kind and give that of their weights,
+/// and what their derivatives take and give beside d_y is of x's kind.
 pub fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
     where_it_lies!(x_nd, rms_norm(x_nd, weight_d, epsilon))
 }
@@ -47,6 +51,37 @@ pub fn rms_norm_backward(
 /// d_w of [`rms_norm`], f32.
 pub fn rms_norm_weight_gradient(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> Tensor {
     where_it_lies!(x_nd, rms_norm_weight_gradient(x_nd, epsilon, d_y_nd))
+}
+
+/// LayerNorm of each row (Ba et al. 2016): (x − mean) / √(variance + ε) · w + b.
+pub fn layer_norm(x_nd: &Tensor, weight_d: &Tensor, bias_d: &Tensor, epsilon: f64) -> Tensor {
+    where_it_lies!(x_nd, layer_norm(x_nd, weight_d, bias_d, epsilon))
+}
+
+/// `passed_by` + d_x of [`layer_norm`]; `passed_by` is the gradient that reaches x beside the norm.
+pub fn layer_norm_backward(
+    x_nd: &Tensor,
+    weight_d: &Tensor,
+    epsilon: f64,
+    d_y_nd: &Tensor,
+    passed_by_nd: Option<&Tensor>,
+) -> Tensor {
+    where_it_lies!(x_nd, layer_norm_backward(x_nd, weight_d, epsilon, d_y_nd, passed_by_nd))
+}
+
+/// (d_w, d_b) of [`layer_norm`], f32.
+pub fn layer_norm_weight_gradients(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> (Tensor, Tensor) {
+    where_it_lies!(x_nd, layer_norm_weight_gradients(x_nd, epsilon, d_y_nd))
+}
+
+/// GELU (Hendrycks and Gimpel 2016) in one of its two forms.
+pub fn gelu(x_nf: &Tensor, form: Gelu) -> Tensor {
+    where_it_lies!(x_nf, gelu(x_nf, form))
+}
+
+/// d_x of [`gelu`].
+pub fn gelu_backward(x_nf: &Tensor, form: Gelu, d_y_nf: &Tensor) -> Tensor {
+    where_it_lies!(x_nf, gelu_backward(x_nf, form, d_y_nf))
 }
 
 /// SwiGLU (Shazeer 2020): silu(gate) · up.
