@@ -7,6 +7,7 @@ pub mod export;
 pub mod gguf;
 pub mod gpu;
 pub mod hf;
+pub mod inspect;
 pub mod model;
 pub mod random;
 pub mod scratch;

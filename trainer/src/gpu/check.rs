@@ -1,7 +1,7 @@
 //! `panglot-worker gpu-check`: every kernel, attention and training steps on the GPU against the same on the CPU.
 
 use anyhow::{Result, ensure};
-use configs::{FullModule, Precision, Recompute};
+use configs::{FullModule, Gelu, Precision, Recompute, Residual};
 use corpus::RowsDigest;
 use sharding::adamw::{self, AdamW};
 use sharding::cuda;
@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::{absence, llama_7b, plan};
 use crate::batch::{Batch, MicroBatch};
 use crate::evaluate::kind;
-use crate::hf::{ModelConfig, Weights};
+use crate::hf::{Family, ModelConfig, Weights};
 use crate::model::attention::{attend, attend_backward};
 use crate::model::fp8::Fp8;
 use crate::model::{Documents, IGNORE, Model, Trains, kernels};
@@ -46,7 +46,16 @@ pub fn check() -> Result<()> {
         Err(_) => println!("  (no units for FP8 here: its products are not compared)"),
     }
     for precision in [Precision::F32, Precision::Bf16] {
-        check_training(&mut table, precision)?;
+        check_training(
+            &mut table,
+            precision,
+            Family::Llama {
+                rope_theta: 10_000.0,
+                rope_scaling: None,
+            },
+        )?;
+        let activation = Gelu::Tanh;
+        check_training(&mut table, precision, Family::Gpt2 { activation })?;
     }
     ensure!(
         table.failed == 0,
@@ -140,6 +149,35 @@ fn check_kernels(table: &mut Table, kind: Kind) {
         )]
     });
 
+    table.compare("layer_norm", kind, most, |on| {
+        let [x, w, d_y, beside] = [&x, &w, &d_y, &beside].map(|tensor| tensor.to_device(on));
+        vec![
+            kernels::layer_norm(&x, &w, &w, 1e-5),
+            kernels::layer_norm_backward(&x, &w, 1e-5, &d_y, None),
+            kernels::layer_norm_backward(&x, &w, 1e-5, &d_y, Some(&beside)),
+        ]
+    });
+    table.compare("layer_norm_weight_gradients", kind, most, |on| {
+        let (d_weight, d_bias) = kernels::layer_norm_weight_gradients(&x.to_device(on), 1e-5, &d_y.to_device(on));
+        vec![d_weight, d_bias]
+    });
+    table.compare("norms of an f32 stream", kind, most, |on| {
+        let stream = x.to_kind(Kind::Float).to_device(on);
+        let beside = beside.to_kind(Kind::Float).to_device(on);
+        let [w, d_y] = [&w, &d_y].map(|tensor| tensor.to_device(on));
+        vec![
+            kernels::layer_norm(&stream, &w, &w, 1e-5),
+            kernels::layer_norm_backward(&stream, &w, 1e-5, &d_y, Some(&beside)),
+            kernels::rms_norm_backward(&stream, &w, 1e-5, &d_y, Some(&beside)),
+        ]
+    });
+    for (name, form) in [("gelu, tanh", Gelu::Tanh), ("gelu, exact", Gelu::Exact)] {
+        table.compare(name, kind, most, |on| {
+            let [x, d_y] = [&x, &d_y].map(|tensor| tensor.to_device(on));
+            vec![kernels::gelu(&x, form), kernels::gelu_backward(&x, form, &d_y)]
+        });
+    }
+
     let [gate, up, d_y] = ["gate", "up", "d_y"].map(|name| random(&[100, 11_008], kind, name));
     table.compare("swiglu", kind, most, |on| {
         vec![kernels::swiglu(&gate.to_device(on), &up.to_device(on))]
@@ -229,13 +267,15 @@ fn check_fp8(table: &mut Table) {
 }
 
 /// A small model of all that training has: grouped heads, LoRA, trained vocabulary matrices and norms, documents.
-fn check_training(table: &mut Table, precision: Precision) -> Result<()> {
+fn check_training(table: &mut Table, precision: Precision, family: Family) -> Result<()> {
+    let is_gpt2 = matches!(family, Family::Gpt2 { .. });
     let config = ModelConfig {
+        family,
         vocab_size: 3001,
         hidden_size: 256,
         intermediate_size: 688,
         num_attention_heads: 4,
-        num_key_value_heads: 2,
+        num_key_value_heads: if is_gpt2 { 4 } else { 2 },
         head_dim: 64,
         max_position_embeddings: 256,
         ..llama_7b(3)
@@ -248,7 +288,12 @@ fn check_training(table: &mut Table, precision: Precision) -> Result<()> {
     plan.train.full = vec![FullModule::EmbedTokens, FullModule::LmHead, FullModule::Norms];
     if let Some(lora) = &mut plan.train.lora {
         lora.dropout = 0.1;
+        if is_gpt2 {
+            lora.targets = ["c_attn", "c_proj", "c_fc"].map(String::from).to_vec();
+        }
     }
+    // The stream in both of its kinds.
+    let residual = if is_gpt2 { Residual::F32 } else { Residual::Compute };
     let body = plan.optimizer.groups.values().next().copied();
     plan.optimizer.groups = configs::Group::ALL
         .into_iter()
@@ -264,7 +309,8 @@ fn check_training(table: &mut Table, precision: Precision) -> Result<()> {
             vocabulary: None,
             seed: 1,
         };
-        let mut model = Model::load(&config, &Weights::made_up().on(device), kind(precision), &trains)?;
+        let mut model =
+            Model::load(&config, &Weights::made_up().on(device), kind(precision), &trains)?.with_residual(residual);
         let specs = model.register();
         let initial = model.initial_values();
         let zero = Zero::new(comm.as_ref(), Stage::OptimizerState, &specs, model.kind, |b, p| {
