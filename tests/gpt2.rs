@@ -41,6 +41,9 @@ fn polylm_in_small_trains_on_any_ranks_and_is_exported() {
     assert!(merged.join("model.safetensors").is_file(), "{said}");
     let config = std::fs::read_to_string(merged.join("config.json")).expect("the export's config");
     assert!(config.contains("GPT2LMHeadModel"), "{config}");
+    let shown = merged.display().to_string();
+    let inspected = text(&succeed(panglot(&["model", "inspect", &shown])));
+    assert!(inspected.contains("transformer.h.*.attn.c_attn.weight"), "{inspected}");
     let evaluated = text(&succeed(command("eval", &run, &["--model", "merged"])));
     assert!(
         Path::new(&run.folder.path().join("evaluations")).is_dir(),

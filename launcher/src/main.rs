@@ -34,6 +34,7 @@ Examples:
   panglot train configs/tiny.yaml train.steps=5 a key of the config, for this time
   panglot corpus verify configs/demo.yaml       is every language still as it was imported?
   panglot vocab configs/demo.yaml --loss=all    which start of the new rows loses least before any step
+  panglot model inspect configs/demo.yaml       what the base model holds, and what of it trains
   panglot rows configs/demo.yaml --decode       what the model will read, and in which language
   panglot report configs/demo.yaml              one page to look at: runs/demo/report.html";
 

@@ -8,6 +8,7 @@ pub mod gguf;
 pub mod gpu;
 pub mod guard;
 pub mod hf;
+pub mod inspect;
 pub mod model;
 pub mod random;
 pub mod scratch;

@@ -5,12 +5,13 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
-use configs::{NewRows, Plan};
+use configs::{FullModule, NewRows, Plan};
 use launcher::events::Event;
 use launcher::exit;
 use launcher::place::Place;
 use sharding::Comm;
 use tch::Device;
+use trainer::inspect::Trained;
 use trainer::train::End;
 
 #[derive(Parser)]
@@ -28,6 +29,19 @@ enum Command {
         gguf: PathBuf,
         #[arg(long)]
         out: PathBuf,
+    },
+    /// Tell what a model folder holds, and what of it trains if these do.
+    Inspect {
+        #[arg(long)]
+        model: PathBuf,
+        /// Modules trained in full.
+        #[arg(long, value_delimiter = ',')]
+        full: Vec<String>,
+        /// LoRA's targets, with --rank.
+        #[arg(long, value_delimiter = ',', requires = "rank")]
+        lora: Vec<String>,
+        #[arg(long)]
+        rank: Option<usize>,
     },
     /// Make a model with random weights, as the plan says.
     InitModel {
@@ -112,7 +126,7 @@ fn start(command: Command) -> Result<i32> {
     }
     let place = Place::detect()?;
     let plan = match &command {
-        Command::ImportGguf { .. } | Command::GpuCheck | Command::BenchGpu { .. } => None,
+        Command::ImportGguf { .. } | Command::Inspect { .. } | Command::GpuCheck | Command::BenchGpu { .. } => None,
         Command::InitModel { plan }
         | Command::Train { plan }
         | Command::Eval { plan, .. }
@@ -162,7 +176,7 @@ fn device_of(plan: &Plan, place: &Place) -> Result<Device> {
 }
 
 fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -> Result<i32> {
-    let plan = || plan.expect("every command but import-gguf reads a plan");
+    let plan = || plan.expect("every command but import-gguf and inspect reads a plan");
     let progress = &mut |done: u64, total: u64| {
         Event::Progress {
             done,
@@ -181,6 +195,19 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -
         Command::ImportGguf { gguf, out } => {
             let config = trainer::gguf::import(&gguf, &out, progress)?;
             done(serde_json::to_value(config)?)
+        }
+        Command::Inspect {
+            model,
+            full,
+            lora,
+            rank,
+        } => {
+            let named = |module: &FullModule| full.iter().any(|name| name == module.name());
+            let trained = Trained {
+                full: FullModule::ALL.into_iter().filter(named).collect(),
+                lora: rank.map(|rank| (lora, rank)),
+            };
+            done(serde_json::to_value(trainer::inspect::inspect(&model, &trained)?)?)
         }
         Command::InitModel { .. } => {
             let config = trainer::scratch::init(plan(), &plan().folders.base_model)?;

@@ -238,7 +238,7 @@ fn flipped_bit(comm: &dyn Comm, shared: &Path) {
         let victim = comm.world() - 1;
         if comm.rank() == victim {
             // The lowest bit of one element's 24, in some layer.
-            let mut element = trainer.model.layers[1].up.weight_oi.value.get(3).get(5);
+            let mut element = trainer.model.layers[1].o.weight_oi.value.get(3).get(5);
             let value = element.double_value(&[]) as f32;
             let _ = element.fill_(f64::from(f32::from_bits(value.to_bits() ^ 1)));
         }
@@ -409,11 +409,13 @@ fn plan(root: &Path, model: &Model) -> Plan {
             intermediate_size: 48,
             num_hidden_layers: 2,
             num_attention_heads: 4,
-            num_key_value_heads: 2,
             max_position_embeddings: 64,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10_000.0,
             tie_word_embeddings: model.tied,
+            family: configs::Family::Llama {
+                num_key_value_heads: 2,
+                rms_norm_eps: 1e-5,
+                rope_theta: 10_000.0,
+            },
         },
         init_std: 0.2,
         tokenizer: Pieces::Folder { path: pieces },

@@ -1,7 +1,5 @@
 //! `panglot plan`: the config with every value that a run would use, and what follows from it.
 
-use std::path::Path;
-
 use anyhow::Context;
 use configs::{Family, FullModule, Gelu, Model, Pieces, Plan, Shape};
 use serde::{Deserialize, Serialize};
@@ -261,6 +259,8 @@ impl std::fmt::Display for Derived {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

@@ -1,7 +1,7 @@
 //! `panglot-worker gpu-check`: every kernel, attention and training steps on the GPU against the same on the CPU.
 
 use anyhow::{Result, ensure};
-use configs::{FullModule, Precision, Rates, Recompute};
+use configs::{FullModule, Gelu, Precision, Rates, Recompute, Residual};
 use corpus::RowsDigest;
 use sharding::adamw::{self, AdamW};
 use sharding::cuda;
@@ -13,7 +13,7 @@ use super::{absence, llama_7b, plan};
 use crate::batch::{Batch, MicroBatch};
 use crate::evaluate::kind;
 use crate::guard::Guard;
-use crate::hf::{ModelConfig, Weights};
+use crate::hf::{Family, ModelConfig, Weights};
 use crate::model::attention::{attend, attend_backward};
 use crate::model::fp8::Fp8;
 use crate::model::{Documents, IGNORE, Model, Trains, kernels};
@@ -48,7 +48,9 @@ pub fn check() -> Result<()> {
         Err(_) => println!("  (no units for FP8 here: its products are not compared)"),
     }
     for precision in [Precision::F32, Precision::Bf16] {
-        check_training(&mut table, precision)?;
+        check_training(&mut table, precision, LLAMA)?;
+        let activation = Gelu::Tanh;
+        check_training(&mut table, precision, Family::Gpt2 { activation })?;
     }
     ensure!(
         table.failed == 0,
@@ -142,6 +144,35 @@ fn check_kernels(table: &mut Table, kind: Kind) {
         )]
     });
 
+    table.compare("layer_norm", kind, most, |on| {
+        let [x, w, d_y, beside] = [&x, &w, &d_y, &beside].map(|tensor| tensor.to_device(on));
+        vec![
+            kernels::layer_norm(&x, &w, &w, 1e-5),
+            kernels::layer_norm_backward(&x, &w, 1e-5, &d_y, None),
+            kernels::layer_norm_backward(&x, &w, 1e-5, &d_y, Some(&beside)),
+        ]
+    });
+    table.compare("layer_norm_weight_gradients", kind, most, |on| {
+        let (d_weight, d_bias) = kernels::layer_norm_weight_gradients(&x.to_device(on), 1e-5, &d_y.to_device(on));
+        vec![d_weight, d_bias]
+    });
+    table.compare("norms of an f32 stream", kind, most, |on| {
+        let stream = x.to_kind(Kind::Float).to_device(on);
+        let beside = beside.to_kind(Kind::Float).to_device(on);
+        let [w, d_y] = [&w, &d_y].map(|tensor| tensor.to_device(on));
+        vec![
+            kernels::layer_norm(&stream, &w, &w, 1e-5),
+            kernels::layer_norm_backward(&stream, &w, 1e-5, &d_y, Some(&beside)),
+            kernels::rms_norm_backward(&stream, &w, 1e-5, &d_y, Some(&beside)),
+        ]
+    });
+    for (name, form) in [("gelu, tanh", Gelu::Tanh), ("gelu, exact", Gelu::Exact)] {
+        table.compare(name, kind, most, |on| {
+            let [x, d_y] = [&x, &d_y].map(|tensor| tensor.to_device(on));
+            vec![kernels::gelu(&x, form), kernels::gelu_backward(&x, form, &d_y)]
+        });
+    }
+
     let [gate, up, d_y] = ["gate", "up", "d_y"].map(|name| random(&[100, 11_008], kind, name));
     table.compare("swiglu", kind, most, |on| {
         vec![kernels::swiglu(&gate.to_device(on), &up.to_device(on))]
@@ -230,13 +261,30 @@ fn check_fp8(table: &mut Table) {
     });
 }
 
-fn check_training(table: &mut Table, precision: Precision) -> Result<()> {
-    let (cpu, gpu) = (training(Device::Cpu, precision)?, training(table.device, precision)?);
+fn check_training(table: &mut Table, precision: Precision, family: Family) -> Result<()> {
+    let (cpu, gpu) = (
+        training(Device::Cpu, precision, family)?,
+        training(table.device, precision, family)?,
+    );
+    let block = if is_gpt2(family) { "gpt2" } else { "llama" };
     for (what, most) in bounds(precision) {
         let (seen, name) = worst(what, &cpu, &gpu);
-        table.line(&format!("training: {name} {}", name_of(kind(precision))), seen, most);
+        table.line(
+            &format!("training {block}: {name} {}", name_of(kind(precision))),
+            seen,
+            most,
+        );
     }
     Ok(())
+}
+
+const LLAMA: Family = Family::Llama {
+    rope_theta: 10_000.0,
+    rope_scaling: None,
+};
+
+fn is_gpt2(family: Family) -> bool {
+    matches!(family, Family::Gpt2 { .. })
 }
 
 /// By the beginning of what is compared.
@@ -258,13 +306,14 @@ fn worst<'a>(what: &str, cpu: &'a [(String, Tensor)], gpu: &[(String, Tensor)]) 
 
 /// A small model of all that training has: grouped heads, LoRA with dropout, trained vocabulary matrices and norms, documents.
 /// Its loss and gradients by name, losses and gradient norms of three steps, and values by name after them.
-fn training(device: Device, precision: Precision) -> Result<Vec<(String, Tensor)>> {
+fn training(device: Device, precision: Precision, family: Family) -> Result<Vec<(String, Tensor)>> {
     let config = ModelConfig {
+        family,
         vocab_size: 3001,
         hidden_size: 256,
         intermediate_size: 688,
         num_attention_heads: 4,
-        num_key_value_heads: 2,
+        num_key_value_heads: if is_gpt2(family) { 4 } else { 2 },
         head_dim: 64,
         max_position_embeddings: 256,
         ..llama_7b(3)
@@ -277,6 +326,9 @@ fn training(device: Device, precision: Precision) -> Result<Vec<(String, Tensor)
     plan.train.full = vec![FullModule::EmbedTokens, FullModule::LmHead, FullModule::Norms];
     if let Some(lora) = &mut plan.train.lora {
         lora.dropout = 0.1;
+        if is_gpt2(family) {
+            lora.targets = ["c_attn", "c_proj", "c_fc"].map(String::from).to_vec();
+        }
     }
     let rates = Rates {
         lr: 1e-3,
@@ -285,6 +337,11 @@ fn training(device: Device, precision: Precision) -> Result<Vec<(String, Tensor)
     plan.optimizer.groups = configs::Group::ALL.map(|group| (group, rates)).into();
     plan.optimizer.warmup_steps = 0;
 
+    // The stream in both of its kinds.
+    let residual = match is_gpt2(family) {
+        true => Residual::F32,
+        false => Residual::Compute,
+    };
     let comm = sharding::join(1)?;
     let trains = Trains {
         lora: plan.train.lora.clone(),
@@ -292,7 +349,8 @@ fn training(device: Device, precision: Precision) -> Result<Vec<(String, Tensor)
         vocabulary: None,
         seed: 1,
     };
-    let mut model = Model::load(&config, &Weights::made_up().on(device), kind(precision), &trains)?;
+    let mut model =
+        Model::load(&config, &Weights::made_up().on(device), kind(precision), &trains)?.with_residual(residual);
     let specs = model.register();
     let initial = model.take_initial_values();
     let stage = Stage::OptimizerState;
@@ -361,8 +419,8 @@ mod tests {
 
     #[test]
     fn the_bounds_hold_between_f32_and_bf16_and_not_between_different_steps() {
-        let exact = training(Device::Cpu, Precision::F32).unwrap();
-        let rounded = training(Device::Cpu, Precision::Bf16).unwrap();
+        let exact = training(Device::Cpu, Precision::F32, LLAMA).unwrap();
+        let rounded = training(Device::Cpu, Precision::Bf16, LLAMA).unwrap();
         for (what, most) in bounds(Precision::Bf16) {
             let (seen, name) = worst(what, &exact, &rounded);
             println!("{name}: {seen:.2e}");

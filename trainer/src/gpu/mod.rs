@@ -28,7 +28,7 @@ fn plan(recipe: &str) -> Result<Plan> {
 }
 
 /// LLaMA 2 7B (Touvron et al. 2023, table 1) with MaLA-500's vocabulary.
-fn llama_7b(layers: usize) -> ModelConfig {
+pub(crate) fn llama_7b(layers: usize) -> ModelConfig {
     ModelConfig {
         vocab_size: 260_164,
         hidden_size: 4096,

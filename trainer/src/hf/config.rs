@@ -291,39 +291,56 @@ impl ModelConfig {
     /// Every parameter by Hugging Face's name with its shape as Hugging Face stores it, in the model's order. A tied head is
     /// not listed.
     pub fn parameter_shapes(&self) -> Vec<(String, Vec<i64>)> {
+        let all = self.parameters().into_iter();
+        all.map(|Parameter { name, shape, .. }| (name, shape)).collect()
+    }
+
+    /// The same with the module that each is of.
+    pub fn parameters(&self) -> Vec<Parameter> {
         let (vocabulary, dim) = (self.vocab_size as i64, self.hidden_size as i64);
         let names = self.names();
         let [attention, mlp] = self.linears();
-        let mut all = vec![(format!("{}.weight", names.embedding), vec![vocabulary, dim])];
+        let parameter = |name: String, shape: Vec<i64>, module| Parameter { name, shape, module };
+        let weight = |path: &str, shape, module| parameter(format!("{path}.weight"), shape, module);
+        let mut all = vec![weight(names.embedding, vec![vocabulary, dim], FullModule::EmbedTokens)];
         if let Some(positions) = names.positions {
-            all.push((
-                format!("{positions}.weight"),
-                vec![self.max_position_embeddings as i64, dim],
-            ));
+            let shape = vec![self.max_position_embeddings as i64, dim];
+            all.push(weight(positions, shape, FullModule::Positions));
         }
-        let with_bias = |path: &str, shape: Vec<i64>, out: i64| {
-            let bias = names.biases.then(|| (format!("{path}.bias"), vec![out]));
-            std::iter::once((format!("{path}.weight"), shape)).chain(bias)
+        let with_bias = |path: &str, shape: Vec<i64>, out: i64, module| {
+            let bias = names
+                .biases
+                .then(|| parameter(format!("{path}.bias"), vec![out], module));
+            std::iter::once(weight(path, shape, module)).chain(bias)
         };
         for layer in 0..self.num_hidden_layers {
             let within = |path: &str| format!("{}.{layer}.{path}", names.layers);
             for (norm, linears) in [(names.attention_norm, &attention), (names.mlp_norm, &mlp)] {
-                all.extend(with_bias(&within(norm), vec![dim], dim));
+                all.extend(with_bias(&within(norm), vec![dim], dim, FullModule::Norms));
                 for linear in linears {
                     let shape = match names.stored_transposed {
                         false => vec![linear.out, linear.input],
                         true => vec![linear.input, linear.out],
                     };
-                    all.extend(with_bias(&within(linear.path), shape, linear.out));
+                    all.extend(with_bias(&within(linear.path), shape, linear.out, linear.module));
                 }
             }
         }
-        all.extend(with_bias(names.final_norm, vec![dim], dim));
+        all.extend(with_bias(names.final_norm, vec![dim], dim, FullModule::Norms));
         if !self.tie_word_embeddings {
-            all.push(("lm_head.weight".to_string(), vec![vocabulary, dim]));
+            all.push(weight("lm_head", vec![vocabulary, dim], FullModule::LmHead));
         }
         all
     }
+}
+
+/// A tensor of a model.
+pub struct Parameter {
+    /// Hugging Face's.
+    pub name: String,
+    /// As Hugging Face stores it.
+    pub shape: Vec<i64>,
+    pub module: FullModule,
 }
 
 /// What a parameter of this name is before anything is known of it: norms are 1, biases 0, all else is drawn.

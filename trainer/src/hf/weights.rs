@@ -155,6 +155,13 @@ impl Weights {
         whole.finalize().to_hex().to_string()
     }
 
+    /// The type that tensor `name` is stored in, as safetensors calls it: "BF16".
+    pub fn stored_type(&self, name: &str) -> Result<String> {
+        let place = self.place.get(name);
+        let place = place.with_context(|| format!("the model has no tensor {name}"))?;
+        Ok(self.view(place)?.0.dtype.to_string())
+    }
+
     /// Bytes of all tensors as they are stored.
     pub fn stored_bytes(&self) -> u64 {
         let length = |place: &Place| self.view(place).map_or(0, |(_, bytes)| bytes.len());
