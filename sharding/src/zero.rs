@@ -204,7 +204,7 @@ impl Zero {
             let device = values.first().map_or(Device::Cpu, Tensor::device);
             let zeros = |len: usize, kind| Tensor::f_zeros([len as i64], (kind, device));
             let theta = slice_of(bucket, my_slice, &values, Kind::Float, device)?;
-            let full = if stage < Stage::Parameters && shares(n_slices, kind) {
+            let full = if stage < Stage::Parameters && shares(comm, kind) {
                 Some(theta.shallow_clone())
             } else if stage < Stage::Parameters {
                 let whole = zeros(bucket.padded, kind)?;
@@ -688,7 +688,7 @@ impl Zero {
             if self.layout.n_slices > 1 {
                 let mine = state.slice.theta.f_to_kind(full.kind())?;
                 state.values.arriving = Some(comm.all_gather(&mine, full)?);
-            } else if !shares(1, full.kind()) {
+            } else if !shares(comm, full.kind()) {
                 full.f_copy_(&state.slice.theta)?;
             }
         }
@@ -833,9 +833,9 @@ fn shaped(flat: &Tensor, bucket: &Bucket, param: usize) -> Tensor {
     view(flat, bucket.ranges[param].clone()).view(bucket.params[param].shape.as_slice())
 }
 
-/// Whether master weights are the model's own: whole, and of its precision.
-fn shares(n_slices: usize, kind: Kind) -> bool {
-    n_slices == 1 && kind == Kind::Float
+/// Whether master weights are the model's own: whole, of its precision, and with no other rank's to compare with.
+fn shares(comm: &dyn Comm, kind: Kind) -> bool {
+    comm.world() == 1 && kind == Kind::Float
 }
 
 /// Slice `index` of the bucket that `values` fill, padded with zeros.

@@ -25,12 +25,22 @@ const PARAMETER_ROUNDING: f64 = 5e-5;
 /// Each share is rounded to 8 bits.
 const BF16_LOSS: f64 = 1e-2;
 
+/// A rank that fails a test must not leave its peers waiting in a collective: mpirun ends them all with it.
+fn end_all_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        print(info);
+        std::process::abort();
+    }));
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     // One thread: sums inside of a rank then have one order.
     tch::set_num_threads(1);
     match &arguments[..] {
         [child, world, shared] if child == "--rank-of" => {
+            end_all_on_panic();
             let comm = sharding::join(world.parse().expect("a number of ranks")).expect("the ranks meet");
             run(comm.as_ref(), Path::new(shared));
         }

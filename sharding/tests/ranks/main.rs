@@ -16,11 +16,21 @@ fn cases() -> Vec<Case> {
     [&zero::CASES[..], &collectives::CASES].concat()
 }
 
+/// A rank that fails a test must not leave its peers waiting in a collective: mpirun ends them all with it.
+fn end_all_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        print(info);
+        std::process::abort();
+    }));
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     tch::set_num_threads(1);
     match &arguments[..] {
         [child, world, shared] if child == "--rank-of" => {
+            end_all_on_panic();
             let world = world.parse().expect("a number of ranks");
             let comm = sharding::join_through_mpi(world).expect("the ranks meet");
             run(comm.as_ref(), "MPI", Path::new(shared));
