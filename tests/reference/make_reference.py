@@ -103,9 +103,46 @@ def main():
         case(arguments.out, "tiny-gpt2-untied-full", gpt2_untied, [], time=24, full=GPT2_MODULES),
         case(arguments.out, "pretrained-all", arguments.pretrained, ALL_LINEARS, time=32),
     ]
+    bf16 = curve(arguments.out, arguments.pretrained)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     with open(os.path.join(arguments.out, "reference.json"), "w") as file:
-        json.dump({"versions": versions, "lora": LORA, "optimizer": OPTIMIZER, "cases": cases}, file, indent=1)
+        json.dump({"versions": versions, "lora": LORA, "optimizer": OPTIMIZER, "cases": cases, "bf16": bf16}, file, indent=1)
+
+
+CURVE_STEPS = 50
+
+
+def curve(out, folder):
+    """Losses of LoRA on all linears in bf16, PEFT's pairs f32, over 50 steps of text; and the same in f32, for what bf16
+    costs. Ids [steps, 1, time] and the pairs' start are in OUT/bf16.safetensors."""
+    text = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    time = 48
+    ids = torch.tensor([text[start : start + time] for start in ((11 * step) % (len(text) - time) for step in range(CURVE_STEPS))])
+    ids = ids.view(CURVE_STEPS, 1, time)
+    tensors, losses = {"ids": ids}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        model.config.use_cache = False
+        lora = LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=ALL_LINEARS, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+        trained = {ours(name): p for name, p in model.named_parameters() if p.requires_grad}
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for key, parameter in trained.items():
+                if "lora_A" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+                tensors[f"start.{key}"] = parameter.detach().float().clone()
+        adamw = torch.optim.AdamW(trained.values(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0)
+        losses[str(dtype)] = found = []
+        for step in range(CURVE_STEPS):
+            loss = cross_entropy(model(ids[step]).logits, ids[step])
+            loss.backward()
+            found.append(loss.item())
+            torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            adamw.step()
+            adamw.zero_grad()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, os.path.join(out, "bf16.safetensors"))
+    return {"model": os.path.abspath(folder), "f32": losses["torch.float32"], "bf16": losses["torch.bfloat16"]}
 
 
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 5000.0}
