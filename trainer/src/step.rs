@@ -42,7 +42,20 @@ pub struct StepReport {
     pub stop: bool,
 }
 
-impl Trainer<'_> {
+impl<'a> Trainer<'a> {
+    /// Before the first step; `model` is bound to the memory that `zero` allocated for what it registered.
+    pub fn new(plan: &'a Plan, comm: &'a dyn Comm, mut model: Model, mut zero: Zero) -> Trainer<'a> {
+        model.bind(&mut zero);
+        Trainer {
+            plan,
+            comm,
+            model,
+            zero,
+            step: 0,
+            guard: Guard::new(plan.train.guard),
+        }
+    }
+
     /// One optimizer step over the global batch.
     ///
     ///   N    = target tokens in the global batch, over all ranks

@@ -19,7 +19,6 @@ use tch::Device;
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Identity, Progress};
 use crate::evaluate::kind;
-use crate::guard::Guard;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{Model, Trains};
 use crate::step::{StepReport, Trainer, lr_by_group};
@@ -117,16 +116,7 @@ pub fn build_model<'a>(
             zero.shard_frozen(comm, &stage, weights)?;
         }
     }
-    model.bind(&mut zero);
-    let trainer = Trainer {
-        plan,
-        comm,
-        model,
-        zero,
-        step: 0,
-        guard: Guard::new(plan.train.guard),
-    };
-    Ok((trainer, digest))
+    Ok((Trainer::new(plan, comm, model, zero), digest))
 }
 
 /// Trains until the plan's last step, from the newest checkpoint if there is one.

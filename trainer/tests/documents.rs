@@ -234,20 +234,12 @@ fn trainer<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Trainer<'a> {
     let specs = model.register();
     let initial = model.take_initial_values();
     // LoRA's B starts at zero, which would leave A without a gradient.
-    let mut zero = Zero::new(comm, Stage::OptimizerState, &specs, Kind::Float, |bucket, param| {
+    let zero = Zero::new(comm, Stage::OptimizerState, &specs, Kind::Float, |bucket, param| {
         let value = &initial[bucket][param];
         value + 0.01 * (value.ones_like().cumsum(0, Kind::Float) * 0.7).sin()
     })
     .unwrap();
-    model.bind(&mut zero);
-    let mut trainer = Trainer {
-        plan,
-        comm,
-        model,
-        zero,
-        step: 0,
-        guard: trainer::guard::Guard::default(),
-    };
+    let mut trainer = Trainer::new(plan, comm, model, zero);
     trainer.zero.clear_gradients();
     trainer
 }

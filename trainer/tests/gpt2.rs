@@ -8,7 +8,6 @@ use corpus::RowsDigest;
 use sharding::{Comm, Stage, Zero};
 use tch::{Device, Kind, Tensor};
 use trainer::batch::{Batch, MicroBatch};
-use trainer::guard::Guard;
 use trainer::hf::weights::{TensorFile, write_tensors};
 use trainer::hf::{ModelConfig, Weights};
 use trainer::model::{IGNORE, Model, Trains};
@@ -235,19 +234,11 @@ fn trainer<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Trainer<'a> {
         .with_residual(plan.train.residual);
     let specs = model.register();
     let initial = model.take_initial_values();
-    let mut zero = Zero::new(comm, Stage::OptimizerState, &specs, kind, |bucket, param| {
+    let zero = Zero::new(comm, Stage::OptimizerState, &specs, kind, |bucket, param| {
         initial[bucket][param].copy()
     })
     .unwrap();
-    model.bind(&mut zero);
-    let mut trainer = Trainer {
-        plan,
-        comm,
-        model,
-        zero,
-        step: 0,
-        guard: Guard::new(None),
-    };
+    let mut trainer = Trainer::new(plan, comm, model, zero);
     trainer.zero.clear_gradients();
     trainer
 }

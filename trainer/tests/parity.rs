@@ -199,7 +199,7 @@ fn fifty_steps_in_bf16_are_those_of_peft_within_its_noise() {
     )
     .unwrap();
     let specs = model.register();
-    let mut zero = Zero::new(
+    let zero = Zero::new(
         comm.as_ref(),
         Stage::OptimizerState,
         &specs,
@@ -210,15 +210,7 @@ fn fifty_steps_in_bf16_are_those_of_peft_within_its_noise() {
         },
     )
     .unwrap();
-    model.bind(&mut zero);
-    let mut trainer = Trainer {
-        plan: &plan,
-        comm: comm.as_ref(),
-        model,
-        zero,
-        step: 0,
-        guard: trainer::guard::Guard::new(None),
-    };
+    let mut trainer = Trainer::new(&plan, comm.as_ref(), model, zero);
     let ids = file.tensor("ids").unwrap();
     let plain = reference.cases.iter().find(|case| case.documents.is_none()).unwrap();
     let ours: Vec<f64> = (0..bf16.len())
@@ -601,44 +593,36 @@ fn load(folder: &Path, trains: &Trains) -> Model {
 fn trainer<'a>(case: &Case, plan: &'a Plan, comm: &'a dyn Comm, file: &TensorFile) -> Trainer<'a> {
     let trains = case.trains(plan.train.lora.clone(), plan.train.full.clone());
     let mut model = load(&case.model, &trains);
-    let zero = bind(&mut model, comm, &mut |name, value| match name.contains(".lora_") {
+    let zero = zero_of(&mut model, comm, &mut |name, value| match name.contains(".lora_") {
         true => file.tensor(&format!("start.{name}")).unwrap(),
         false => value,
     });
-    Trainer {
-        plan,
-        comm,
-        model,
-        zero,
-        step: 0,
-        guard: trainer::guard::Guard::default(),
-    }
+    Trainer::new(plan, comm, model, zero)
 }
 
 /// A model as training would leave it: everything that trains has moved.
 fn trained(folder: &Path, trains: &Trains) -> Model {
     let mut model = load(folder, trains);
     let comm = sharding::join(1).unwrap();
-    bind(&mut model, comm.as_ref(), &mut |name, value| {
+    let mut zero = zero_of(&mut model, comm.as_ref(), &mut |name, value| {
         let stream = random::Stream::new(9, name);
         let noise: Vec<f32> = (0..value.numel() as u64)
             .map(|index| 0.05 * stream.normal(index) as f32)
             .collect();
         &value + Tensor::from_slice(&noise).view(value.size().as_slice())
     });
+    model.bind(&mut zero);
     model
 }
 
-/// Registers and binds what trains, from `start(name, loaded value)`.
-fn bind(model: &mut Model, comm: &dyn Comm, start: &mut dyn FnMut(&str, Tensor) -> Tensor) -> Zero {
+/// Registers what trains, each parameter starting as `start(name, loaded value)`.
+fn zero_of(model: &mut Model, comm: &dyn Comm, start: &mut dyn FnMut(&str, Tensor) -> Tensor) -> Zero {
     let specs = model.register();
     let initial = model.take_initial_values();
-    let mut zero = Zero::new(comm, Stage::OptimizerState, &specs, Kind::Float, |bucket, param| {
+    Zero::new(comm, Stage::OptimizerState, &specs, Kind::Float, |bucket, param| {
         start(&specs[bucket].params[param].name, initial[bucket][param].copy())
     })
-    .unwrap();
-    model.bind(&mut zero);
-    zero
+    .unwrap()
 }
 
 /// (name, value, gradient) of everything that trains, under PEFT's names without its prefixes.

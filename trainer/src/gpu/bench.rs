@@ -17,7 +17,6 @@ use tch::{Device, Kind, Tensor};
 
 use super::{absence, llama_7b, plan};
 use crate::batch::{Batch, MicroBatch};
-use crate::guard::Guard;
 use crate::hf::Weights;
 use crate::model::attention::{attend, attend_backward};
 use crate::model::{IGNORE, Model, Trains, kernels};
@@ -264,22 +263,14 @@ fn measure(settings: &Settings, device: Device) -> Result<Measured> {
     }
     let specs = model.register();
     let mut initial = model.take_initial_values();
-    let mut zero = Zero::new(
+    let zero = Zero::new(
         comm.as_ref(),
         Stage::OptimizerState,
         &specs,
         model.kind,
         |bucket, param| std::mem::replace(&mut initial[bucket][param], Tensor::new()),
     )?;
-    model.bind(&mut zero);
-    let mut trainer = Trainer {
-        plan: &plan,
-        comm: comm.as_ref(),
-        model,
-        zero,
-        step: 0,
-        guard: Guard::new(None),
-    };
+    let mut trainer = Trainer::new(&plan, comm.as_ref(), model, zero);
     let micro = |first: usize| {
         let shape = [settings.micro_rows as i64, settings.tokens as i64];
         let ids_bt = Tensor::randint(config.vocab_size as i64, shape, (Kind::Int64, device));

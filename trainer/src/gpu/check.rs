@@ -12,7 +12,6 @@ use tch::{Device, Kind, Tensor};
 use super::{absence, llama_7b, plan};
 use crate::batch::{Batch, MicroBatch};
 use crate::evaluate::kind;
-use crate::guard::Guard;
 use crate::hf::{Family, ModelConfig, Weights};
 use crate::model::attention::{attend, attend_backward};
 use crate::model::fp8::Fp8;
@@ -354,16 +353,8 @@ fn training(device: Device, precision: Precision, family: Family) -> Result<Vec<
     let specs = model.register();
     let initial = model.take_initial_values();
     let stage = Stage::OptimizerState;
-    let mut zero = Zero::new(comm.as_ref(), stage, &specs, model.kind, |b, p| initial[b][p].copy())?;
-    model.bind(&mut zero);
-    let mut trainer = Trainer {
-        plan: &plan,
-        comm: comm.as_ref(),
-        model,
-        zero,
-        step: 0,
-        guard: Guard::new(None),
-    };
+    let zero = Zero::new(comm.as_ref(), stage, &specs, model.kind, |b, p| initial[b][p].copy())?;
+    let mut trainer = Trainer::new(&plan, comm.as_ref(), model, zero);
     let batch = batch(&config, plan.train.sequence_length).on(device);
     let mut found = Vec::new();
     let micro = &batch.micro_batches[0];

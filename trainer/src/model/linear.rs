@@ -35,7 +35,7 @@ impl Linear {
             (None, Some(bias_o)) => bias_o.value.addmm(x_ni, &self.weight_oi.value.tr()),
         };
         if let Some(lora) = &self.lora {
-            let dropped = self.drop(lora, x_ni, dropout);
+            let dropped = masked(x_ni, self.mask(lora, x_ni, dropout).as_ref());
             let low_nr = dropped.matmul(&lora.a_ri.value.tr()) * lora.scale;
             let _ = y_no.addmm_(&low_nr, &lora.b_or.value.tr());
         }
@@ -54,10 +54,11 @@ impl Linear {
         }
         let Some(lora) = &self.lora else { return d_x_ni };
         // Low-rank activations lie transposed, [r, n]: GEMMs this thin run at half the speed or less the other way round.
-        let dropped = self.drop(lora, x_ni, dropout);
+        let mask_ni = self.mask(lora, x_ni, dropout);
+        let dropped = masked(x_ni, mask_ni.as_ref());
         let low_rn = lora.a_ri.value.matmul(&dropped.tr());
         let d_low_rn = lora.b_or.value.tr().matmul(&d_y_no.tr()) * lora.scale;
-        match self.mask(lora, x_ni, dropout) {
+        match mask_ni {
             Some(mask_ni) => d_x_ni += d_low_rn.tr().matmul(&lora.a_ri.value) * mask_ni,
             None => {
                 let _ = d_x_ni.addmm_(&d_low_rn.tr(), &lora.a_ri.value);
@@ -85,13 +86,12 @@ impl Linear {
         }
     }
 
-    fn drop(&self, lora: &LoraPair, x_ni: &Tensor, dropout: Option<&DropoutRows>) -> Tensor {
-        self.mask(lora, x_ni, dropout)
-            .map_or_else(|| x_ni.shallow_clone(), |mask| x_ni * mask)
-    }
-
     fn mask(&self, lora: &LoraPair, x_ni: &Tensor, dropout: Option<&DropoutRows>) -> Option<Tensor> {
         let rows = dropout.filter(|_| lora.dropout > 0.0)?;
         Some(rows.mask(&self.path, x_ni.size()[1] as usize, lora.dropout, x_ni.kind()))
     }
+}
+
+fn masked(x_ni: &Tensor, mask_ni: Option<&Tensor>) -> Tensor {
+    mask_ni.map_or_else(|| x_ni.shallow_clone(), |mask_ni| x_ni * mask_ni)
 }
