@@ -146,8 +146,11 @@ fn start(command: Command) -> Result<i32> {
     if let Some(plan) = &plan {
         log_to(&plan.folders.run.join("logs").join(format!("rank-{}.log", place.rank)))?;
     }
-    let ordered = plan.as_ref().is_some_and(|plan| plan.debug.deterministic);
-    let comm = join(&place, device, ordered)?;
+    let deterministic = plan.as_ref().is_some_and(|plan| plan.debug.deterministic);
+    if deterministic {
+        sharding::cuda::use_deterministic_algorithms();
+    }
+    let comm = join(&place, device, deterministic)?;
     match run(command, plan.as_ref(), comm.as_ref(), device) {
         Ok(code) => Ok(code),
         Err(error) if comm.world() > 1 => {
@@ -174,7 +177,14 @@ fn device_of(plan: &Plan, place: &Place) -> Result<Device> {
 fn join(place: &Place, device: Device, ordered: bool) -> Result<Box<dyn Comm>> {
     let host = sharding::join(place.world)?;
     let comm: Box<dyn Comm> = match device {
-        Device::Cuda(index) if place.world > 1 => Box::new(Nccl::join(host, index, ordered)?),
+        Device::Cuda(index) if place.world > 1 => {
+            // The others may wait for this rank already, in NCCL or in MPI.
+            let comm = Nccl::join(host, index, ordered).unwrap_or_else(|refused| {
+                eprintln!("panglot-worker: {place}: {}", refused.error);
+                refused.abort(exit::PEER)
+            });
+            Box::new(comm)
+        }
         _ => host,
     };
     if place.world > 1 {
