@@ -7,6 +7,8 @@ pub mod exit;
 pub mod files;
 pub mod inspection;
 pub mod place;
+pub mod pulse;
+pub mod rendezvous;
 pub mod report;
 pub mod sampling;
 pub mod stages;
