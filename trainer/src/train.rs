@@ -20,7 +20,7 @@ use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Identity, Progress};
 use crate::evaluate::kind;
 use crate::hf::{ModelConfig, Weights};
-use crate::model::{Model, Trains};
+use crate::model::{Model, Trains, Weight, bucket_of, take_trained};
 use crate::step::{StepReport, Trainer, lr_by_group};
 use crate::tensorboard::EventWriter;
 
@@ -88,34 +88,42 @@ pub fn build_model<'a>(
         vocabulary,
         seed: plan.seed,
     };
-    let weights = weights.on(device);
-    let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
-        .with_context(|| format!("loading {}", base.display()))?
-        .with_residual(plan.train.residual);
-    model.check_length(plan.train.sequence_length, "train.sequence_length")?;
-    // An export reads the base itself.
-    if plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu {
+    let fp8 = plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu;
+    if fp8 {
         sharding::cuda::check_fp8(device)?;
-        model.quantize_frozen()?;
     }
-    let specs = model.register();
-    ensure!(
-        !specs.is_empty(),
-        "nothing trains: give train.lora, or name modules in train.full"
-    );
-    let mut initial = model.take_initial_values();
-    let mut zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
-        std::mem::replace(&mut initial[bucket][param], tch::Tensor::new())
-    })?;
+    let (weights, kind) = (weights.on(device), kind(plan.train.precision));
+    let mut zero = Zero::empty(comm, stage, kind);
+    if plan.train.offload_optimizer && device != Device::Cpu {
+        zero.offload_optimizer();
+    }
     zero.reduce_in(match plan.train.reduce {
         Precision::F32 => Wire::F32,
         Precision::Bf16 => Wire::Bf16,
     });
-    if shard_frozen {
-        for (stage, weights) in model.stages() {
-            zero.shard_frozen(comm, &stage, weights)?;
+    // A stage at a time: where a rank keeps a slice, it never holds more of the base than one stage.
+    let mut take = |stage: &str, mut weights: Vec<&mut Weight>| -> Result<()> {
+        let spec = bucket_of(stage, &weights);
+        if !spec.params.is_empty() {
+            zero.train(
+                spec,
+                take_trained(weights.iter_mut().map(|weight| &mut **weight).collect()),
+            )?;
         }
-    }
+        if shard_frozen {
+            zero.shard_frozen(stage, weights)?;
+        }
+        Ok(())
+    };
+    let model = Model::load_by_stages(&config, &weights, kind, &trains, fp8, &mut take)
+        .with_context(|| format!("loading {}", base.display()))?
+        .with_residual(plan.train.residual);
+    model.check_length(plan.train.sequence_length, "train.sequence_length")?;
+    zero.check_ranks_agree(comm)?;
+    ensure!(
+        !zero.layout().buckets.is_empty(),
+        "nothing trains: give train.lora, or name modules in train.full"
+    );
     Ok((Trainer::new(plan, comm, model, zero), digest))
 }
 
