@@ -31,6 +31,7 @@ Examples:
   panglot plan configs/mala500-7b.yaml          what a config means, checked; starts nothing
   panglot prepare configs/demo.yaml             corpus, model, vocabulary, tokens: what is missing or stale
   panglot train configs/demo.yaml -n 2          on two ranks; the same line again resumes
+  panglot train configs/demo.yaml -n 2 --restarts 3  again from the newest checkpoint when a rank is lost
   panglot train configs/tiny.yaml train.steps=5 a key of the config, for this time
   panglot corpus verify configs/demo.yaml       is every language still as it was imported?
   panglot vocab configs/demo.yaml --loss=all    which start of the new rows loses least before any step

@@ -61,6 +61,7 @@ fn meaning(code: i32) -> &'static str {
         exit::USER => "the config or its files do not fit, see above",
         exit::IO => "files could not be read or written, see above",
         exit::MORE_TIME => "a checkpoint is written; the same command goes on from it",
+        exit::REFUSED => "the ranks could not start together, see above",
         exit::PEER => "a rank was lost; the same command goes on from the newest checkpoint",
         127 => "the program could not be started",
         137 => {
@@ -113,6 +114,13 @@ pub struct RunFolder<'a>(pub &'a Path);
 impl RunFolder<'_> {
     pub fn plan(&self) -> PathBuf {
         self.0.join("plan.json")
+    }
+
+    /// The steps taken before the newest checkpoint that has its name.
+    pub fn newest_checkpoint(&self) -> Option<u64> {
+        let entries = std::fs::read_dir(self.0.join("checkpoints")).ok()?;
+        let step = |name: &str| name.strip_prefix("step-")?.parse().ok();
+        entries.flatten().filter_map(|entry| step(entry.file_name().to_str()?)).max()
     }
 
     pub fn evaluation(&self, name: &str) -> PathBuf {

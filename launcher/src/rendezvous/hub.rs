@@ -474,8 +474,16 @@ impl Watching {
                 Some(command) = commands.recv() => match command {
                     Command::Bytes(bytes) => self.tell_all(&Message::Bytes(bytes)),
                     Command::Fail { code, text, done } => {
-                        let text = format!("{}: {text}", self.names[0]);
-                        return Over::Failed(Loss { code, text, told: false }, done);
+                        let loss = Loss {
+                            code,
+                            text: format!("{}: {text}", self.names[0]),
+                            told: false,
+                        };
+                        if code != exit::PEER {
+                            return Over::Failed(loss, done);
+                        }
+                        // A lost peer is seen here in a moment, if it is one.
+                        suspicion.get_or_insert_with(|| Suspicion::new(loss));
                     }
                     Command::Leave(done) => {
                         pulse.at(Phase::End, 0);

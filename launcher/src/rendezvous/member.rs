@@ -239,6 +239,10 @@ async fn watch(
                 Command::Fail { code, text, done } => {
                     let _ = tokio::time::timeout(FLUSH, sender.send(&Message::Failed { code, text })).await;
                     let _ = done.send(());
+                    // It ends by itself, for its own reason; where that is a lost peer, the hub may know which.
+                    if code != exit::PEER {
+                        return;
+                    }
                 }
                 Command::Leave(done) => {
                     pulse.at(Phase::End, 0);

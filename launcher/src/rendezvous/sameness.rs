@@ -1,5 +1,8 @@
 //! Whether all ranks run the same: what each reports of itself, and the table of where they differ, by host.
 
+use std::fs::File;
+use std::io::{self, Read};
+
 use serde::{Deserialize, Serialize};
 
 use crate::text;
@@ -103,6 +106,38 @@ pub fn ranks(ranks: &[usize]) -> String {
     }
 }
 
+/// Digest of the program that runs. Two builds of the same source differ, as they may in what they compute.
+pub fn this_program() -> io::Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(File::open("/proc/self/exe")?)?;
+    Ok(shortened(&hasher))
+}
+
+/// Of the libraries that this process has loaded, those whose file names begin so: file, length, and a digest of its first
+/// mebibyte, which names functions and, where the linker left one, the build.
+pub fn loaded(names: &[&str]) -> Vec<(String, String)> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let files: Vec<&str> = maps.lines().filter_map(|line| line.find('/').map(|at| &line[at..])).collect();
+    let find = |name: &&str| {
+        let is = |file: &&&str| file.rsplit('/').next().is_some_and(|file| file.starts_with(name));
+        let file = files.iter().find(is)?;
+        Some(((*name).to_owned(), described(file).unwrap_or_else(|error| format!("{file} ({error})"))))
+    };
+    names.iter().filter_map(find).collect()
+}
+
+fn described(file: &str) -> io::Result<String> {
+    let opened = File::open(file)?;
+    let bytes = opened.metadata()?.len();
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(opened.take(1 << 20))?;
+    Ok(format!("{file} ({bytes} bytes, {})", shortened(&hasher)))
+}
+
+fn shortened(hasher: &blake3::Hasher) -> String {
+    hasher.finalize().to_hex()[..16].to_owned()
+}
+
 /// What another host told, fit for a terminal and one line: names are data, whatever is in them.
 pub fn printable(text: &str) -> String {
     let fit: String = text.chars().take(200).map(|c| if c.is_control() { '?' } else { c }).collect();
@@ -144,6 +179,14 @@ mod tests {
         let mut without = n("n2");
         without.runs.pop();
         assert!(differences(&[n("n1"), without]).unwrap().contains("none"));
+    }
+
+    #[test]
+    fn a_program_and_its_libraries_are_told_by_their_content() {
+        assert_eq!(this_program().unwrap(), this_program().unwrap());
+        let libraries = loaded(&["libc.so", "libnothing.so"]);
+        assert_eq!(libraries.len(), 1, "{libraries:?}");
+        assert!(libraries[0].1.contains("/libc.so") && libraries[0].1.contains(" bytes, "), "{libraries:?}");
     }
 
     #[test]
