@@ -5,6 +5,7 @@ pub mod evaluation;
 pub mod events;
 pub mod exit;
 pub mod files;
+pub mod hostlist;
 pub mod inspection;
 pub mod place;
 pub mod report;
