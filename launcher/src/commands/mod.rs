@@ -3,11 +3,13 @@
 pub mod demo;
 pub mod eval;
 pub mod export;
+pub mod job;
 pub mod model;
 pub mod plan;
 pub mod report;
 pub mod rows;
 pub mod stage;
+pub mod submit;
 pub mod train;
 
 use std::path::{Path, PathBuf};
@@ -55,6 +57,11 @@ pub struct Failed {
     pub what: &'static str,
     pub code: i32,
 }
+
+/// All is said: leave with this code.
+#[derive(Debug, thiserror::Error)]
+#[error("exit code {0}")]
+pub struct Leave(pub i32);
 
 fn meaning(code: i32) -> &'static str {
     match code {

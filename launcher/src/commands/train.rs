@@ -6,6 +6,7 @@ use configs::Plan;
 use nix::sys::signal::Signal;
 
 use super::{App, ConfigArgs, Failed, RunFolder, stage, watch};
+use launcher::attempts::Attempts;
 use launcher::events::Event;
 use launcher::place::{Place, PlaceError};
 use launcher::stages::STAGES;
@@ -28,7 +29,13 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         // Somebody has started us once a rank already: the world is theirs to choose, and this is one rank of it.
         Ok(place) if place.is_rank_of_many() => {
             let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
-            let ended = as_one_rank(app, &plan, &place)?;
+            let ended = as_one_rank(app, &plan, &place);
+            let code = ended.as_ref().map_or(exit::USER, |ended| ended.code);
+            if code != exit::FINISHED {
+                // For the job script: srun gives the highest code of all, which is that of ranks it has terminated.
+                let _ = Attempts::of(&plan.folders.run).note_rank(place.rank, code);
+            }
+            let ended = ended?;
             (plan, ended)
         }
         place => {
