@@ -13,5 +13,5 @@ pub const IO: i32 = 74;
 pub const MORE_TIME: i32 = 75;
 /// A peer was lost or hangs.
 pub const PEER: i32 = 76;
-/// The pre-flight refused these nodes.
+/// Looked at before the start and refused, such as ranks that do not run the same.
 pub const REFUSED: i32 = 77;

@@ -9,6 +9,8 @@ pub mod files;
 pub mod hostlist;
 pub mod inspection;
 pub mod place;
+pub mod pulse;
+pub mod rendezvous;
 pub mod report;
 pub mod sampling;
 pub mod stages;

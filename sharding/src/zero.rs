@@ -25,7 +25,7 @@ use crate::digest::{self, Digests, damaged};
 use crate::layout::{Bucket, most_gradients, slice_len};
 use crate::memory::{bytes, i64s};
 use crate::rows::{self, RowPlan};
-use crate::{BucketSpec, Comm, Error, Layout, ParamSpec, Pending, Result, Wire};
+use crate::{BucketSpec, Comm, Error, Layout, Mark, ParamSpec, Pending, Result, Wire};
 
 /// How much of the training state is sharded; each stage shards what the one before does as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,6 +84,14 @@ struct Values {
     arriving: Option<Pending>,
 }
 
+impl BucketState {
+    /// The slice's master weights as the model computes with them, where it does.
+    fn published(&self, kind: Kind) -> Result<Tensor> {
+        // Cast first: it is the smaller to carry.
+        Ok(self.slice.theta.f_to_kind(kind)?.f_to_device(self.device)?)
+    }
+}
+
 impl Values {
     fn wait(&mut self) -> Result<()> {
         self.arriving.take().map_or(Ok(()), Pending::wait)
@@ -91,6 +99,8 @@ impl Values {
 }
 
 struct BucketState {
+    /// Where parameters and gradients lie; with the optimizer's offload its slice does not.
+    device: Device,
     values: Values,
     /// f32, flat and padded. From stage 2 on absent outside of backward.
     grads: Option<Tensor>,
@@ -161,8 +171,12 @@ pub struct Zero {
     kind: Kind,
     wire: Wire,
     layout: Layout,
+    /// This rank, and how many there are.
+    ranks: (usize, usize),
     /// Which slice of each bucket is this rank's.
     my_slice: usize,
+    /// Optimizer state lies on the host.
+    offload: bool,
     buckets: Vec<BucketState>,
     frozen: Vec<Frozen>,
     places: BTreeMap<String, (Flat, usize)>,
@@ -192,90 +206,106 @@ impl Zero {
         kind: Kind,
         mut initial: impl FnMut(usize, usize) -> Tensor,
     ) -> Result<Zero> {
+        let mut zero = Zero::empty(comm, stage, kind);
+        for (b, spec) in specs.iter().enumerate() {
+            zero.train(spec.clone(), (0..spec.params.len()).map(|p| initial(b, p)).collect())?;
+        }
+        zero.check_ranks_agree(comm)?;
+        Ok(zero)
+    }
+
+    /// Nothing yet, to be filled a stage of the model at a time, so that no more than one is whole where each rank keeps a
+    /// slice: [`Zero::train`] and [`Zero::shard_frozen`], the same on all ranks; [`Zero::check_ranks_agree`] comes last.
+    pub fn empty(comm: &dyn Comm, stage: Stage, kind: Kind) -> Zero {
         let (n_slices, my_slice) = match stage {
             Stage::Replicated => (1, 0),
             _ => (comm.world(), comm.rank()),
         };
-        let layout = Layout::new(specs, n_slices);
-        check_ranks_agree(comm, &layout.describe())?;
-        let mut buckets = Vec::with_capacity(layout.buckets.len());
-        for (b, bucket) in layout.buckets.iter().enumerate() {
-            let values: Vec<Tensor> = (0..bucket.params.len()).map(|p| initial(b, p)).collect();
-            let device = values.first().map_or(Device::Cpu, Tensor::device);
-            let zeros = |len: usize, kind| Tensor::f_zeros([len as i64], (kind, device));
-            let theta = slice_of(bucket, my_slice, &values, Kind::Float, device)?;
-            let full = if stage < Stage::Parameters && shares(comm, kind) {
-                Some(theta.shallow_clone())
-            } else if stage < Stage::Parameters {
-                let whole = zeros(bucket.padded, kind)?;
-                for (range, value) in bucket.ranges.iter().zip(&values) {
-                    view(&whole, range.clone()).f_copy_(&value.reshape([-1]))?;
-                }
-                Some(whole)
-            } else {
-                None
-            };
-            let grads = if stage < Stage::Gradients {
-                Some(zeros(bucket.padded, Kind::Float)?)
-            } else {
-                None
-            };
-            let grads_slice = match &grads {
-                Some(grads) if n_slices == 1 => grads.shallow_clone(),
-                _ => zeros(bucket.slice_len, Kind::Float)?,
-            };
-            buckets.push(BucketState {
-                values: Values { full, arriving: None },
-                grads,
-                grads_slice,
-                reducing: None,
-                incoming: None,
-                rows: None,
-                reduced: false,
-                slice: Slice {
-                    theta,
-                    m: zeros(bucket.slice_len, Kind::Float)?,
-                    v: zeros(bucket.slice_len, Kind::Float)?,
-                },
-            });
-        }
-        let places = layout.buckets.iter().enumerate().flat_map(|(b, bucket)| {
-            let params = bucket.params.iter().enumerate();
-            params.map(move |(p, param)| (param.name.clone(), (Flat::Trained(b), p)))
-        });
-        Ok(Zero {
+        Zero {
             stage,
             kind,
             wire: Wire::F32,
-            places: places.collect(),
+            places: BTreeMap::new(),
+            ranks: (comm.rank(), comm.world()),
             my_slice,
-            buckets,
+            offload: false,
+            buckets: Vec::new(),
             frozen: Vec::new(),
             stages: Vec::new(),
             reducing: VecDeque::new(),
-            gradient_budget: layout.buckets.iter().map(|bucket| bucket.padded).sum(),
-            layout,
+            gradient_budget: 0,
+            layout: Layout::new(&[], n_slices),
             row_bucket: usize::MAX,
             row_plans: VecDeque::new(),
             updates: 0,
-        })
+        }
     }
 
-    /// Gradients travel in this precision from now on.
-    pub fn reduce_in(&mut self, wire: Wire) {
-        self.wire = wire;
+    /// Optimizer state of what is added from now on lies in the host's memory, and is updated there, wherever gradients and
+    /// parameters lie.
+    pub fn offload_optimizer(&mut self) {
+        self.offload = true;
     }
 
-    /// Takes a stage's frozen weights away and keeps this rank's slice of them. All ranks call it for the same stages.
-    ///
-    /// # Errors
-    /// When a rank has other weights than rank 0.
-    pub fn shard_frozen<W: Held>(&mut self, comm: &dyn Comm, stage_name: &str, weights: Vec<&mut W>) -> Result<()> {
+    /// Adds a bucket that trains, from its parameters' f32 values.
+    pub fn train(&mut self, spec: BucketSpec, values: Vec<Tensor>) -> Result<()> {
+        let bucket = Bucket::new(spec, self.layout.n_slices);
+        let device = values.first().map_or(Device::Cpu, Tensor::device);
+        let host = if self.offload { Device::Cpu } else { device };
+        let zeros = |len: usize, kind, device| Tensor::f_zeros([len as i64], (kind, device));
+        let theta = slice_of(&bucket, self.my_slice, &values, Kind::Float, host)?;
+        let full = if self.stage == Stage::Parameters {
+            None
+        } else if self.shares(device) {
+            Some(theta.shallow_clone())
+        } else {
+            let whole = zeros(bucket.padded, self.kind, device)?;
+            for (range, value) in bucket.ranges.iter().zip(&values) {
+                view(&whole, range.clone()).f_copy_(&value.reshape([-1]))?;
+            }
+            Some(whole)
+        };
+        let grads = if self.stage < Stage::Gradients {
+            Some(zeros(bucket.padded, Kind::Float, device)?)
+        } else {
+            None
+        };
+        let grads_slice = match &grads {
+            Some(grads) if self.layout.n_slices == 1 => grads.shallow_clone(),
+            _ => zeros(bucket.slice_len, Kind::Float, device)?,
+        };
+        let index = self.buckets.len();
+        for (p, param) in bucket.params.iter().enumerate() {
+            self.places.insert(param.name.clone(), (Flat::Trained(index), p));
+        }
+        self.buckets.push(BucketState {
+            device,
+            values: Values { full, arriving: None },
+            grads,
+            grads_slice,
+            reducing: None,
+            incoming: None,
+            rows: None,
+            reduced: false,
+            slice: Slice {
+                theta,
+                m: zeros(bucket.slice_len, Kind::Float, host)?,
+                v: zeros(bucket.slice_len, Kind::Float, host)?,
+            },
+        });
+        self.gradient_budget += bucket.padded;
+        self.layout.buckets.push(bucket);
+        Ok(())
+    }
+
+    /// Takes a stage's frozen weights away and keeps this rank's slice of them.
+    pub fn shard_frozen<W: Held>(&mut self, stage_name: &str, weights: Vec<&mut W>) -> Result<()> {
+        let (rank, world) = self.ranks;
         let mut weights: Vec<_> = weights
             .into_iter()
             .filter(|weight| !self.places.contains_key(weight.name()))
             .collect();
-        if weights.is_empty() || comm.world() == 1 {
+        if weights.is_empty() || world == 1 {
             return Ok(());
         }
         let values: Vec<Tensor> = weights
@@ -292,10 +322,8 @@ impl Zero {
             name: stage_name.to_owned(),
             params: params.collect(),
         };
-        let layout = Layout::new(&[spec], comm.world());
-        check_ranks_agree(comm, &layout.describe())?;
-        let bucket = layout.buckets.into_iter().next().expect("one was given");
-        let slice = slice_of(&bucket, comm.rank(), &values, kind, device)?;
+        let bucket = Bucket::new(spec, world);
+        let slice = slice_of(&bucket, rank, &values, kind, device)?;
         let index = self.frozen.len();
         for (p, weight) in weights.into_iter().enumerate() {
             self.places.insert(weight.name().to_owned(), (Flat::Frozen(index), p));
@@ -307,6 +335,27 @@ impl Zero {
             values: Values::default(),
         });
         Ok(())
+    }
+
+    /// # Errors
+    /// When a rank trains other parameters than rank 0, or divides other frozen ones: the lines in which they differ, of both.
+    pub fn check_ranks_agree(&self, comm: &dyn Comm) -> Result<()> {
+        let frozen = self.frozen.iter().map(|frozen| frozen.bucket.describe());
+        let frozen: String = frozen.collect();
+        let frozen = frozen.lines().map(|line| format!("frozen {line}\n"));
+        let description = self.layout.describe() + &frozen.collect::<String>();
+        check_ranks_agree(comm, &description)
+    }
+
+    /// Whether master weights are the model's own: whole, of its precision and place, and with no other rank's to compare
+    /// with.
+    fn shares(&self, device: Device) -> bool {
+        self.ranks.1 == 1 && self.kind == Kind::Float && (!self.offload || device == Device::Cpu)
+    }
+
+    /// Gradients travel in this precision from now on.
+    pub fn reduce_in(&mut self, wire: Wire) {
+        self.wire = wire;
     }
 
     /// Tells which weights each of the model's stages reads, in forward order, by name. A weight may be read by several.
@@ -412,7 +461,7 @@ impl Zero {
             .iter()
             .filter(|flats| flats.contains(&Flat::Trained(index)))
             .count();
-        let on_cpu = self.buckets[index].slice.theta.device() == Device::Cpu;
+        let on_cpu = self.buckets[index].device == Device::Cpu;
         // A tied head gives every row a gradient.
         if readers != 1 || bucket.params.len() != 1 || self.layout.n_slices == 1 || !on_cpu {
             return Ok(());
@@ -435,6 +484,10 @@ impl Zero {
     /// Called before a model's stage runs: its parameters are there on return, those of the next stage on their way. In
     /// backward its gradients are there as well.
     pub fn enter<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
+        comm.at(match pass {
+            Pass::Forward => Mark::Forward { stage },
+            Pass::Backward { .. } => Mark::Backward { stage },
+        });
         let reads = self.reads(stage, pass);
         if self.comes_and_goes() {
             let next = self.next(stage, pass).map(|(stage, pass)| self.reads(stage, pass));
@@ -582,10 +635,7 @@ impl Zero {
             }
             self.settle(oldest)?;
         }
-        let (len, device) = (
-            self.layout.buckets[bucket].padded,
-            self.buckets[bucket].slice.theta.device(),
-        );
+        let (len, device) = (self.layout.buckets[bucket].padded, self.buckets[bucket].device);
         self.buckets[bucket].grads = Some(Tensor::f_zeros([len as i64], (Kind::Float, device))?);
         Ok(())
     }
@@ -596,7 +646,7 @@ impl Zero {
             return Ok(());
         }
         let mine = match flat {
-            Flat::Trained(b) => self.buckets[b].slice.theta.f_to_kind(self.kind)?,
+            Flat::Trained(b) => self.buckets[b].published(self.kind)?,
             Flat::Frozen(f) => self.frozen[f].slice.shallow_clone(),
         };
         let padded = self.bucket(flat).padded as i64;
@@ -630,6 +680,7 @@ impl Zero {
     /// Waits for all reductions; then one small reduction tells every rank the gradient's norm, whether everything is
     /// finite, and the sums of `ride_along`.
     pub fn finish(&mut self, comm: &dyn Comm, ride_along: &[f64]) -> Result<Verdict> {
+        comm.at(Mark::Update);
         for bucket in 0..self.buckets.len() {
             self.settle(bucket)?;
             assert!(self.buckets[bucket].reduced, "every bucket was reduced");
@@ -662,18 +713,21 @@ impl Zero {
     }
 
     /// One AdamW update of this rank's slices; `groups[g]` is the learning rate and so on of parameter group g.
-    pub fn update(&mut self, groups: &[AdamW]) {
+    pub fn update(&mut self, groups: &[AdamW]) -> Result<()> {
         for (bucket, state) in self.layout.buckets.iter().zip(&mut self.buckets) {
             assert!(
                 state.values.arriving.is_none(),
                 "what is being published may not change"
             );
             let Slice { theta, m, v } = &mut state.slice;
+            // The same tensor where both lie in one place.
+            let g = state.grads_slice.f_to_device(theta.device())?;
             for (part, group) in bucket.groups_in_slice(self.my_slice) {
-                adamw::update(&groups[group], theta, m, v, &state.grads_slice, part);
+                adamw::update(&groups[group], theta, m, v, &g, part);
             }
         }
         self.updates += 1;
+        Ok(())
     }
 
     /// Casts this rank's master weights to the compute precision and starts giving every rank all of them; each of the
@@ -682,14 +736,18 @@ impl Zero {
         if self.stage == Stage::Parameters {
             return Ok(());
         }
-        for state in &mut self.buckets {
+        for index in 0..self.buckets.len() {
+            let shares = self.shares(self.buckets[index].device);
+            let state = &mut self.buckets[index];
             state.values.wait()?;
+            let mine = (self.layout.n_slices > 1)
+                .then(|| state.published(self.kind))
+                .transpose()?;
             let full = state.values.full.as_mut().expect("whole before stage 3");
-            if self.layout.n_slices > 1 {
-                let mine = state.slice.theta.f_to_kind(full.kind())?;
-                state.values.arriving = Some(comm.all_gather(&mine, full)?);
-            } else if !shares(comm, full.kind()) {
-                full.f_copy_(&state.slice.theta)?;
+            match mine {
+                Some(mine) => state.values.arriving = Some(comm.all_gather(&mine, full)?),
+                None if shares => {}
+                None => full.f_copy_(&state.slice.theta)?,
             }
         }
         Ok(())
@@ -833,11 +891,6 @@ fn shaped(flat: &Tensor, bucket: &Bucket, param: usize) -> Tensor {
     view(flat, bucket.ranges[param].clone()).view(bucket.params[param].shape.as_slice())
 }
 
-/// Whether master weights are the model's own: whole, of its precision, and with no other rank's to compare with.
-fn shares(comm: &dyn Comm, kind: Kind) -> bool {
-    comm.world() == 1 && kind == Kind::Float
-}
-
 /// Slice `index` of the bucket that `values` fill, padded with zeros.
 fn slice_of(bucket: &Bucket, index: usize, values: &[Tensor], kind: Kind, device: Device) -> Result<Tensor> {
     let slice = Tensor::f_zeros([bucket.slice_len as i64], (kind, device))?;
@@ -937,7 +990,7 @@ mod tests {
             updates_before: 0,
             gradient_scale: 1.0,
         };
-        zero.update(&[how, how]);
+        zero.update(&[how, how]).unwrap();
         zero.publish(comm.as_ref()).unwrap();
         let value = |bucket, param| f64::try_from(zero.trained(bucket, param).value.mean(Kind::Float)).unwrap();
         assert!((value(1, 1) - 0.75).abs() < 1e-6);

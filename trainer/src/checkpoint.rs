@@ -320,6 +320,7 @@ pub fn differences(theirs: &Identity, ours: &Identity) -> Vec<String> {
             "recompute",
             "zero",
             "shard_frozen",
+            "offload_optimizer",
             "check_ranks_every",
             "device",
         ] {

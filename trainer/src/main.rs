@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use configs::{FullModule, NewRows, Plan};
 use launcher::events::Event;
 use launcher::exit;
 use launcher::place::Place;
 use sharding::Comm;
+use sharding::cuda::nccl::Nccl;
 use tch::Device;
 use trainer::inspect::Trained;
 use trainer::train::End;
@@ -142,10 +143,11 @@ fn start(command: Command) -> Result<i32> {
         _ => Device::Cpu,
     };
     set_threads(threads.unwrap_or_else(|| cores().div_ceil(place.local_world).max(1)))?;
-    let comm = sharding::join(place.world)?;
     if let Some(plan) = &plan {
         log_to(&plan.folders.run.join("logs").join(format!("rank-{}.log", place.rank)))?;
     }
+    let ordered = plan.as_ref().is_some_and(|plan| plan.debug.deterministic);
+    let comm = join(&place, device, ordered)?;
     match run(command, plan.as_ref(), comm.as_ref(), device) {
         Ok(code) => Ok(code),
         Err(error) if comm.world() > 1 => {
@@ -164,15 +166,26 @@ fn start(command: Command) -> Result<i32> {
 fn device_of(plan: &Plan, place: &Place) -> Result<Device> {
     Ok(match plan.train.device {
         configs::Device::Cpu => Device::Cpu,
-        configs::Device::Cuda => {
-            ensure!(
-                place.world == 1,
-                "train.device = cuda with {} ranks: ranks on GPUs need NCCL, which this build has not; start one rank",
-                place.world
-            );
-            sharding::cuda::device(place.local_rank)?
-        }
+        configs::Device::Cuda => sharding::cuda::device(place.local_rank)?,
     })
+}
+
+/// Brings this process together with its peers: MPI between the hosts, and NCCL besides where they compute on GPUs.
+fn join(place: &Place, device: Device, ordered: bool) -> Result<Box<dyn Comm>> {
+    let host = sharding::join(place.world)?;
+    let comm: Box<dyn Comm> = match device {
+        Device::Cuda(index) if place.world > 1 => Box::new(Nccl::join(host, index, ordered)?),
+        _ => host,
+    };
+    if place.world > 1 {
+        let engine = comm.engine();
+        tracing::info!(%place, ?device, engine, "the ranks have met");
+        if comm.rank() == 0 {
+            let text = format!("{} ranks over {engine}", place.world);
+            Event::Note { text }.emit();
+        }
+    }
+    Ok(comm)
 }
 
 fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -> Result<i32> {

@@ -86,7 +86,7 @@ impl<'a> Trainer<'a> {
         let loss = verdict.sums[0] / divisor;
         let skipped = self.guard.judge(loss, verdict.grad_norm, verdict.finite);
         if skipped.is_none() {
-            self.zero.update(&self.groups(&verdict));
+            self.zero.update(&self.groups(&verdict))?;
             self.zero.publish(self.comm)?;
         }
         self.step += 1;

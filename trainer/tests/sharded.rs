@@ -1,12 +1,17 @@
 //! However training is divided among ranks, it is the same training. Starts itself under mpirun with 2, 3 and 4 ranks; each
 //! job runs every case in one program and compares with one rank alone, in the same process.
 
+mod common;
+#[path = "../../sharding/tests/mpirun/mod.rs"]
+mod mpirun;
+
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
+use common::write_tokenizer;
 use configs::{FullModule, Pieces, Plan, Precision, Shape};
 use corpus::{Row, RowsDigest};
+use mpirun::Case;
 use sharding::{Comm, Stage};
 use tch::{Device, Kind, Tensor};
 use trainer::batch::{Batch, MicroBatch};
@@ -25,63 +30,24 @@ const PARAMETER_ROUNDING: f64 = 5e-5;
 /// Each share is rounded to 8 bits.
 const BF16_LOSS: f64 = 1e-2;
 
-/// A rank that fails a test must not leave its peers waiting in a collective: mpirun ends them all with it.
-fn end_all_on_panic() {
-    let print = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        print(info);
-        std::process::abort();
-    }));
-}
-
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     // One thread: sums inside of a rank then have one order.
     tch::set_num_threads(1);
     match &arguments[..] {
         [child, world, shared] if child == "--rank-of" => {
-            end_all_on_panic();
+            mpirun::end_all_on_panic();
             let comm = sharding::join(world.parse().expect("a number of ranks")).expect("the ranks meet");
-            run(comm.as_ref(), Path::new(shared));
+            mpirun::run(&CASES, comm.as_ref(), "MPI", Path::new(shared));
         }
-        [list, ..] if list == "--list" => CASES.iter().for_each(|(name, _)| println!("{name}: test")),
+        [list, ..] if list == "--list" => mpirun::list(&CASES),
         _ => {
             let folder = tempfile::tempdir().expect("a folder");
             MODELS.iter().for_each(|model| drop(plan(folder.path(), model)));
-            (2..=4).for_each(|ranks| under_mpirun(ranks, folder.path()));
+            (2..=4).for_each(|ranks| mpirun::start("--rank-of", ranks, folder.path()));
         }
     }
 }
-
-fn under_mpirun(ranks: usize, shared: &Path) {
-    let status = Command::new("mpirun")
-        .args([
-            "--quiet",
-            "--bind-to",
-            "none",
-            "--oversubscribe",
-            "-n",
-            &ranks.to_string(),
-        ])
-        .arg(std::env::current_exe().expect("a test knows where it is"))
-        .args(["--rank-of", &ranks.to_string()])
-        .arg(shared)
-        .status()
-        .expect("mpirun starts; set-up installs it");
-    assert!(status.success(), "{ranks} ranks under mpirun ended with {status}");
-}
-
-fn run(comm: &dyn Comm, shared: &Path) {
-    for (name, case) in CASES {
-        case(comm, shared);
-        comm.barrier().expect("all ranks finish a case");
-        if comm.rank() == 0 {
-            println!("test {name} ... ok ({} ranks)", comm.world());
-        }
-    }
-}
-
-type Case = (&'static str, fn(&dyn Comm, &Path));
 
 const CASES: [Case; 8] = [
     ("every_stage_gives_the_training_of_one_rank", same_as_one_rank),
@@ -411,7 +377,7 @@ fn plan(root: &Path, model: &Model) -> Plan {
     let mut plan = configs::load(&recipe, &[]).unwrap();
     let pieces = root.join("pieces");
     if !pieces.exists() {
-        write_tokenizer(&pieces);
+        write_tokenizer(&pieces, PIECES);
     }
     plan.model = configs::Model::Scratch {
         shape: Shape {
@@ -452,22 +418,4 @@ fn plan(root: &Path, model: &Model) -> Plan {
         trainer::scratch::init(&plan, &plan.folders.base_model).unwrap();
     }
     plan
-}
-
-fn write_tokenizer(folder: &Path) {
-    let vocabulary: std::collections::BTreeMap<String, usize> =
-        (0..PIECES).map(|id| (format!("piece{id}"), id)).collect();
-    let tokenizer = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": { "type": "Whitespace" },
-        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "piece0" },
-    });
-    std::fs::create_dir_all(folder).unwrap();
-    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    std::fs::write(
-        folder.join("tokenizer_config.json"),
-        r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#,
-    )
-    .unwrap();
 }

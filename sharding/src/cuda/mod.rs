@@ -1,11 +1,12 @@
-//! The door to CUDA: whether there is a driver, libtorch's CUDA half, the GPU of a rank, kernels of our own (`kernels.rs`)
-//! and attention (`attention.rs`). Everything is found when the program runs, so one program serves machines with and
+//! The door to CUDA: whether there is a driver, libtorch's CUDA half, the GPU of a rank, kernels of our own (`kernels.rs`),
+//! attention (`attention.rs`) and collectives between GPUs (`nccl.rs`). Everything is found when the program runs, so one program serves machines with and
 //! without GPUs. A GPU that was asked for and is not there is an error, never a reason to compute elsewhere.
 #![allow(unsafe_code)]
 
 pub mod attention;
 pub mod emulator;
 pub mod kernels;
+pub mod nccl;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;

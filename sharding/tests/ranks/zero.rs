@@ -94,7 +94,7 @@ fn slice(comm: &dyn Comm, stage: Stage, wire: Wire, as_rows: bool) -> (Tensor, u
     }
     assert!(zero.finish(comm, &[]).unwrap().finite);
     let sent = comm.sent().bytes() - before;
-    zero.update(&[HOW]);
+    zero.update(&[HOW]).unwrap();
     (zero.slice(0).1.theta.copy(), sent)
 }
 
@@ -174,7 +174,7 @@ fn resident(comm: &dyn Comm, _: &Path) {
         }
     }
     zero.finish(comm, &[]).unwrap();
-    zero.update(&[HOW]);
+    zero.update(&[HOW]).unwrap();
     let grown = (memory("VmHWM:") - before) as f64;
     let all: usize = numels.iter().sum();
     let (largest, layer) = (12_000_000, 3_000_000);
