@@ -1,6 +1,8 @@
 //! Exit codes: what a job script or a supervisor may conclude from each.
 
 pub const FINISHED: i32 = 0;
+/// `panglot job done`: something is left to do.
+pub const NOT_DONE: i32 = 1;
 /// The user or the config is at fault: never retry.
 pub const USER: i32 = 2;
 /// A bug of ours.

@@ -3,11 +3,13 @@
 pub mod demo;
 pub mod eval;
 pub mod export;
+pub mod job;
 pub mod model;
 pub mod plan;
 pub mod report;
 pub mod rows;
 pub mod stage;
+pub mod submit;
 pub mod train;
 
 use std::path::{Path, PathBuf};
@@ -55,6 +57,11 @@ pub struct Failed {
     pub what: &'static str,
     pub code: i32,
 }
+
+/// All is said: leave with this code.
+#[derive(Debug, thiserror::Error)]
+#[error("exit code {0}")]
+pub struct Leave(pub i32);
 
 fn meaning(code: i32) -> &'static str {
     match code {
@@ -114,13 +121,6 @@ pub struct RunFolder<'a>(pub &'a Path);
 impl RunFolder<'_> {
     pub fn plan(&self) -> PathBuf {
         self.0.join("plan.json")
-    }
-
-    /// The steps taken before the newest checkpoint that has its name.
-    pub fn newest_checkpoint(&self) -> Option<u64> {
-        let entries = std::fs::read_dir(self.0.join("checkpoints")).ok()?;
-        let step = |name: &str| name.strip_prefix("step-")?.parse().ok();
-        entries.flatten().filter_map(|entry| step(entry.file_name().to_str()?)).max()
     }
 
     pub fn evaluation(&self, name: &str) -> PathBuf {
