@@ -68,7 +68,9 @@ impl Running {
                 let environment = fs::read(format!("/proc/{process}/environ")).unwrap_or_default();
                 let program = fs::read_link(format!("/proc/{process}/exe")).unwrap_or_default();
                 program.ends_with("panglot-worker")
-                    && environment.split(|byte| *byte == 0).any(|entry| entry == variable.as_bytes())
+                    && environment
+                        .split(|byte| *byte == 0)
+                        .any(|entry| entry == variable.as_bytes())
             })
         })
     }
@@ -122,7 +124,9 @@ impl End {
 fn processes_of(folder: &Path) -> Vec<Pid> {
     let folder = folder.to_str().expect("UTF-8");
     let entries = fs::read_dir("/proc").expect("proc");
-    let processes = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let processes = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let names_it = |process: &i32| {
         let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
         let state = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
@@ -173,9 +177,18 @@ fn a_killed_rank_is_named_at_once_and_all_ends_within_five_seconds() {
         println!("all_stopped_s {:.3}", stopped.as_secs_f64());
         println!("orphans {orphans}");
         assert_eq!(end.code, Some(76), "{said}");
-        assert!(said.contains("is gone: killed, crashed, or out of memory; it was last in "), "{said}");
-        assert!(end.first_of_the_failure().contains(&format!("rank {rank} on ")), "{said}");
-        assert!(noticed < Duration::from_secs(1) && stopped < Duration::from_secs(5), "{noticed:?}, {stopped:?}\n{said}");
+        assert!(
+            said.contains("is gone: killed, crashed, or out of memory; it was last in "),
+            "{said}"
+        );
+        assert!(
+            end.first_of_the_failure().contains(&format!("rank {rank} on ")),
+            "{said}"
+        );
+        assert!(
+            noticed < Duration::from_secs(1) && stopped < Duration::from_secs(5),
+            "{noticed:?}, {stopped:?}\n{said}"
+        );
         assert_eq!(orphans, 0);
     }
 }
@@ -200,12 +213,29 @@ fn a_stopped_rank_is_named_within_ten_seconds_whatever_it_did() {
         kill(process, Signal::SIGSTOP).expect("it is there");
         let end = running.end(&format!("rank {rank} on "));
         let said = end.said.join("\n");
-        let named = end.named.unwrap_or_else(|| panic!("nobody was named ({when}):\n{said}")) - at;
+        let named = end
+            .named
+            .unwrap_or_else(|| panic!("nobody was named ({when}):\n{said}"))
+            - at;
         let ended = end.ended - at;
         println!("hang_named_s {:.3}", named.as_secs_f64());
-        println!("in {when}: {}", said.lines().find(|line| line.contains("gave no sign")).unwrap_or("?"));
+        println!(
+            "in {when}: {}",
+            said.lines().find(|line| line.contains("gave no sign")).unwrap_or("?")
+        );
         assert_eq!(end.code, Some(76), "{said}");
-        assert!(said.contains("gave no sign for ") && said.contains("; it was last in "), "{said}");
+        let line = said
+            .lines()
+            .find(|line| line.contains("gave no sign for "))
+            .unwrap_or_default();
+        assert!(line.contains("; it was last in "), "{said}");
+        // Of itself a rank tells what it is at a few times a second, so that what the others wait for may be fresher.
+        let work = match when {
+            "load" => "loading",
+            "step" => "in step ",
+            _ => "saving",
+        };
+        assert!(line.contains(work), "stopped in {when}: {line}");
         assert!(named < Duration::from_secs(10), "{named:?}");
         assert!(ended - named < Duration::from_secs(5), "{ended:?}");
         assert_eq!(orphans(run.folder.path(), Duration::from_secs(5)), 0);
@@ -213,8 +243,13 @@ fn a_stopped_rank_is_named_within_ten_seconds_whatever_it_did() {
 }
 
 fn is_saving(run: &Run) -> bool {
-    let entries = fs::read_dir(run.folder.path().join("checkpoints")).into_iter().flatten().flatten();
-    entries.into_iter().any(|entry| entry.file_name().to_string_lossy().contains(".partial"))
+    let entries = fs::read_dir(run.folder.path().join("checkpoints"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    entries
+        .into_iter()
+        .any(|entry| entry.file_name().to_string_lossy().contains(".partial"))
 }
 
 fn log(run: &Run, rank: usize) -> String {
@@ -250,7 +285,11 @@ fn whoever_started_the_ranks_takes_them_along() {
 #[test]
 fn a_run_that_loses_ranks_goes_on_by_itself_to_the_same_end() {
     prepared();
-    let settings = ["train.steps=60", "checkpoint.every_steps=4", "debug.check_ranks_equal=true"];
+    let settings = [
+        "train.steps=60",
+        "checkpoint.every_steps=4",
+        "debug.check_ranks_equal=true",
+    ];
     let whole = Run::new();
     let mut command = whole.train(&settings);
     command.args(["-n", "2"]);
@@ -263,12 +302,17 @@ fn a_run_that_loses_ranks_goes_on_by_itself_to_the_same_end() {
         running.after_steps(&run, steps);
         kill(running.rank(rank), Signal::SIGKILL).expect("it is there");
         // Its end, before the next attempt's steps are counted.
-        wait_for(|| (run.metrics().len() < steps || running.child.try_wait().expect("a child").is_some()).then_some(()));
+        wait_for(|| {
+            (run.metrics().len() < steps || running.child.try_wait().expect("a child").is_some()).then_some(())
+        });
     }
     let end = running.end("restart 1 of 3");
     let said = end.said.join("\n");
     assert_eq!(end.code, Some(0), "{said}");
-    assert!(end.named.is_some() && said.contains("panglot: restart 2 of 3: ") && said.contains("goes on from step "), "{said}");
+    assert!(
+        end.named.is_some() && said.contains("panglot: restart 2 of 3: ") && said.contains("goes on from step "),
+        "{said}"
+    );
     assert_eq!(run.losses(), whole.losses());
     assert_eq!(run.state(60), whole.state(60));
 }
@@ -285,7 +329,10 @@ fn attempts_that_come_to_nothing_are_given_up() {
     let said = text(&output);
     assert_eq!(output.status.code(), Some(74), "{said}");
     assert_eq!(said.matches("panglot: restart ").count(), 2, "{said}");
-    assert!(said.contains("no restart: ") && said.contains("3 attempts in a row have not got beyond step 0"), "{said}");
+    assert!(
+        said.contains("no restart: ") && said.contains("3 attempts in a row have not got beyond step 0"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -293,12 +340,17 @@ fn two_configs_in_one_job_are_refused_with_a_table() {
     prepared();
     let run = Run::new();
     let mut command = Command::new("mpirun");
-    command.current_dir(whole_program_tests::root()).args(["--allow-run-as-root", "--oversubscribe"]);
+    command
+        .current_dir(whole_program_tests::root())
+        .args(["--allow-run-as-root", "--oversubscribe"]);
     for (index, steps) in ["train.steps=5", "train.steps=6"].iter().enumerate() {
         if index > 0 {
             command.arg(":");
         }
-        command.args(["-n", "1"]).arg(program("panglot")).args(["train", "configs/tiny.yaml", steps]);
+        command
+            .args(["-n", "1"])
+            .arg(program("panglot"))
+            .args(["train", "configs/tiny.yaml", steps]);
         command.arg(format!("folders.prepared={}", prepared().display()));
         command.arg(format!("folders.run={}", run.folder.path().display()));
     }
@@ -306,10 +358,16 @@ fn two_configs_in_one_job_are_refused_with_a_table() {
     let output = command.output().expect("mpirun starts");
     let said = text(&output);
     assert_eq!(output.status.code(), Some(77), "{said}");
-    assert!(said.contains("the ranks do not run alike: ") && said.contains("(rank 1) in config"), "{said}");
+    assert!(
+        said.contains("the ranks do not run alike: ") && said.contains("(rank 1) in config"),
+        "{said}"
+    );
     assert!(started.elapsed() < Duration::from_secs(30));
     assert!(run.metrics().is_empty(), "no step was taken");
-    assert!(!run.folder.path().join("rendezvous.json").exists(), "the secret's file is gone");
+    assert!(
+        !run.folder.path().join("rendezvous.json").exists(),
+        "the secret's file is gone"
+    );
 }
 
 #[test]
@@ -321,7 +379,10 @@ fn ranks_on_cpus_that_nobody_wired_together_are_refused_with_the_remedy() {
     let output = command.output().expect("starts");
     let said = text(&output);
     assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.contains("srun --mpi=pmix") && said.contains("panglot train -n 2"), "{said}");
+    assert!(
+        said.contains("srun --mpi=pmix") && said.contains("panglot train -n 2"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -337,11 +398,27 @@ fn a_timeline_has_every_rank_s_stages_and_waits() {
         let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("one JSON array");
         let named = |name: &str| events.iter().filter(|event| event["name"] == name).count();
         let micro_batches = named("forward 0");
-        assert!(micro_batches >= 3 && named("backward 0") == micro_batches, "{micro_batches}");
-        for name in ["loading", "making the batch", "the update", "writing metrics", "saving", "all-gather", "reduce-scatter"] {
+        assert!(
+            micro_batches >= 3 && named("backward 0") == micro_batches,
+            "{micro_batches}"
+        );
+        for name in [
+            "loading",
+            "making the batch",
+            "the update",
+            "writing metrics",
+            "saving",
+            "all-gather",
+            "reduce-scatter",
+        ] {
             assert!(named(name) > 0, "{name} is missing in {}", path.display());
         }
-        assert!(events.iter().filter(|event| event["ph"] == "X").all(|event| event["pid"] == rank));
+        assert!(
+            events
+                .iter()
+                .filter(|event| event["ph"] == "X")
+                .all(|event| event["pid"] == rank)
+        );
     }
     // Off, there is none.
     let run = Run::new();

@@ -83,6 +83,8 @@ pub struct Surroundings {
     pub beats: bool,
     /// Its socket, where it listens for losses.
     pub ear: Option<PathBuf>,
+    /// Whether all ranks are on this host; `None` where nobody tells.
+    pub one_host: Option<bool>,
 }
 
 /// The job's secret, 64 hexadecimal digits; or a file of mode 0600 that holds them.
@@ -102,21 +104,36 @@ impl Surroundings {
             (None, Some(file)) => Some(Secret::from_file(Path::new(&file))?),
             (None, None) => None,
         };
+        // What is wrong with the variables of a rank was said when its place was looked for.
+        let told = families(&Variables(&variable)).unwrap_or_default();
+        let one_host = match &told[..] {
+            [] => Some(true),
+            [first, ..] => told
+                .iter()
+                .find_map(|told| told.local_world)
+                .map(|local| local == first.world),
+        };
         let jobs = ["SLURM_JOB_ID", "PBS_JOBID", "FLUX_JOB_ID", "LSB_JOBID"];
         Ok(Surroundings {
-            job: jobs.iter().find_map(|name| variable(name)).unwrap_or_else(|| "local".into()),
+            job: jobs
+                .iter()
+                .find_map(|name| variable(name))
+                .unwrap_or_else(|| "local".into()),
             secret,
             interface: variable("PANGLOT_INTERFACE").filter(|name| !name.is_empty()),
             launch_node: variable("SLURM_LAUNCH_NODE_IPADDR").and_then(|address| address.parse().ok()),
             beats: variable(BEATS).is_some(),
             ear: variable(EAR).map(PathBuf::from),
+            one_host,
         })
     }
 }
 
 /// Whether this process was started so that MPI finds its peers.
 pub fn is_wired_for_mpi() -> bool {
-    ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PMI_FD"].iter().any(|name| std::env::var_os(name).is_some())
+    ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PMI_FD"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some())
 }
 
 impl Place {
@@ -128,14 +145,14 @@ impl Place {
     /// `detect` over any source of variables.
     pub fn from_variables(variable: impl Fn(&str) -> Option<String>, host: &str) -> Result<Place, PlaceError> {
         let variables = Variables(&variable);
-        let found: Vec<Told> = [explicit, open_mpi, slurm, pmi, pals, flux]
-            .iter()
-            .filter_map(|family| family(&variables).transpose())
-            .collect::<Result<_, _>>()?;
+        let found = families(&variables)?;
         let Some(first) = found.first() else {
             return alone(&variables, host);
         };
-        if let Some(tasks) = found.iter().find(|told| told.family == Family::Slurm).map(|told| told.world)
+        if let Some(tasks) = found
+            .iter()
+            .find(|told| told.family == Family::Slurm)
+            .map(|told| told.world)
             && tasks > 1
             && first.world == 1
         {
@@ -212,6 +229,12 @@ impl fmt::Display for Place {
             "rank {rank} of {world}, {local_rank} of {local_world} on {node}, told by {family}"
         )
     }
+}
+
+/// Every family that says something, in the order in which they are believed.
+fn families(variables: &Variables) -> Result<Vec<Told>, PlaceError> {
+    let all = [explicit, open_mpi, slurm, pmi, pals, flux];
+    all.iter().filter_map(|family| family(variables).transpose()).collect()
 }
 
 /// What one family of variables says.
@@ -442,6 +465,28 @@ mod tests {
     }
 
     #[test]
+    fn whether_all_ranks_are_here_is_not_guessed() {
+        let one_host = |variables: &str| {
+            let table: Vec<_> = variables
+                .split_whitespace()
+                .map(|pair| pair.split_once('=').unwrap())
+                .collect();
+            let value = |name: &str| {
+                table
+                    .iter()
+                    .find(|(known, _)| *known == name)
+                    .map(|(_, value)| (*value).to_owned())
+            };
+            Surroundings::from_variables(value).unwrap().one_host
+        };
+        assert_eq!(one_host(OPEN_MPI), Some(false));
+        assert_eq!(one_host(EXPLICIT), None);
+        assert_eq!(one_host(&format!("{EXPLICIT} LOCAL_WORLD_SIZE=4")), Some(true));
+        assert_eq!(one_host(&format!("{STEP} {EXPLICIT}")), Some(false));
+        assert_eq!(one_host(""), Some(true));
+    }
+
+    #[test]
     fn the_first_family_wins_where_they_agree_and_the_others_fill_in() {
         check(&format!("{STEP} {EXPLICIT}"), Family::Explicit, (3, 4, 1), 2);
         check(&format!("{STEP} PMI_RANK=3 PMI_SIZE=4"), Family::Slurm, (3, 4, 1), 2);
@@ -468,7 +513,10 @@ mod tests {
             "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_LOCAL_RANK=0",
         ] {
             let said = refused(&format!("{STEP} {alone}"));
-            assert!(said.starts_with("srun started 4 tasks, but ") && said.contains("--mpi=pmix"), "{said}");
+            assert!(
+                said.starts_with("srun started 4 tasks, but ") && said.contains("--mpi=pmix"),
+                "{said}"
+            );
         }
         assert_eq!(
             refused("RANK=1"),

@@ -205,10 +205,17 @@ mod tests {
             assert!(secret.len() == 64 && !job.args.iter().any(|arg| arg.to_string_lossy().contains(&secret)));
             secret
         };
-        let jobs = [worker.job(2, None, vec![]), worker.job(2, None, vec![]), worker.processes(2, None, vec![])];
+        let jobs = [
+            worker.job(2, None, vec![]),
+            worker.job(2, None, vec![]),
+            worker.processes(2, None, vec![]),
+        ];
         let secrets: std::collections::BTreeSet<_> = jobs.iter().map(secret_of).collect();
         assert_eq!(secrets.len(), 3);
-        assert_eq!(jobs[2].ranks[1][..2], [("RANK", "1".to_owned()), ("WORLD_SIZE", "2".to_owned())]);
+        assert_eq!(
+            jobs[2].ranks[1][..2],
+            [("RANK", "1".to_owned()), ("WORLD_SIZE", "2".to_owned())]
+        );
         assert!(jobs[0].args.windows(2).any(|pair| pair[0] == "-x" && pair[1] == SECRET));
     }
 

@@ -94,7 +94,9 @@ impl Comm for Staged {
             return self.inner.all_to_all(send, send_counts, receive, receive_counts);
         }
         let send = self.there(send)?;
-        self.through(receive, |receive| self.inner.all_to_all(&send, send_counts, receive, receive_counts))
+        self.through(receive, |receive| {
+            self.inner.all_to_all(&send, send_counts, receive, receive_counts)
+        })
     }
 
     fn broadcast(&self, values: &mut Tensor, root: usize) -> Result<Pending> {

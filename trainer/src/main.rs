@@ -11,10 +11,12 @@ use launcher::events::Event;
 use launcher::exit;
 use launcher::place::{Place, Surroundings, is_wired_for_mpi};
 use launcher::pulse::Pulse;
-use launcher::rendezvous::{Hooks, Invitation, Invited, Loss, MeetError, Meeting, Report, Settings, Timing, sameness, towards};
-use sharding::{Comm, Mark};
+use launcher::rendezvous::{
+    Hooks, Invitation, Invited, Loss, MeetError, Meeting, Report, Settings, Timing, sameness, towards,
+};
 use sharding::cuda::nccl::{self, Nccl, UniqueId};
 use sharding::staged::{NoHost, Staged};
+use sharding::{Comm, Mark};
 use tch::Device;
 use trainer::inspect::Trained;
 use trainer::timeline::Timeline;
@@ -172,7 +174,10 @@ fn start(command: Command) -> Result<i32> {
             if code == exit::PEER {
                 comm.fail(code, &text);
             }
-            eprintln!("panglot-worker: rank {} of {} on {}: {text}", place.rank, place.world, place.node);
+            eprintln!(
+                "panglot-worker: rank {} of {} on {}: {text}",
+                place.rank, place.world, place.node
+            );
             tracing::info!("ends with code {code}: {text}");
             if code != exit::PEER {
                 comm.fail(code, &text);
@@ -193,25 +198,30 @@ fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: Optio
         (Some(plan), Device::Cuda(index)) if place.world > 1 && !is_wired_for_mpi() => {
             let engine = nccl::library()?;
             let meeting = meet(engine, By::File, place, plan, config_digest, &pulse)?;
-            let none = UniqueId::from([0; UniqueId::BYTES]);
-            let id = if place.rank == 0 { UniqueId::new()? } else { none };
-            let told = meeting.broadcast(id.bytes())?;
-            let told: [u8; UniqueId::BYTES] = told.try_into().ok().context("rank 0 told another thing than NCCL's id")?;
-            let host = Box::new(NoHost::new(place.rank, place.world));
-            let nccl = Nccl::join_with(&UniqueId::from(told), host, index, ordered)?;
-            (Box::new(Staged::new(Box::new(nccl), device)) as Box<dyn Comm>, Some(meeting))
+            let comm = or_tell(Some(&meeting), nccl_alone(&meeting, place, index, ordered))?;
+            (comm, Some(meeting))
         }
         _ => {
             let host = sharding::join(place.world)?;
             let meeting = match plan {
                 Some(plan) if place.world > 1 => {
-                    let met = meet(host.engine(), By::Mpi(host.as_ref()), place, plan, config_digest, &pulse);
+                    let met = meet(
+                        host.engine(),
+                        By::Mpi(host.as_ref()),
+                        place,
+                        plan,
+                        config_digest,
+                        &pulse,
+                    );
                     Some(met.unwrap_or_else(|error| refuse(host.as_ref(), place, &error)))
                 }
                 _ => None,
             };
             let comm: Box<dyn Comm> = match device {
-                Device::Cuda(index) if place.world > 1 => Box::new(Nccl::join(host, index, ordered)?),
+                Device::Cuda(index) if place.world > 1 => {
+                    let nccl = Nccl::join(host, index, ordered).map_err(Into::into);
+                    Box::new(or_tell(meeting.as_ref(), nccl)?)
+                }
                 _ => host,
             };
             (comm, meeting)
@@ -227,13 +237,42 @@ fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: Optio
     }
     let timeline = match plan {
         Some(plan) if plan.debug.timeline => {
-            let path = plan.folders.run.join("timeline").join(format!("rank-{}.json", place.rank));
+            let path = plan
+                .folders
+                .run
+                .join("timeline")
+                .join(format!("rank-{}.json", place.rank));
             let timeline = Timeline::create(&path, place.rank, &place.node);
             Some(Arc::new(timeline.with_context(|| path.display().to_string())?))
         }
         _ => None,
     };
     Ok(Watched::new(comm, pulse, meeting, timeline))
+}
+
+/// Collectives by NCCL only; its id travels where the ranks have met.
+fn nccl_alone(meeting: &Meeting, place: &Place, index: usize, ordered: bool) -> Result<Box<dyn Comm>> {
+    let id = match place.rank {
+        0 => UniqueId::new()?,
+        _ => UniqueId::from([0; UniqueId::BYTES]),
+    };
+    let told = meeting.broadcast(id.bytes())?;
+    let told: [u8; UniqueId::BYTES] = told
+        .try_into()
+        .ok()
+        .context("rank 0 told another thing than NCCL's id")?;
+    let host = Box::new(NoHost::new(place.rank, place.world));
+    let nccl = Nccl::join_with(&UniqueId::from(told), host, index, ordered)?;
+    Ok(Box::new(Staged::new(Box::new(nccl), Device::Cuda(index))))
+}
+
+/// The others wait for what failed here: they are told.
+fn or_tell<T>(meeting: Option<&Meeting>, made: Result<T>) -> Result<T> {
+    made.inspect_err(|error| {
+        if let Some(meeting) = meeting {
+            meeting.fail(code_of(error), &format!("{error:#}"));
+        }
+    })
 }
 
 /// The ranks are in MPI's world and wait there for this one.
@@ -264,15 +303,27 @@ fn meet(
 ) -> Result<Meeting> {
     let around = Surroundings::detect().map_err(MeetError::from)?;
     let mut runs = vec![
-        ("build".to_owned(), sameness::this_program().context("reading this very program")?),
-        ("config".to_owned(), config_digest.map_or_else(|| launcher::files::digest_of(plan), Ok)?),
+        (
+            "build".to_owned(),
+            sameness::this_program().context("reading this very program")?,
+        ),
+        (
+            "config".to_owned(),
+            config_digest.map_or_else(|| launcher::files::digest_of(plan), Ok)?,
+        ),
         ("engine".to_owned(), engine),
     ];
-    runs.extend(sameness::loaded(&["libtorch_cpu.so", "libtorch_cuda.so", "libmpi.so", "libnccl.so", "libcudart.so"]));
+    runs.extend(sameness::loaded(&[
+        "libtorch_cpu.so",
+        "libtorch_cuda.so",
+        "libmpi.so",
+        "libnccl.so",
+        "libcudart.so",
+    ]));
     let settings = Settings {
         rank: place.rank,
         world: place.world,
-        one_host: place.world == place.local_world,
+        one_host: around.one_host,
         job: around.job,
         secret: around.secret,
         report: Report {
@@ -314,7 +365,11 @@ fn meet(
             tell(&told)?;
         }
         let addresses: Vec<String> = invitation.addresses.iter().map(ToString::to_string).collect();
-        tracing::info!(interface = invitation.interface, addresses = addresses.join(" "), "the ranks are watched from here");
+        tracing::info!(
+            interface = invitation.interface,
+            addresses = addresses.join(" "),
+            "the ranks are watched from here"
+        );
         if place.world > place.local_world {
             let text = format!("the ranks meet on {} ({})", invitation.interface, addresses.join(", "));
             Event::Note { text }.emit();
@@ -337,7 +392,10 @@ fn hooks(place: &Place, beats: bool, ear: Option<PathBuf>) -> Hooks {
         lost: Box::new(move |Loss { code, text, told }| {
             tracing::info!("ends with code {code}: {text}");
             if says && !told {
-                let lost = Event::Lost { code, text: text.clone() };
+                let lost = Event::Lost {
+                    code,
+                    text: text.clone(),
+                };
                 // mpirun passes nothing on while it ends the ranks, a second long: the launcher is told past it.
                 if !ear.is_some_and(|ear| lost.tell(&ear)) {
                     eprintln!("panglot-worker: {text}");

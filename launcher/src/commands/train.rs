@@ -133,7 +133,13 @@ fn as_one_rank(app: &App, plan: &Plan, place: &Place) -> anyhow::Result<Ended> {
     }
     // Another rank may have been given another config and write it to the same file: each says which was its own.
     let digest = launcher::files::digest_of(plan)?;
-    let args = vec!["train".into(), "--plan".into(), write_plan(plan)?, "--config-digest".into(), digest.into()];
+    let args = vec![
+        "train".into(),
+        "--plan".into(),
+        write_plan(plan)?,
+        "--config-digest".into(),
+        digest.into(),
+    ];
     let job = app.worker()?.one_of_many(plan.launch.threads_per_rank, args);
     let mut view = View::new();
     if place.rank == 0 {

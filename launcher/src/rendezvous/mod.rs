@@ -38,8 +38,8 @@ use crate::pulse::Pulse;
 pub struct Settings {
     pub rank: usize,
     pub world: usize,
-    /// Every rank is on this host: loopback will do, and nobody else can reach it.
-    pub one_host: bool,
+    /// Whether every rank is on this host, if it is known: loopback will do then, and nobody else can reach it.
+    pub one_host: Option<bool>,
     /// Which job; part of every proof.
     pub job: String,
     /// From the environment or a file; without one the hub makes one, and it travels in the invitation's file.
@@ -102,9 +102,7 @@ impl Invitation {
 
     pub fn read(file: &Path) -> Result<Invitation, MeetError> {
         let text = secret::read_private(file)?;
-        serde_json::from_str(&text).map_err(|_| MeetError::NoInvitation {
-            file: file.to_owned(),
-        })
+        serde_json::from_str(&text).map_err(|_| MeetError::NoInvitation { file: file.to_owned() })
     }
 
     fn attempt(&self) -> Option<wire::Attempt> {
@@ -197,7 +195,11 @@ pub struct Hooks {
 /// Commands to the watching thread.
 enum Command {
     Bytes(Vec<u8>),
-    Fail { code: i32, text: String, done: mpsc::Sender<()> },
+    Fail {
+        code: i32,
+        text: String,
+        done: mpsc::Sender<()>,
+    },
     Leave(mpsc::Sender<()>),
 }
 
@@ -258,12 +260,23 @@ impl Meeting {
 /// acknowledged anything for `silence`.
 fn set_up(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::TcpUserTimeout, &(silence.as_millis() as u32))?;
+    nix::sys::socket::setsockopt(
+        stream,
+        nix::sys::socket::sockopt::TcpUserTimeout,
+        &(silence.as_millis() as u32),
+    )?;
     Ok(())
 }
 
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+/// Beats; those that were missed while this process was away are not made up for.
+fn every(beat: Duration) -> tokio::time::Interval {
+    let mut beats = tokio::time::interval(beat);
+    beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    beats
 }
 
 /// SIGTERM, where it is ours to take.

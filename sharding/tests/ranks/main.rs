@@ -33,7 +33,10 @@ fn main() {
             // What goes through another memory and back; that it goes on beside other work is not asked of it.
             if world == 3 {
                 let staged = Staged::of_everything(comm, tch::Device::Cpu);
-                let cases: Vec<Case> = collectives::CASES.into_iter().filter(|(name, _)| !name.contains("goes_on")).collect();
+                let cases: Vec<Case> = collectives::CASES
+                    .into_iter()
+                    .filter(|(name, _)| !name.contains("goes_on"))
+                    .collect();
                 mpirun::run(&cases, &staged, "staged MPI", Path::new(shared));
             }
         }
