@@ -18,6 +18,7 @@ setup:  ## system packages, libtorch, the texts and the base model
 
 setup-test: setup  ## besides, the Python environment that the tests compare against
 	@setup/packages.py test
+	@setup/system.sh test
 
 build: setup  ## both programs, in target/release
 	@$(ENV) cargo build --release --locked --workspace

@@ -11,9 +11,10 @@ pub mod memory;
 mod mpi;
 mod rows;
 mod solo;
+pub mod staged;
 pub mod zero;
 
-pub use comm::{Comm, Pending, Reduce, Sent, Wire};
+pub use comm::{Comm, Mark, Pending, Reduce, Sent, Wire};
 pub use layout::{BucketSpec, Layout, ParamSpec};
 pub use zero::{Held, Pass, Stage, Zero};
 

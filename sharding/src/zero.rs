@@ -25,7 +25,7 @@ use crate::digest::{self, Digests, damaged};
 use crate::layout::{Bucket, most_gradients, slice_len};
 use crate::memory::bytes;
 use crate::rows::{self, RowPlan, Rows, When};
-use crate::{BucketSpec, Comm, Error, Layout, ParamSpec, Pending, Result, Wire};
+use crate::{BucketSpec, Comm, Error, Layout, Mark, ParamSpec, Pending, Result, Wire};
 
 /// How much of the training state is sharded; each stage shards what the one before does as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -546,6 +546,10 @@ impl Zero {
     /// backward its gradients are there as well.
     pub fn enter<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
         self.start_publishing(comm)?;
+        comm.at(match pass {
+            Pass::Forward => Mark::Forward { stage },
+            Pass::Backward { .. } => Mark::Backward { stage },
+        });
         let reads = self.reads(stage, pass);
         if self.comes_and_goes() {
             let next = self.next(stage, pass).map(|(stage, pass)| self.reads(stage, pass));
@@ -803,6 +807,7 @@ impl Zero {
     /// Waits for all reductions; then one small reduction tells every rank the gradient's norm, whether everything is
     /// finite, and the sums of `ride_along`.
     pub fn finish(&mut self, comm: &dyn Comm, ride_along: &[f64]) -> Result<Verdict> {
+        comm.at(Mark::Update);
         for bucket in 0..self.buckets.len() {
             self.settle(bucket)?;
             assert!(self.buckets[bucket].reduced, "every bucket was reduced");

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use configs::{FrozenPrecision, NewRows, Plan, Precision};
 use corpus::{Stream, TokenShards, Vocabulary};
 use launcher::events::{Event, StepMetrics};
-use sharding::{Comm, Stage, Wire, Zero};
+use sharding::{Comm, Mark, Stage, Wire, Zero};
 use tch::Device;
 
 use crate::batch::{Batch, rows_of_step};
@@ -134,12 +134,14 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     say(Event::Phase {
         name: "loading model and data".into(),
     });
+    comm.at(Mark::Load);
     let stop = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
     let stream = launcher::sampling::stream(plan)?;
     let (mut trainer, identity) = build(plan, comm, device, sharding(plan, comm))?;
     let folder = plan.folders.run.join("checkpoints");
+    comm.at(Mark::Restore);
     let mut progress = resume(&folder, &mut trainer, &identity)?;
     let mut log = if rank_0 {
         Some(Log::open(&plan.folders.run, progress.step)?)
@@ -153,6 +155,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     while trainer.step < plan.train.steps {
         let started = Instant::now();
         let step = trainer.step;
+        comm.at(Mark::Batch { step });
         let rows_step = if plan.debug.overfit_one_batch { 0 } else { step };
         let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world()).on(device);
         let sent_before = comm.sent().bytes();
@@ -165,8 +168,10 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let every = plan.train.check_ranks_every;
         let due = every > 0 && trainer.step.is_multiple_of(every) && comm.world() > 1;
         if plan.debug.check_ranks_equal || due {
+            comm.at(Mark::Compare);
             check_ranks_equal(&mut trainer)?;
         }
+        comm.at(Mark::Report);
         let resident = comm.max(&[resident_bytes() as f64])?[0] as u64;
         if let Some(log) = &mut log {
             let measured = Measured {
@@ -197,6 +202,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         }
         let done = trainer.step == plan.train.steps;
         if done || report.stop || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
+            comm.at(Mark::Save);
             save(&folder, &trainer, &identity, progress)?;
         }
         if report.stop && !done {

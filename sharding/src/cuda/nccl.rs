@@ -641,6 +641,7 @@ impl Comm for Nccl {
 
     fn abort(&self, code: i32) -> ! {
         let handle = self
+            .connection
             .communicator
             .lock()
             .ok()
