@@ -144,7 +144,7 @@ fn imports_point_one_way() {
         ("bench", &["corpus", "sharding"]),
         ("configs", &[]),
         ("corpus", &[]),
-        ("sharding", &[]),
+        ("sharding", &["configs"]),
         ("launcher", &["configs", "corpus"]),
         ("trainer", &["configs", "corpus", "launcher", "sharding"]),
     ];

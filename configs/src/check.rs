@@ -41,6 +41,11 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     check_text(&plan, &mut rules);
     check_batch(&plan, &mut rules);
     check_lengths(&plan, &mut rules);
+    if let Model::Scratch { shape, .. } = &plan.model
+        && let Err(sentence) = plan.train.recompute.check(shape.num_hidden_layers)
+    {
+        rules.broken.push(sentence);
+    }
     if rules.broken.is_empty() {
         Ok(plan)
     } else {

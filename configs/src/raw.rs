@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
     Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Gelu, Group, Guard, Launch, Lora, OnUnreadable,
-    OneDocument, Precision, Recompute, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
+    OneDocument, Precision, Recomputation, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
 };
 
 #[derive(Debug, Deserialize)]
@@ -200,7 +200,7 @@ pub struct Train {
     pub frozen_precision: Option<FrozenPrecision>,
     /// None: `cpu`.
     pub device: Option<Device>,
-    pub recompute: Recompute,
+    pub recompute: Recomputation,
     /// None: `compute`.
     pub residual: Option<Residual>,
     pub zero: u8,

@@ -54,6 +54,7 @@ impl Model {
         let head = Head {
             norm: from.norm(config.names().final_norm)?,
             pieces: matrices.pieces,
+            rows: matrices.embedding.value.size()[0],
         };
         let rotary = match config.family {
             Family::Llama {
