@@ -8,6 +8,8 @@ use std::str::FromStr;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::planner::Hardware;
+
 /// Everything a run needs to know, complete: no field is left to a later default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -26,6 +28,9 @@ pub struct Plan {
     pub evaluation: Evaluation,
     pub launch: Launch,
     pub debug: Debug,
+    /// What the planner counts with; `None`: what is usual for `train.device`, and in a run the memory that the device has.
+    #[serde(default)]
+    pub hardware: Option<Hardware>,
 }
 
 /// Where each stage of the road leaves its result. All absolute.
@@ -202,7 +207,11 @@ impl SourceKind {
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Model {
     /// It is there already, as `transformers` saves it.
-    Folder,
+    Folder {
+        /// Which model it will be: for plans before it is there.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        published: Option<String>,
+    },
     /// Made from a GGUF file: weights dequantised, tokenizer from the file's own tables.
     Gguf { path: PathBuf },
     /// Random weights, N(0, `init_std`²), from the plan's seed.

@@ -256,7 +256,9 @@ fn the_mala_recipe_has_the_released_sizes() {
         (32_000 + vocabulary.new_pieces).next_multiple_of(vocabulary.multiple_of),
         260_224
     );
-    assert_eq!((vocabulary.new_rows, plan.model), (NewRows::Normal, Model::Folder));
+    assert_eq!(vocabulary.new_rows, NewRows::Normal);
+    let published = Some("llama-2-7b".to_owned());
+    assert_eq!(plan.model, Model::Folder { published });
     assert_eq!(
         plan.train.rows_per_step / plan.launch.ranks,
         8,

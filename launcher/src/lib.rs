@@ -7,6 +7,7 @@ pub mod exit;
 pub mod files;
 pub mod inspection;
 pub mod place;
+pub mod planned;
 pub mod report;
 pub mod sampling;
 pub mod stages;

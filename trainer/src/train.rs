@@ -21,6 +21,7 @@ use crate::checkpoint::{self, Identity, Progress};
 use crate::evaluate::kind;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{Model, Trains};
+use crate::planned::{self, Watch};
 use crate::step::{StepReport, Trainer, lr_by_group};
 use crate::tensorboard::EventWriter;
 
@@ -98,6 +99,7 @@ pub fn build_model<'a>(
         sharding::cuda::check_fp8(device)?;
         model.quantize_frozen()?;
     }
+    let recompute = planned::recomputation(plan, &model.sizes(), comm, device, (stage, shard_frozen))?;
     let specs = model.register();
     ensure!(
         !specs.is_empty(),
@@ -116,7 +118,9 @@ pub fn build_model<'a>(
             zero.shard_frozen(comm, &stage, weights)?;
         }
     }
-    Ok((Trainer::new(plan, comm, model, zero), digest))
+    let mut trainer = Trainer::new(plan, comm, model, zero);
+    trainer.recompute = recompute;
+    Ok((trainer, digest))
 }
 
 /// Trains until the plan's last step, from the newest checkpoint if there is one.
@@ -130,7 +134,9 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
     let stream = launcher::sampling::stream(plan)?;
-    let (mut trainer, identity) = build(plan, comm, device, sharding(plan, comm))?;
+    let shards = sharding(plan, comm);
+    let mut watch = Watch::begin(device)?;
+    let (mut trainer, identity) = build(plan, comm, device, shards)?;
     let folder = plan.folders.run.join("checkpoints");
     let mut progress = resume(&folder, &mut trainer, &identity)?;
     let mut log = if rank_0 {
@@ -139,6 +145,9 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         None
     };
 
+    say(Event::Note {
+        text: watch.plan(&trainer, shards),
+    });
     say(Event::Phase {
         name: "training".into(),
     });
@@ -150,6 +159,9 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let sent_before = comm.sent().bytes();
         let report = trainer.train_step(&batch, stop.load(Ordering::Relaxed))?;
         let bytes_sent = comm.sent().bytes() - sent_before;
+        if let Some(text) = watch.after_step(comm, bytes_sent, trainer.step == plan.train.steps)? {
+            say(Event::Note { text });
+        }
         progress = Progress {
             step: trainer.step,
             targets_so_far: progress.targets_so_far + report.targets,

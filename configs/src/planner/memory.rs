@@ -419,8 +419,10 @@ impl Budget {
         let divides = shard_frozen && division.world > 1;
         let of_trained = division.of_trained(&trained.numels, &trained.stages);
         let of_frozen = division.of_frozen(divides, &frozen.numels, &frozen.stages);
+        let largest = trained.numels.iter().max().copied().unwrap_or(0) * train.reduce.bytes();
         let staging = match (division.world, train.device) {
-            (2.., Device::Cpu) => (4 * STAGING_BYTES) as u64,
+            // What is sent and what is received, of two pieces.
+            (2.., Device::Cpu) => 2 * largest.min(2 * STAGING_BYTES) as u64,
             _ => 0,
         };
         let frozen_moments: Vec<Moment> = moments(&frozen.stages).collect();

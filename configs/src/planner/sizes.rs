@@ -190,6 +190,14 @@ impl Sizes {
         full.contains(&FullModule::EmbedTokens) || self.tied && full.contains(&FullModule::LmHead)
     }
 
+    /// Whether the head's matrix trains.
+    pub fn head_trains(&self, full: &[FullModule]) -> bool {
+        match self.tied {
+            true => self.embedding_trains(full),
+            false => full.contains(&FullModule::LmHead),
+        }
+    }
+
     fn stages(&self, lora: Option<&Lora>, full: &[FullModule]) -> Vec<Stage> {
         let trains = |module| full.contains(&module);
         let (mut embedding, mut layer, mut head) = (Stage::default(), Stage::default(), Stage::default());
@@ -255,6 +263,33 @@ impl Sizes {
     }
 }
 
+/// Published models by the names that `model.published` takes.
+pub const PUBLISHED: [&str; 3] = ["llama-2-7b", "llama-2-13b", "llama-2-70b"];
+
+/// Sizes of a published model, for planning before its folder is there.
+/// Source: Touvron et al. 2023, "Llama 2", and the released `config.json`s.
+pub fn published(name: &str) -> Option<Sizes> {
+    let llama_2 = |layers, hidden, feed_forward, heads, kv_heads| Sizes {
+        block: Block::Llama,
+        layers,
+        hidden,
+        feed_forward,
+        heads,
+        kv_heads,
+        head_dim: hidden / heads,
+        positions: 4096,
+        tied: false,
+        pieces: 32_000,
+        rows: 32_000,
+    };
+    match name {
+        "llama-2-7b" => Some(llama_2(32, 4096, 11_008, 32, 32)),
+        "llama-2-13b" => Some(llama_2(40, 5120, 13_824, 40, 40)),
+        "llama-2-70b" => Some(llama_2(80, 8192, 28_672, 64, 8)),
+        _ => None,
+    }
+}
+
 /// Whether LoRA stands beside a linear.
 pub fn has_lora(lora: Option<&Lora>, linear: &LinearSize) -> bool {
     lora.is_some_and(|lora| lora.targets.iter().any(|target| target == linear.module.name()))
@@ -264,31 +299,34 @@ pub fn has_lora(lora: Option<&Lora>, linear: &LinearSize) -> bool {
 mod tests {
     use super::*;
 
-    fn llama(hidden: usize, mlp: usize, layers: usize, heads: usize, kv_heads: usize) -> Sizes {
-        Sizes {
-            block: Block::Llama,
-            layers,
-            hidden,
-            feed_forward: mlp,
-            heads,
-            kv_heads,
-            head_dim: hidden / heads,
-            positions: 4096,
-            tied: false,
-            pieces: 32_000,
-            rows: 32_000,
+    #[test]
+    fn llama_2_has_the_parameters_that_are_published() {
+        for (name, elements) in PUBLISHED.iter().zip([6_738_415_616, 13_015_864_320, 68_976_648_192]) {
+            let parameters = published(name).unwrap().parameters(None, &FullModule::ALL);
+            assert_eq!((parameters.total, parameters.trainable), (elements, elements), "{name}");
         }
     }
 
     #[test]
-    fn llama_2_has_the_parameters_that_are_published() {
-        for (sizes, published) in [
-            (llama(4096, 11_008, 32, 32, 32), 6_738_415_616),
-            (llama(5120, 13_824, 40, 40, 40), 13_015_864_320),
-            (llama(8192, 28_672, 80, 64, 8), 68_976_648_192),
-        ] {
+    fn polylm_has_the_parameters_of_its_shape() {
+        for (hidden, layers, written) in [(2048, 24, 1_737_084_928), (5120, 40, 13_906_790_400)] {
+            let sizes = Sizes {
+                block: Block::Gpt2,
+                layers,
+                hidden,
+                feed_forward: 4 * hidden,
+                heads: hidden / 128,
+                kv_heads: hidden / 128,
+                head_dim: 128,
+                positions: 2048,
+                tied: true,
+                pieces: 256_000,
+                rows: 256_000,
+            };
+            // A layer of 12 d² + 13 d, the last norm.
+            let expected = (256_000 + 2048) * hidden + layers * (12 * hidden * hidden + 13 * hidden) + 2 * hidden;
             let parameters = sizes.parameters(None, &FullModule::ALL);
-            assert_eq!((parameters.total, parameters.trainable), (published, published));
+            assert_eq!((parameters.total, parameters.trainable), (expected as u64, written));
         }
     }
 
@@ -305,7 +343,7 @@ mod tests {
         let sizes = Sizes {
             pieces: 260_164,
             rows: 260_164,
-            ..llama(4096, 11_008, 32, 32, 32)
+            ..published("llama-2-7b").unwrap()
         };
         let parameters = sizes.parameters(Some(&lora), &full);
         assert_eq!((parameters.trainable, parameters.lora), (2_135_457_792, 4_194_304));
