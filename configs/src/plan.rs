@@ -731,8 +731,14 @@ impl Recomputation {
     pub fn mix(&self, layers: usize) -> Option<Mix> {
         match self {
             Recomputation::All(Recompute::None) => Some(Mix::default()),
-            Recomputation::All(Recompute::Selective) => Some(Mix { full: 0, selective: layers }),
-            Recomputation::All(Recompute::Full) => Some(Mix { full: layers, selective: 0 }),
+            Recomputation::All(Recompute::Selective) => Some(Mix {
+                full: 0,
+                selective: layers,
+            }),
+            Recomputation::All(Recompute::Full) => Some(Mix {
+                full: layers,
+                selective: 0,
+            }),
             Recomputation::First(mix) => Some(*mix),
             Recomputation::Auto => None,
         }

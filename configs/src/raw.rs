@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
-use crate::planner::hardware;
 use crate::plan::{
     Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Gelu, Group, Guard, Launch, Lora, OnUnreadable,
     OneDocument, Precision, Recomputation, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
 };
+use crate::planner::hardware;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

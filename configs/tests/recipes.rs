@@ -4,9 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use configs::{
-    Algorithm, FullModule, Group, LanguageOf, Mix, Model, NewRows, OnUnreadable, Optimizer, Pieces, Plan, Recomputation,
-    Recompute, Residual,
-    Schedule, Sides, SourceKind, WordRules, load,
+    Algorithm, FullModule, Group, LanguageOf, Mix, Model, NewRows, OnUnreadable, Optimizer, Pieces, Plan,
+    Recomputation, Recompute, Residual, Schedule, Sides, SourceKind, WordRules, load,
 };
 use proptest::prelude::*;
 
@@ -491,13 +490,21 @@ fn recomputation_is_one_mode_or_the_first_layers_or_left_to_the_planner() {
     for (wrong, sentence) in [
         ("all", "nearest known"),
         ("{full: 1, some: 2}", "unknown key `some`"),
-        ("{full: 2, selective: 1}", "names more layers than the model's 2; name at most 2 in all"),
-        ("3", "none, selective, full, auto, or the first layers of each as {full: 12, selective: 8}"),
+        (
+            "{full: 2, selective: 1}",
+            "names more layers than the model's 2; name at most 2 in all",
+        ),
+        (
+            "3",
+            "none, selective, full, auto, or the first layers of each as {full: 12, selective: 8}",
+        ),
     ] {
         let said = typed(wrong).unwrap_err();
         assert!(said.contains(sentence), "{wrong}: {said}");
     }
-    let modes: Vec<Recompute> = (0..4).map(|layer| Mix { full: 1, selective: 2 }.of_layer(layer)).collect();
+    let modes: Vec<Recompute> = (0..4)
+        .map(|layer| Mix { full: 1, selective: 2 }.of_layer(layer))
+        .collect();
     use Recompute::{Full, None, Selective};
     assert_eq!(modes, [Full, Selective, Selective, None]);
 }

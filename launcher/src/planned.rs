@@ -10,7 +10,9 @@ use crate::text;
 /// "5.6 GiB: weights 1.2 GiB + gradients …".
 pub fn memory(memory: &Memory) -> String {
     let kinds = memory.kinds().into_iter().filter(|(_, bytes)| *bytes > 0);
-    let kinds: Vec<String> = kinds.map(|(name, bytes)| format!("{name} {}", text::bytes(bytes))).collect();
+    let kinds: Vec<String> = kinds
+        .map(|(name, bytes)| format!("{name} {}", text::bytes(bytes)))
+        .collect();
     format!("{} = {}", text::bytes(memory.total()), kinds.join(" + "))
 }
 
@@ -32,7 +34,9 @@ fn fullest(memory: &Memory, layers: usize) -> String {
 
 /// What a run takes, line by line, with the table of what fits.
 pub fn lines(plan: &Plan, layers: usize, forecast: &Forecast) -> Vec<String> {
-    let Forecast { place, step, saving, .. } = forecast;
+    let Forecast {
+        place, step, saving, ..
+    } = forecast;
     let mut lines = Vec::new();
     let mut line = |name: &str, value: String| lines.push(format!("{name:<20}{value}"));
     line(
@@ -47,12 +51,27 @@ pub fn lines(plan: &Plan, layers: usize, forecast: &Forecast) -> Vec<String> {
     if let Some(why) = &forecast.impossible {
         line("impossible", why.clone());
     }
-    let room = if forecast.fits() { "of" } else { "which does NOT fit the" };
+    let room = if forecast.fits() {
+        "of"
+    } else {
+        "which does NOT fit the"
+    };
     line(
         "memory of a rank",
-        format!("{}, {room} {} there are to plan with", memory(&forecast.memory), text::bytes(forecast.usable)),
+        format!(
+            "{}, {room} {} there are to plan with",
+            memory(&forecast.memory),
+            text::bytes(forecast.usable)
+        ),
     );
-    line("", format!("fullest {}; recomputed: {}", fullest(&forecast.memory, layers), forecast.recompute.sentence(layers)));
+    line(
+        "",
+        format!(
+            "fullest {}; recomputed: {}",
+            fullest(&forecast.memory, layers),
+            forecast.recompute.sentence(layers)
+        ),
+    );
     line(
         "sent in a step",
         format!("{} by each rank, on average", traffic(&forecast.traffic)),
@@ -63,16 +82,22 @@ pub fn lines(plan: &Plan, layers: usize, forecast: &Forecast) -> Vec<String> {
         _ => String::new(),
     };
     line("GFLOP a token", format!("{:.1}{again}", flop.model / 1e9));
-    line(
-        "a step",
-        format!(
-            "{}: {} computing, {} updating, {} waiting for collectives ({:.0} % of their {} hidden)",
-            seconds(step.total),
-            seconds(step.compute),
-            seconds(step.update),
+    let waiting = match place.world() {
+        1 => String::new(),
+        _ => format!(
+            ", {} waiting for collectives ({:.0} % of their {} hidden)",
             seconds(step.exposed),
             100.0 * step.hidden_share(),
             seconds(step.communication),
+        ),
+    };
+    line(
+        "a step",
+        format!(
+            "{}: {} computing, {} updating{waiting}",
+            seconds(step.total),
+            seconds(step.compute),
+            seconds(step.update),
         ),
     );
     line(
@@ -117,8 +142,15 @@ pub fn lines(plan: &Plan, layers: usize, forecast: &Forecast) -> Vec<String> {
         "What fits {} a rank, by how training is divided:",
         text::bytes(forecast.usable)
     ));
-    lines.extend(choices(layers, &forecast.choices).lines().map(|line| line.trim_end().to_owned()));
-    let whys = forecast.choices.iter().filter_map(|choice| Some((choice, choice.why.as_ref()?)));
+    lines.extend(
+        choices(layers, &forecast.choices)
+            .lines()
+            .map(|line| line.trim_end().to_owned()),
+    );
+    let whys = forecast
+        .choices
+        .iter()
+        .filter_map(|choice| Some((choice, choice.why.as_ref()?)));
     lines.extend(whys.map(|(choice, why)| format!("  {}: {why}", division(choice))));
     lines
 }
@@ -132,7 +164,9 @@ fn choices(layers: usize, choices: &[Choice]) -> String {
     let header = ["divided", ">kept", ">none", ">selective", ">full", "fits", ">tokens/s"];
     let rows = choices.iter().map(|choice| {
         let marked = if choice.chosen { " *" } else { "" };
-        let fits = choice.cheapest.map_or("nothing".to_owned(), |mix: Mix| mix.sentence(layers));
+        let fits = choice
+            .cheapest
+            .map_or("nothing".to_owned(), |mix: Mix| mix.sentence(layers));
         vec![
             format!("{}{marked}", division(choice)),
             text::bytes(choice.kept),
@@ -140,7 +174,9 @@ fn choices(layers: usize, choices: &[Choice]) -> String {
             text::bytes(choice.selective),
             text::bytes(choice.full),
             fits,
-            choice.tokens_per_second.map_or(String::new(), |speed| text::count(speed as u64)),
+            choice
+                .tokens_per_second
+                .map_or(String::new(), |speed| text::count(speed as u64)),
         ]
     });
     text::table(&header, rows)
@@ -149,7 +185,7 @@ fn choices(layers: usize, choices: &[Choice]) -> String {
 /// "0.012 s", "3.4 s", or longer.
 fn seconds(seconds: f64) -> String {
     match seconds {
-        0.0 => "0 s".to_owned(),
+        ..5e-5 => "0 s".to_owned(),
         ..0.0995 => format!("{:.1} ms", 1e3 * seconds),
         ..10.0 => format!("{seconds:.2} s"),
         _ => text::duration(Duration::from_secs_f64(seconds)),

@@ -38,7 +38,10 @@ fn kib(status: &str, name: &str) -> u64 {
 pub fn machine_bytes() -> u64 {
     let machine = kib(&fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemTotal:");
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let group = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let group = groups
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .unwrap_or_default();
     // A group's limit holds for all below it.
     let limits = Path::new(group).ancestors().filter_map(|group| {
         let limit = Path::new("/sys/fs/cgroup").join(group).join("memory.max");
@@ -57,7 +60,11 @@ mod tests {
         assert!(before.bytes > 1 << 20 && before.peak >= before.bytes, "{before:?}");
         let block = vec![1u8; 64 << 20];
         let with = Resident::now();
-        assert!(with.bytes >= before.bytes + (60 << 20), "{before:?}, {with:?}, {}", block[9]);
+        assert!(
+            with.bytes >= before.bytes + (60 << 20),
+            "{before:?}, {with:?}, {}",
+            block[9]
+        );
         assert!(machine_bytes() > with.bytes);
     }
 }

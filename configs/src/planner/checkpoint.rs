@@ -69,9 +69,16 @@ mod tests {
             let best = interval(write, mtbf);
             let least = cost(best, write, mtbf);
             for other in [0.5, 0.8, 1.25, 2.0] {
-                assert!(cost(best * other, write, mtbf) > least, "{write} s every {mtbf} s, {other} of it");
+                assert!(
+                    cost(best * other, write, mtbf) > least,
+                    "{write} s every {mtbf} s, {other} of it"
+                );
             }
         }
-        assert_eq!(interval(100.0, 40.0), 40.0, "where failures come faster than checkpoints");
+        assert_eq!(
+            interval(100.0, 40.0),
+            40.0,
+            "where failures come faster than checkpoints"
+        );
     }
 }

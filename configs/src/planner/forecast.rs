@@ -113,7 +113,9 @@ impl Forecast {
             let divided: &[bool] = if frozen && world > 1 { &[false, true] } else { &[false] };
             divided.iter().map(move |shard_frozen| way(zero, *shard_frozen))
         });
-        let chosen = |choice: &Choice| (choice.zero, choice.shard_frozen) == (own.division.zero.max(u8::from(world == 1)), own.shard_frozen);
+        let chosen = |choice: &Choice| {
+            (choice.zero, choice.shard_frozen) == (own.division.zero.max(u8::from(world == 1)), own.shard_frozen)
+        };
         let choices = choices.map(|way| {
             let choice = way.choice(tokens);
             Choice {
@@ -137,7 +139,13 @@ impl Forecast {
             share_of_peak: tokens / step.total * flop_per_token.model / (mine.flops(train.precision) * world as f64),
             days: seconds / 86_400.0,
             node_hours: seconds / 3600.0 * place.nodes as f64,
-            saving: Saving::of(parameters.trainable, place.nodes, hardware, step.total, plan.checkpoint.every_steps),
+            saving: Saving::of(
+                parameters.trainable,
+                place.nodes,
+                hardware,
+                step.total,
+                plan.checkpoint.every_steps,
+            ),
             choices: choices.collect(),
             impossible: impossible(train, hardware),
             flop_per_token,
@@ -163,8 +171,14 @@ fn impossible(train: &Train, hardware: &Hardware) -> Option<String> {
 fn all(sizes: &Sizes, mode: Recompute) -> Mix {
     match mode {
         Recompute::None => Mix::default(),
-        Recompute::Selective => Mix { full: 0, selective: sizes.layers },
-        Recompute::Full => Mix { full: sizes.layers, selective: 0 },
+        Recompute::Selective => Mix {
+            full: 0,
+            selective: sizes.layers,
+        },
+        Recompute::Full => Mix {
+            full: sizes.layers,
+            selective: 0,
+        },
     }
 }
 
@@ -204,7 +218,13 @@ impl Way<'_> {
     }
 
     fn traffic(&self) -> Traffic {
-        Traffic::of(self.sizes, self.train, &self.division, self.shard_frozen, self.micro_batches)
+        Traffic::of(
+            self.sizes,
+            self.train,
+            &self.division,
+            self.shard_frozen,
+            self.micro_batches,
+        )
     }
 
     fn choice(&self, tokens: f64) -> Choice {
@@ -263,7 +283,10 @@ mod tests {
     }
 
     fn forecast(plan: &Plan, nodes: usize, hardware: &Hardware) -> Forecast {
-        let place = Place { nodes, ranks_per_node: 8 };
+        let place = Place {
+            nodes,
+            ranks_per_node: 8,
+        };
         Forecast::of(plan, &sizes(plan), place, hardware).unwrap()
     }
 
@@ -290,10 +313,16 @@ mod tests {
             let (mut any, usable) = (false, hardware.usable());
             for of_full in 0..=32 {
                 for of_selective in 0..=32 - of_full {
-                    let mix = Mix { full: of_full, selective: of_selective };
+                    let mix = Mix {
+                        full: of_full,
+                        selective: of_selective,
+                    };
                     if budget.with(&mix).total() <= usable {
                         any = true;
-                        assert!(cost(&mix) >= cost(&chosen), "{gb} GB: {mix:?} fits too and costs less than {chosen:?}");
+                        assert!(
+                            cost(&mix) >= cost(&chosen),
+                            "{gb} GB: {mix:?} fits too and costs less than {chosen:?}"
+                        );
                     }
                 }
             }
@@ -304,7 +333,10 @@ mod tests {
         let first = seen.first().unwrap();
         assert!(!first.2, "too little is told: {seen:?}");
         assert_eq!(seen.last().unwrap().1, Mix::default(), "enough is used: {seen:?}");
-        assert!(seen.iter().any(|(_, mix, fits)| *fits && mix.full > 0 && mix.full < 32), "{seen:?}");
+        assert!(
+            seen.iter().any(|(_, mix, fits)| *fits && mix.full > 0 && mix.full < 32),
+            "{seen:?}"
+        );
     }
 
     #[test]
@@ -315,20 +347,29 @@ mod tests {
         let crate::Model::Scratch { shape, .. } = &plan.model else {
             panic!("from scratch")
         };
-        let place = Place { nodes: 32, ranks_per_node: 8 };
+        let place = Place {
+            nodes: 32,
+            ranks_per_node: 8,
+        };
         let found = Forecast::of(&plan, &Sizes::of(shape, 256_000), place, &Hardware::usual(Device::Cuda)).unwrap();
         assert!(!found.fits());
         let fits: Vec<bool> = found.choices.iter().map(|choice| choice.cheapest.is_some()).collect();
         assert_eq!(fits, [false, false, true, true]);
         let why = found.choices[1].why.as_deref().unwrap();
-        assert!(why.starts_with("even with full recomputation") && why.contains("most is gradients, 52.0 GiB"), "{why}");
+        assert!(
+            why.starts_with("even with full recomputation") && why.contains("most is gradients, 52.0 GiB"),
+            "{why}"
+        );
         assert!(found.choices[1].chosen && !found.choices[0].chosen);
     }
 
     #[test]
     fn more_ranks_than_rows_are_refused_with_a_way_out() {
         let plan = mala(&[]);
-        let place = Place { nodes: 3, ranks_per_node: 8 };
+        let place = Place {
+            nodes: 3,
+            ranks_per_node: 8,
+        };
         let said = Forecast::of(&plan, &sizes(&plan), place, &Hardware::usual(Device::Cuda)).unwrap_err();
         assert_eq!(
             said,
@@ -336,7 +377,10 @@ mod tests {
         );
         let mut plan = mala(&[]);
         plan.train.recompute = Recomputation::First(Mix { full: 30, selective: 3 });
-        let place = Place { nodes: 2, ranks_per_node: 8 };
+        let place = Place {
+            nodes: 2,
+            ranks_per_node: 8,
+        };
         let said = Forecast::of(&plan, &sizes(&plan), place, &Hardware::usual(Device::Cuda)).unwrap_err();
         assert!(said.contains("names more layers than the model's 32"), "{said}");
     }

@@ -94,7 +94,10 @@ impl Hardware {
         };
         for (key, value) in choice.figures.iter().filter(|(key, _)| *key != "per_node") {
             *hardware.figure(key).ok_or_else(|| {
-                format!("hardware.{key} is no figure of an entry; known: name, file, {}", FIGURES.join(", "))
+                format!(
+                    "hardware.{key} is no figure of an entry; known: name, file, {}",
+                    FIGURES.join(", ")
+                )
             })? = *value;
         }
         if let Some(per_node) = choice.figures.get("per_node") {
@@ -132,13 +135,18 @@ impl Hardware {
             let value = *copy.figure(key).expect("listed");
             let share = key.ends_with("_share");
             let (holds, rule) = match *key {
-                "reserved" => ((0.0..1.0).contains(&value), "a share of the memory, 0 or more and below 1"),
+                "reserved" => (
+                    (0.0..1.0).contains(&value),
+                    "a share of the memory, 0 or more and below 1",
+                ),
                 "flops_fp8" | "latency_within" | "latency_between" => (value >= 0.0, "0 or more"),
                 _ if share => (value > 0.0 && value <= 1.0, "a share above 0 and at most 1"),
                 _ => (value > 0.0, "above 0"),
             };
             if !(holds && value.is_finite()) {
-                return Err(format!("hardware.{key} = {value} is not {rule}; correct it, or leave it to the entry"));
+                return Err(format!(
+                    "hardware.{key} = {value} is not {rule}; correct it, or leave it to the entry"
+                ));
             }
         }
         match self.per_node {
@@ -198,12 +206,18 @@ pub fn shipped() -> BTreeMap<String, Hardware> {
 }
 
 fn read(file: &Path) -> Result<BTreeMap<String, Hardware>, String> {
-    let text = std::fs::read_to_string(file)
-        .map_err(|error| format!("hardware.file = {} cannot be read: {error}; name a file like configs/hardware/shipped.yaml", file.display()))?;
+    let text = std::fs::read_to_string(file).map_err(|error| {
+        format!(
+            "hardware.file = {} cannot be read: {error}; name a file like configs/hardware/shipped.yaml",
+            file.display()
+        )
+    })?;
     let entries: BTreeMap<String, Hardware> =
         serde_saphyr::from_str(&text).map_err(|error| format!("{}: {}", file.display(), sentence(&error)))?;
     for (name, entry) in &entries {
-        entry.check().map_err(|sentence| format!("{}, {name}: {sentence}", file.display()))?;
+        entry
+            .check()
+            .map_err(|sentence| format!("{}, {name}: {sentence}", file.display()))?;
     }
     Ok(named(entries))
 }
@@ -256,7 +270,9 @@ mod tests {
         let names: Vec<&str> = entries.keys().map(String::as_str).collect();
         assert_eq!(names, ["a100", "cpu", "h100", "h200", "mi250x"]);
         for entry in entries.values() {
-            entry.check().unwrap_or_else(|sentence| panic!("{}: {sentence}", entry.name));
+            entry
+                .check()
+                .unwrap_or_else(|sentence| panic!("{}: {sentence}", entry.name));
         }
     }
 
@@ -264,8 +280,15 @@ mod tests {
     fn ranks_share_a_machine_of_one_device() {
         let cpu = Hardware::usual(Device::Cpu);
         let quarter = cpu.shared_by(4);
-        assert_eq!((quarter.memory, quarter.flops.f32), (cpu.memory / 4.0, cpu.flops.f32 / 4.0));
+        assert_eq!(
+            (quarter.memory, quarter.flops.f32),
+            (cpu.memory / 4.0, cpu.flops.f32 / 4.0)
+        );
         let gpu = Hardware::usual(Device::Cuda);
-        assert_eq!(gpu.shared_by(4), gpu, "four ranks of a node with eight devices have one each");
+        assert_eq!(
+            gpu.shared_by(4),
+            gpu,
+            "four ranks of a node with eight devices have one each"
+        );
     }
 }

@@ -426,11 +426,13 @@ impl Budget {
             _ => 0,
         };
         let frozen_moments: Vec<Moment> = moments(&frozen.stages).collect();
-        let each = moments(&trained.stages).zip(&frozen_moments).map(|(moment, of_frozen)| {
-            let frozen = u64::from(divides) * division.passing_frozen(of_frozen, &frozen.numels);
-            let passing = division.passing_trained(&moment, &trained.numels) + frozen;
-            (moment.at, passing + staging)
-        });
+        let each = moments(&trained.stages)
+            .zip(&frozen_moments)
+            .map(|(moment, of_frozen)| {
+                let frozen = u64::from(divides) * division.passing_frozen(of_frozen, &frozen.numels);
+                let passing = division.passing_trained(&moment, &trained.numels) + frozen;
+                (moment.at, passing + staging)
+            });
         let publication = (At::Publication, division.casts(&trained.numels) + staging);
         Budget {
             kept: [
@@ -449,7 +451,11 @@ impl Budget {
         let (at, communication) = *fullest.expect("a step has moments");
         let activations = self.activations.at(at, mix);
         let is_head = matches!(at, At::Backward(stage) if stage > self.activations.sizes.layers);
-        let head = if is_head { self.activations.head_chunk().min(activations) } else { 0 };
+        let head = if is_head {
+            self.activations.head_chunk().min(activations)
+        } else {
+            0
+        };
         let [weights, gradients, optimizer] = self.kept;
         Memory {
             weights,

@@ -231,7 +231,11 @@ impl Sizes {
         };
         let [mut trained, mut frozen] = [of(|stage| stage.trained), of(|stage| stage.frozen)];
         if self.tied {
-            let matrix = if self.embedding_trains(full) { &mut trained } else { &mut frozen };
+            let matrix = if self.embedding_trains(full) {
+                &mut trained
+            } else {
+                &mut frozen
+            };
             let last = matrix.stages.len() - 1;
             matrix.stages[last].push(0);
         }

@@ -38,7 +38,11 @@ impl Work {
     fn seconds(&self, train: &Train, hardware: &Hardware) -> f64 {
         let peak = hardware.flops(train.precision);
         // Hardware without units for 8 bits cannot run such a plan; it is told where the plan is shown.
-        let fp8 = if hardware.flops.fp8 > 0.0 { hardware.flops.fp8 } else { peak };
+        let fp8 = if hardware.flops.fp8 > 0.0 {
+            hardware.flops.fp8
+        } else {
+            peak
+        };
         self.gemm / (peak * hardware.gemm_share)
             + self.fp8 / (fp8 * hardware.gemm_share)
             + self.attention / (peak * hardware.attention_share)
@@ -71,8 +75,14 @@ impl Stages {
             let trains = train.full.contains(&linear.module);
             let in_fp8 = !trains && train.frozen_precision == Some(FrozenPrecision::Fp8);
             let of = |products: f64| match in_fp8 {
-                true => Work { fp8: products * product, ..Work::default() },
-                false => Work { gemm: products * product, ..Work::default() },
+                true => Work {
+                    fp8: products * product,
+                    ..Work::default()
+                },
+                false => Work {
+                    gemm: products * product,
+                    ..Work::default()
+                },
             };
             forward = forward.plus(of(1.0));
             backward = backward.plus(of(1.0));
@@ -171,7 +181,9 @@ impl FlopPerToken {
         let stages = Stages::of(sizes, train);
         let layers = sizes.layers as f64;
         let once = layers * (stages.forward.flop() + stages.backward.flop()) + stages.head.flop();
-        let again: f64 = (0..sizes.layers).map(|layer| stages.recomputed(mix.of_layer(layer)).flop()).sum();
+        let again: f64 = (0..sizes.layers)
+            .map(|layer| stages.recomputed(mix.of_layer(layer)).flop())
+            .sum();
         FlopPerToken {
             model: (once - layers * 0.5 * stages.forward.attention) / n,
             computed: (once + again) / n,
@@ -238,7 +250,9 @@ pub struct Step<'a> {
 
 impl Step<'_> {
     pub fn time(&self, mix: &Mix) -> StepTime {
-        let Step { sizes, train, hardware, .. } = self;
+        let Step {
+            sizes, train, hardware, ..
+        } = self;
         let stages = Stages::of(sizes, train);
         let layers = sizes.layers;
         let forward = stages.forward.seconds(train, hardware);
@@ -278,7 +292,8 @@ impl Step<'_> {
             }
         }
         walk.finish();
-        let compute = self.micro_batches as f64 * (layers as f64 * forward + (0..layers).map(backward).sum::<f64>() + head);
+        let compute =
+            self.micro_batches as f64 * (layers as f64 * forward + (0..layers).map(backward).sum::<f64>() + head);
         let total = walk.now + update;
         StepTime {
             total,
@@ -310,7 +325,8 @@ impl Step<'_> {
             // As many rings as a node has links: each rank's share of the traffic leaves by its own.
             nodes => (hardware.link_within.min(hardware.link_between), nodes - 1),
         };
-        let messages = (world - 1 - crossings) as f64 * hardware.latency_within + crossings as f64 * hardware.latency_between;
+        let messages =
+            (world - 1 - crossings) as f64 * hardware.latency_within + crossings as f64 * hardware.latency_between;
         bytes / (rate * hardware.link_share) + messages
     }
 }
@@ -427,7 +443,11 @@ impl<'a> Walk<'a> {
     /// Of the buckets that no lower stage reads.
     fn reduce(&mut self, stage: usize) {
         let below = |bucket: &usize| self.trained.stages[..stage].iter().any(|reads| reads.contains(bucket));
-        let complete: Vec<usize> = self.trained.stages[stage].iter().copied().filter(|bucket| !below(bucket)).collect();
+        let complete: Vec<usize> = self.trained.stages[stage]
+            .iter()
+            .copied()
+            .filter(|bucket| !below(bucket))
+            .collect();
         for bucket in complete {
             let ways = if self.step.division.zero == 0 { 2.0 } else { 1.0 };
             let bytes = self.sends(Flat::Trained(bucket), self.step.train.reduce.bytes()) * ways;
@@ -438,7 +458,9 @@ impl<'a> Walk<'a> {
 
     /// Bytes of the embedding's gradient as rows, were each of the micro-batches' tokens another.
     fn rows(&self, bucket: usize) -> Option<f64> {
-        let Step { sizes, train, division, .. } = self.step;
+        let Step {
+            sizes, train, division, ..
+        } = self.step;
         let may = Traffic::of(sizes, train, division, false, 1).rows_may_travel && bucket == 0;
         let reductions = if division.zero >= 2 { 1 } else { self.step.micro_batches };
         let tokens = (train.micro_rows * train.sequence_length * reductions).min(sizes.rows);
@@ -469,7 +491,10 @@ mod tests {
     }
 
     fn time(train: &Train, nodes: usize, link_between: f64, mix: &Mix) -> StepTime {
-        let place = Place { nodes, ranks_per_node: 8 };
+        let place = Place {
+            nodes,
+            ranks_per_node: 8,
+        };
         let hardware = Hardware {
             link_between,
             ..Hardware::usual(Device::Cuda)
@@ -493,7 +518,10 @@ mod tests {
         let full = FlopPerToken::of(&llama_2_7b(), &plan().train, &Mix { full: 32, selective: 0 });
         assert_eq!(full.model, flop.model);
         // Forward once more but for the last product of each layer: 2 · (6.476 G − 1.443 G), and attention's 1.07 G.
-        assert!(((full.computed - flop.computed) / 11.14e9 - 1.0).abs() < 0.01, "{full:?}");
+        assert!(
+            ((full.computed - flop.computed) / 11.14e9 - 1.0).abs() < 0.01,
+            "{full:?}"
+        );
 
         // Everything trained, no LoRA: six a parameter of the layers and of the head, and attention's.
         let mut train = plan().train;
@@ -509,7 +537,10 @@ mod tests {
         let train = plan().train;
         let full = Mix { full: 32, selective: 0 };
         let fast = time(&train, 4, 50e9, &full);
-        assert!(fast.exposed < 0.05 * fast.total && fast.hidden_share() > 0.5, "{fast:?}");
+        assert!(
+            fast.exposed < 0.05 * fast.total && fast.hidden_share() > 0.5,
+            "{fast:?}"
+        );
         let slow = time(&train, 4, 0.5e9, &full);
         assert!(slow.exposed > 0.2 * slow.total, "{slow:?}");
         for step in [fast, slow] {
@@ -533,7 +564,10 @@ mod tests {
             for (shard_frozen, micro_batches, precision) in [(false, 1, Precision::Bf16), (true, 3, Precision::F32)] {
                 let mut train = plan().train;
                 (train.zero, train.shard_frozen, train.reduce) = (zero, shard_frozen, precision);
-                let place = Place { nodes: 2, ranks_per_node: 8 };
+                let place = Place {
+                    nodes: 2,
+                    ranks_per_node: 8,
+                };
                 let division = Division::of(zero, train.precision, place.world());
                 let sizes = llama_2_7b();
                 let step = Step {
@@ -550,7 +584,10 @@ mod tests {
                     let traffic = Traffic::of(&sizes, step.train, &division, shard_frozen, micro_batches);
                     let bytes = step.time(&Mix::default()).communication * hardware.link_between;
                     let expected = (traffic.total() - traffic.numbers) as f64;
-                    assert!((bytes / expected - 1.0).abs() < 1e-6, "ZeRO-{zero}: {bytes}, {traffic:?}");
+                    assert!(
+                        (bytes / expected - 1.0).abs() < 1e-6,
+                        "ZeRO-{zero}: {bytes}, {traffic:?}"
+                    );
                 });
             }
         }

@@ -89,7 +89,9 @@ pub fn visits(buckets: &Buckets, bucket: usize) -> usize {
     let last = buckets.stages.len().saturating_sub(1);
     let stages = buckets.stages.iter().enumerate();
     let reads = stages.filter(|(_, reads)| reads.contains(&bucket));
-    reads.map(|(stage, _)| if stage == 0 || stage == last { 1 } else { 2 }).sum()
+    reads
+        .map(|(stage, _)| if stage == 0 || stage == last { 1 } else { 2 })
+        .sum()
 }
 
 /// Where the embedding trains alone in its bucket and its gradient has rows of zeros, which a tied head's has not.

@@ -44,10 +44,20 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         return app.print(&table, || table.page());
     }
     // The places decide how many ranks there are, and the config is checked with them.
-    let hardware = |plan: &Plan| plan.hardware.clone().unwrap_or_else(|| Hardware::usual(plan.train.device));
+    let hardware = |plan: &Plan| {
+        plan.hardware
+            .clone()
+            .unwrap_or_else(|| Hardware::usual(plan.train.device))
+    };
     let first = config.load();
     let place = match (asked, &first) {
-        (Asked { nodes: None, gpus: None }, _) => None,
+        (
+            Asked {
+                nodes: None,
+                gpus: None,
+            },
+            _,
+        ) => None,
         (Asked { nodes, gpus }, Ok(plan)) => Some(Place {
             nodes: nodes.unwrap_or(1),
             ranks_per_node: gpus.unwrap_or(hardware(plan).per_node),
@@ -87,7 +97,9 @@ fn asked(overrides: &[String]) -> anyhow::Result<(Asked, Vec<String>)> {
         };
         match place.1.parse() {
             Ok(number) if number > 0 => *place.0 = Some(number),
-            _ => bail!("`{text}` is no number of them; write a whole number above 0, such as nodes=4 gpus=8, gpus being of each node"),
+            _ => bail!(
+                "`{text}` is no number of them; write a whole number above 0, such as nodes=4 gpus=8, gpus being of each node"
+            ),
         }
     }
     Ok((asked, others))
@@ -155,7 +167,9 @@ impl Derived {
                 .sum()
         });
         let sizes = sizes(plan);
-        let forecast = sizes.map(|sizes| Forecast::of(plan, &sizes, place, hardware)).transpose();
+        let forecast = sizes
+            .map(|sizes| Forecast::of(plan, &sizes, place, hardware))
+            .transpose();
         Ok(Derived {
             rows_per_rank,
             micro_batches: rows_per_rank / train.micro_rows,
@@ -174,9 +188,13 @@ impl Derived {
         let forecast = self.forecast.iter().zip(self.layers);
         let lines = forecast.flat_map(|(forecast, layers)| {
             let lines = planned::lines(plan, layers, forecast);
-            [String::new(), "What it would take".to_owned()].into_iter().chain(lines)
+            [String::new(), "What it would take".to_owned()]
+                .into_iter()
+                .chain(lines)
         });
-        let lines: String = lines.map(|line| format!("\n{}", format!("# {line}").trim_end())).collect();
+        let lines: String = lines
+            .map(|line| format!("\n{}", format!("# {line}").trim_end()))
+            .collect();
         format!("{self}{lines}")
     }
 }
@@ -233,7 +251,9 @@ impl Config {
             heads,
             kv_heads: self.num_key_value_heads.unwrap_or(heads),
             head_dim: self.head_dim.unwrap_or(self.hidden_size / heads.max(1)),
-            positions: self.max_position_embeddings.unwrap_or(if is_gpt2 { 1024 } else { 2048 }),
+            positions: self
+                .max_position_embeddings
+                .unwrap_or(if is_gpt2 { 1024 } else { 2048 }),
             tied: self.tie_word_embeddings.unwrap_or(is_gpt2),
             pieces: self.vocab_size,
             rows: self.vocab_size,
@@ -306,7 +326,10 @@ struct Line {
 
 impl Scaling {
     fn of(plan: &Plan, sizes: &Sizes) -> anyhow::Result<Scaling> {
-        let hardware = plan.hardware.clone().unwrap_or_else(|| Hardware::usual(plan.train.device));
+        let hardware = plan
+            .hardware
+            .clone()
+            .unwrap_or_else(|| Hardware::usual(plan.train.device));
         let rows_per_rank = plan.train.rows_per_step / plan.launch.ranks;
         let mut lines = Vec::new();
         for doubled in 3..=10 {
@@ -343,7 +366,16 @@ impl Scaling {
 
     fn page(&self) -> String {
         let header = [
-            ">ranks", ">Gb/s", ">memory", ">sent", ">step, s", ">waiting, s", ">tokens/s", ">efficiency", ">days", ">node-hours",
+            ">ranks",
+            ">Gb/s",
+            ">memory",
+            ">sent",
+            ">step, s",
+            ">waiting, s",
+            ">tokens/s",
+            ">efficiency",
+            ">days",
+            ">node-hours",
         ];
         let table = |of: fn(&Line) -> &Option<Forecast>| {
             // Of a rank among the first line's.
@@ -398,7 +430,10 @@ mod tests {
     }
 
     fn derived(plan: &Plan) -> Derived {
-        let hardware = plan.hardware.clone().unwrap_or_else(|| Hardware::usual(plan.train.device));
+        let hardware = plan
+            .hardware
+            .clone()
+            .unwrap_or_else(|| Hardware::usual(plan.train.device));
         Derived::of(plan, usual_place(plan.launch.ranks, &hardware), &hardware).unwrap()
     }
 
@@ -442,15 +477,24 @@ mod tests {
             asked(&texts)
         };
         let (found, others) = of(&["nodes=4", "train.zero=3", "gpus=8"]).unwrap();
-        assert_eq!((found.nodes, found.gpus, &others[..]), (Some(4), Some(8), &["train.zero=3".to_owned()][..]));
+        assert_eq!(
+            (found.nodes, found.gpus, &others[..]),
+            (Some(4), Some(8), &["train.zero=3".to_owned()][..])
+        );
         let said = of(&["nodes=four"]).unwrap_err().to_string();
-        assert!(said.starts_with("`nodes=four` is no number of them; write a whole number above 0"), "{said}");
+        assert!(
+            said.starts_with("`nodes=four` is no number of them; write a whole number above 0"),
+            "{said}"
+        );
 
         let h100 = Hardware::usual(configs::Device::Cuda);
         let place = |ranks| {
             let Place { nodes, ranks_per_node } = usual_place(ranks, &h100);
             (nodes, ranks_per_node)
         };
-        assert_eq!([place(3), place(8), place(16), place(12)], [(1, 3), (1, 8), (2, 8), (12, 1)]);
+        assert_eq!(
+            [place(3), place(8), place(16), place(12)],
+            [(1, 3), (1, 8), (2, 8), (12, 1)]
+        );
     }
 }
