@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf, absolute};
 
 use crate::plan::*;
+use crate::planner::Hardware;
+use crate::planner::sizes::PUBLISHED;
 use crate::raw::{self, FamilyName, ModelKind, PiecesKind, Raw, SourceKind as Kind};
 
 pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
@@ -13,6 +15,11 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     let full = full_modules(&raw.train.full, model.as_ref(), &mut rules);
     let typed_full = raw.train.full.clone();
     let folders = folders(&raw, &mut rules);
+    let device = raw.train.device.unwrap_or_default();
+    let hardware = raw.hardware.as_ref().and_then(|choice| {
+        let chosen = Hardware::choose(choice, device);
+        chosen.map_err(|sentence| rules.broken.push(sentence)).ok()
+    });
     let optimizer = optimizer(raw.optimizer, &raw.train, &full, &mut rules);
     let train = train(raw.train, full, &mut rules);
     let plan = Plan {
@@ -23,7 +30,7 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
         name: raw.name,
         seed: raw.seed,
         // A placeholder where a rule is broken already; the plan is not handed out then.
-        model: model.unwrap_or(Model::Folder),
+        model: model.unwrap_or(Model::Folder { published: None }),
         vocabulary: raw.vocabulary,
         sampling: raw.sampling,
         checkpoint: raw.checkpoint,
@@ -35,6 +42,7 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
             timeline: debug.timeline.unwrap_or(false),
             deterministic: debug.deterministic.unwrap_or(false),
         }),
+        hardware,
     };
     check_name(&plan.name, &mut rules);
     check_modules(&plan, &typed_full, &mut rules);
@@ -43,6 +51,11 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     check_text(&plan, &mut rules);
     check_batch(&plan, &mut rules);
     check_lengths(&plan, &mut rules);
+    if let Model::Scratch { shape, .. } = &plan.model
+        && let Err(sentence) = plan.train.recompute.check(shape.num_hidden_layers)
+    {
+        rules.broken.push(sentence);
+    }
     if rules.broken.is_empty() {
         Ok(plan)
     } else {
@@ -384,11 +397,25 @@ fn model(raw: &raw::Model, rules: &mut Rules) -> Option<Model> {
             format!("model.{key} means nothing with kind: {kind}; remove it")
         });
     }
+    rules.require(raw.published.is_none() || raw.kind == ModelKind::Folder, || {
+        format!("model.published means nothing with kind: {kind}; remove it")
+    });
     if let Some(path) = &raw.path {
         rules.path("model.path", path);
     }
     match raw.kind {
-        ModelKind::Folder => Some(Model::Folder),
+        ModelKind::Folder => {
+            let published = raw.published.clone();
+            rules.require(published.as_ref().is_none_or(|name| PUBLISHED.contains(&name.as_str())), || {
+                format!(
+                    "model.published = {} is none that the planner knows; known: {}; or remove the line: sizes are read from \
+                     model.path's config.json once it is there",
+                    published.clone().unwrap_or_default(),
+                    PUBLISHED.join(", ")
+                )
+            });
+            Some(Model::Folder { published })
+        }
         ModelKind::Gguf => Some(Model::Gguf {
             path: rules.path("model.path", raw.path.as_deref()?),
         }),

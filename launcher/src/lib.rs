@@ -9,6 +9,7 @@ pub mod files;
 pub mod hostlist;
 pub mod inspection;
 pub mod place;
+pub mod planned;
 pub mod pulse;
 pub mod rendezvous;
 pub mod report;

@@ -28,7 +28,7 @@ struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   panglot demo                                  the whole road on real text, in minutes
-  panglot plan configs/mala500-7b.yaml          what a config means, checked; starts nothing
+  panglot plan configs/mala500-7b.yaml          what a config means and what it would take; starts nothing
   panglot prepare configs/demo.yaml             corpus, model, vocabulary, tokens: what is missing or stale
   panglot train configs/demo.yaml -n 2          on two ranks; the same line again resumes
   panglot train configs/demo.yaml -n 2 --restarts 3  again from the newest checkpoint when a rank is lost

@@ -312,6 +312,7 @@ pub fn differences(theirs: &Identity, ours: &Identity) -> Vec<String> {
             "evaluation",
             "launch",
             "debug",
+            "hardware",
         ] {
             plan.remove(key);
         }

@@ -21,6 +21,7 @@ use crate::checkpoint::{self, Identity, Progress};
 use crate::evaluate::kind;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{Model, Trains, Weight, bucket_of, take_trained};
+use crate::planned::{self, Watch};
 use crate::step::{StepReport, Trainer, lr_by_group};
 use crate::tensorboard::EventWriter;
 
@@ -124,7 +125,10 @@ pub fn build_model<'a>(
         !zero.layout().buckets.is_empty(),
         "nothing trains: give train.lora, or name modules in train.full"
     );
-    Ok((Trainer::new(plan, comm, model, zero), digest))
+    let recompute = planned::recomputation(plan, &model.sizes(), comm, device, (stage, shard_frozen))?;
+    let mut trainer = Trainer::new(plan, comm, model, zero);
+    trainer.recompute = recompute;
+    Ok((trainer, digest))
 }
 
 /// Trains until the plan's last step, from the newest checkpoint if there is one.
@@ -139,7 +143,9 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
     let stream = launcher::sampling::stream(plan)?;
-    let (mut trainer, identity) = build(plan, comm, device, sharding(plan, comm))?;
+    let shards = sharding(plan, comm);
+    let mut watch = Watch::begin(device)?;
+    let (mut trainer, identity) = build(plan, comm, device, shards)?;
     let folder = plan.folders.run.join("checkpoints");
     comm.at(Mark::Restore);
     let mut progress = resume(&folder, &mut trainer, &identity)?;
@@ -149,6 +155,9 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         None
     };
 
+    say(Event::Note {
+        text: watch.plan(&trainer, shards),
+    });
     say(Event::Phase {
         name: "training".into(),
     });
@@ -161,6 +170,9 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let sent_before = comm.sent().bytes();
         let report = trainer.train_step(&batch, stop.load(Ordering::Relaxed))?;
         let bytes_sent = comm.sent().bytes() - sent_before;
+        if let Some(text) = watch.after_step(comm, bytes_sent, trainer.step == plan.train.steps)? {
+            say(Event::Note { text });
+        }
         progress = Progress {
             step: trainer.step,
             targets_so_far: progress.targets_so_far + report.targets,

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use configs::{FullModule, Lora, Precision, Recompute};
+use configs::{FullModule, Lora, Precision, Recomputation};
 use corpus::RowsDigest;
 use serde::{Deserialize, Serialize};
 use sharding::adamw::{self, AdamW};
@@ -233,7 +233,7 @@ fn measure(settings: &Settings, device: Device) -> Result<Measured> {
     let config = llama_7b(settings.layers);
     let mut plan = plan(include_str!("../../../configs/tiny.yaml"))?;
     plan.train.precision = Precision::Bf16;
-    plan.train.recompute = serde_json::from_value::<Recompute>(settings.recompute.as_str().into())
+    plan.train.recompute = serde_json::from_value::<Recomputation>(settings.recompute.as_str().into())
         .with_context(|| format!("--recompute {} is not none, selective or full", settings.recompute))?;
     plan.train.sequence_length = settings.tokens;
     plan.train.rows_per_step = settings.rows;
