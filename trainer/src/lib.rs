@@ -10,6 +10,7 @@ pub mod guard;
 pub mod hf;
 pub mod inspect;
 pub mod model;
+pub mod parts;
 pub mod random;
 pub mod scratch;
 pub mod step;

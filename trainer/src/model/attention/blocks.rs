@@ -3,13 +3,13 @@
 //! Source: Dao 2023, "FlashAttention-2", §3.1; here whole rows of scores fit, so that softmax needs no second thought.
 //! Axes: b row, t time, h head, g key/value head, d dim.
 
-use pulp::Arch;
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
 use super::Stretch;
 use crate::model::gemm::{Into, Matrix, product};
 use crate::model::kernels::cpu::{Element, by_kind, exp, largest, sum};
+use crate::model::kernels::vectors::vectorized;
 
 /// Queries of a block. More make larger products and more of them in vain.
 const QUERIES: usize = 64;
@@ -109,17 +109,9 @@ pub fn forward(q_bthd: &Tensor, k_btgd: &Tensor, v_btgd: &Tensor, stretches: &[S
                     let v = head(v, (begin, keys), group, dim, &mut room.v);
                     room.scores.resize(queries * keys, 0.0);
                     product(q, k.t(), sizes.scale(), fresh(&mut room.scores, keys));
-                    Arch::new().dispatch(|| {
-                        for (i, scores) in room.scores.chunks_exact_mut(keys).enumerate() {
-                            let (seen, later) = scores.split_at_mut(first + i + 1);
-                            let most = largest(seen);
-                            seen.iter_mut().for_each(|x| *x = exp(*x - most));
-                            let total = sum(seen, |x| x);
-                            seen.iter_mut().for_each(|x| *x *= 1.0 / total);
-                            later.fill(0.0);
-                            logsumexp[i * heads + h] = most + total.ln();
-                        }
-                    });
+                    for (i, scores) in room.scores.chunks_exact_mut(keys).enumerate() {
+                        logsumexp[i * heads + h] = softmax(scores, first + i + 1);
+                    }
                     room.out.resize(queries * dim, 0.0);
                     product(
                         Matrix::new(&room.scores, queries, keys, keys),
@@ -233,26 +225,16 @@ fn backward_of_head<E: Element>(
         room.d_scores.resize(queries * keys, 0.0);
         product(q, k.t(), sizes.scale(), fresh(&mut room.scores, keys));
         product(d_out_m, v.t(), 1.0, fresh(&mut room.d_scores, keys));
-        Arch::new().dispatch(|| {
-            let rows = room
-                .scores
-                .chunks_exact_mut(keys)
-                .zip(room.d_scores.chunks_exact_mut(keys));
-            for (i, (p, d)) in rows.enumerate() {
-                let position = begin + first + i;
-                let row = (position * heads + h) * dim..(position * heads + h + 1) * dim;
-                let both = out[row.clone()].iter().zip(&d_out[row]);
-                let row_sum: f32 = both.map(|(out, d_out)| out.widen() * d_out.widen()).sum();
-                let logsumexp = logsumexp[position * heads + h];
-                let seen = first + i + 1;
-                for (p, d) in p[..seen].iter_mut().zip(&mut d[..seen]) {
-                    *p = exp(*p - logsumexp);
-                    *d = *p * (*d - row_sum);
-                }
-                p[seen..].fill(0.0);
-                d[seen..].fill(0.0);
-            }
-        });
+        let rows = room
+            .scores
+            .chunks_exact_mut(keys)
+            .zip(room.d_scores.chunks_exact_mut(keys));
+        for (i, (p, d)) in rows.enumerate() {
+            let position = begin + first + i;
+            let row = (position * heads + h) * dim..(position * heads + h + 1) * dim;
+            let logsumexp = logsumexp[position * heads + h];
+            softmax_backward(p, d, first + i + 1, &out[row.clone()], &d_out[row], logsumexp);
+        }
         let p = Matrix::new(&room.scores, queries, keys, keys);
         let d_scores = Matrix::new(&room.d_scores, queries, keys, keys);
         product(p.t(), d_out_m, 1.0, added(&mut d_v[..keys * dim], dim));
@@ -265,6 +247,33 @@ fn backward_of_head<E: Element>(
         );
     }
     [d_q, d_k, d_v]
+}
+
+vectorized! {
+    /// The scores of one query become its probabilities, 0 from key `seen` on; ln Σ eˣ.
+    fn softmax(scores: &mut [f32], seen: usize) -> f32 {
+        let (seen, later) = scores.split_at_mut(seen);
+        let most = largest(seen);
+        seen.iter_mut().for_each(|x| *x = exp(*x - most));
+        let total = sum(seen, |x| x);
+        seen.iter_mut().for_each(|x| *x *= 1.0 / total);
+        later.fill(0.0);
+        most + total.ln()
+    }
+}
+
+vectorized! {
+    /// The scores of one query become its probabilities `p`, and d_p becomes d_scores; 0 from key `seen` on.
+    fn softmax_backward<E>(p: &mut [f32], d: &mut [f32], seen: usize, out: &[E], d_out: &[E], logsumexp: f32) -> () {
+        let both = out.iter().zip(d_out);
+        let row_sum: f32 = both.map(|(out, d_out)| out.widen() * d_out.widen()).sum();
+        for (p, d) in p[..seen].iter_mut().zip(&mut d[..seen]) {
+            *p = exp(*p - logsumexp);
+            *d = *p * (*d - row_sum);
+        }
+        p[seen..].fill(0.0);
+        d[seen..].fill(0.0);
+    }
 }
 
 /// What a thread keeps from task to task.
