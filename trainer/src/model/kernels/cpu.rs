@@ -14,7 +14,7 @@ use super::vectors::vectorized;
 use crate::random;
 
 /// Partial sums kept side by side: the widest vectors hold as many f32.
-const LANES: usize = 16;
+pub(in crate::model) const LANES: usize = 16;
 /// Terms that are summed in f32 before their sum goes into f64.
 const BLOCK: usize = 4096;
 /// Elements of one task where rows do not matter: three arrays of them stay in a second-level cache.
@@ -26,6 +26,8 @@ pub(in crate::model) trait Element: Copy + Send + Sync + 'static {
     fn round(x: f32) -> Self;
     /// The values themselves, where they are f32 already.
     fn plain(values: &[Self]) -> Option<&[f32]>;
+    /// The values themselves, where they are bf16.
+    fn halves(values: &[Self]) -> Option<&[bf16]>;
     fn of(tensor: &Tensor) -> &[Self];
     fn of_mut(tensor: &mut Tensor) -> &mut [Self];
 }
@@ -43,6 +45,10 @@ impl Element for f32 {
 
     fn plain(values: &[f32]) -> Option<&[f32]> {
         Some(values)
+    }
+
+    fn halves(_: &[f32]) -> Option<&[bf16]> {
+        None
     }
 
     fn of(tensor: &Tensor) -> &[f32] {
@@ -71,6 +77,10 @@ impl Element for bf16 {
 
     fn plain(_: &[bf16]) -> Option<&[f32]> {
         None
+    }
+
+    fn halves(values: &[bf16]) -> Option<&[bf16]> {
+        Some(values)
     }
 
     fn of(tensor: &Tensor) -> &[bf16] {
@@ -571,6 +581,18 @@ pub(in crate::model) fn sum<E: Element>(row: &[E], f: impl Fn(f32) -> f32) -> f3
     for chunk in chunks {
         for (x, lane) in chunk.iter().zip(&mut lanes) {
             *lane += f(x.widen());
+        }
+    }
+    total(lanes)
+}
+
+/// Σ a·b, by lanes.
+#[inline(always)]
+pub(in crate::model) fn dot<E: Element>(a: &[E], b: &[E]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += a.widen() * b.widen();
         }
     }
     total(lanes)
