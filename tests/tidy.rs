@@ -90,7 +90,7 @@ fn unsafe_code_stays_behind_the_doors() {
         "sharding/src/memory.rs",
         "corpus/src/tokens/indexed.rs",
         "trainer/src/hf/weights.rs",
-        "trainer/src/model/gemm.rs",
+        "trainer/src/model/gemm",
     ];
     only_in(&doors, &["unsafe "]);
     only_in(&doors, &["allow(unsafe"]);

@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod memory;
 pub mod model;
 pub mod planned;
+pub mod parts;
 pub mod random;
 pub mod scratch;
 pub mod step;

@@ -98,6 +98,11 @@ enum Command {
     },
     /// Compare this machine's GPU with its CPU: every kernel, attention, training steps.
     GpuCheck,
+    /// Measure each part of a training step by itself, against what this machine's GEMMs or memory allow.
+    BenchParts {
+        #[command(flatten)]
+        settings: trainer::parts::Settings,
+    },
     /// Measure training on this machine's GPU, against `transformers` and PEFT where --python names them.
     BenchGpu {
         #[command(flatten)]
@@ -130,6 +135,10 @@ fn start(command: Command) -> Result<i32> {
             set_threads(cores())?;
             return trainer::gpu::check().map(|()| exit::FINISHED);
         }
+        Command::BenchParts { settings } => {
+            set_threads(cores())?;
+            return trainer::parts::bench(settings).map(|()| exit::FINISHED);
+        }
         Command::BenchGpu { settings } => {
             set_threads(cores())?;
             return trainer::gpu::bench(settings).map(|()| exit::FINISHED);
@@ -138,7 +147,11 @@ fn start(command: Command) -> Result<i32> {
     }
     let place = Place::detect()?;
     let plan = match &command {
-        Command::ImportGguf { .. } | Command::Inspect { .. } | Command::GpuCheck | Command::BenchGpu { .. } => None,
+        Command::ImportGguf { .. }
+        | Command::Inspect { .. }
+        | Command::GpuCheck
+        | Command::BenchParts { .. }
+        | Command::BenchGpu { .. } => None,
         Command::InitModel { plan }
         | Command::Train { plan, .. }
         | Command::Eval { plan, .. }
@@ -508,7 +521,9 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -
             }
             done(serde_json::json!({ "written": out }))
         }
-        Command::GpuCheck | Command::BenchGpu { .. } => unreachable!("run before ranks meet"),
+        Command::GpuCheck | Command::BenchParts { .. } | Command::BenchGpu { .. } => {
+            unreachable!("run before ranks meet")
+        }
         Command::Export { merged, adapter, .. } => {
             done(trainer::export::export_newest(plan(), comm, &merged, &adapter)?)
         }

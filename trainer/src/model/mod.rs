@@ -62,7 +62,7 @@ impl Weight {
     }
 
     /// Adds `a` · `b` to the gradient, without a copy of the product where all are f32.
-    fn accumulate_product(&mut self, a: &Tensor, b: &Tensor) {
+    pub(crate) fn accumulate_product(&mut self, a: &Tensor, b: &Tensor) {
         if let Some(grad) = &mut self.grad {
             add_product(grad, a, b);
         }

@@ -3,6 +3,7 @@
 
 pub(super) mod cpu;
 mod cuda;
+pub(super) mod vectors;
 
 use configs::Gelu;
 use tch::{Device, Tensor};
