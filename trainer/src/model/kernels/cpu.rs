@@ -121,20 +121,29 @@ pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
     fn each<E: Element>(logits_nv: &mut Tensor, targets: &[i64]) -> Vec<f64> {
         let v = width(logits_nv);
         let rows = E::of_mut(logits_nv).par_chunks_exact_mut(v).zip(targets);
-        rows.map(|(row, target)| cross_entropy_of_row(row, *target as usize))
-            .collect()
+        rows.map_init(Vec::new, |powers, (row, target)| {
+            powers.resize(row.len(), 0.0);
+            cross_entropy_of_row(row, *target as usize, powers)
+        })
+        .collect()
     }
     let targets = memory::i64s(target_n);
     Tensor::from_slice(&by_kind!(logits_nv, each(logits_nv, targets)))
 }
 
 vectorized! {
-    fn cross_entropy_of_row<E>(row: &mut [E], target: usize) -> f64 {
-        let (logsumexp, at) = (log_sum_exp(row), row[target].widen());
-        let shift = logsumexp as f32;
-        row.iter_mut().for_each(|x| *x = E::round(exp(x.widen() - shift)));
-        row[target] = E::round(exp(at - shift) - 1.0);
-        logsumexp - f64::from(at)
+    /// `powers` has room for as many values.
+    fn cross_entropy_of_row<E>(row: &mut [E], target: usize, powers: &mut [f32]) -> f64 {
+        let (most, at) = (largest(row), row[target].widen());
+        let mut total = 0.0;
+        for (row, powers) in row.chunks(BLOCK).zip(powers.chunks_mut(BLOCK)) {
+            row.iter().zip(&mut *powers).for_each(|(x, power)| *power = exp(x.widen() - most));
+            total += f64::from(sum(powers, |x| x));
+        }
+        let share = (1.0 / total) as f32;
+        row.iter_mut().zip(&*powers).for_each(|(x, power)| *x = E::round(power * share));
+        row[target] = E::round(powers[target] * share - 1.0);
+        f64::from(most) + total.ln() - f64::from(at)
     }
 }
 
@@ -367,18 +376,6 @@ vectorized! {
         let of_norm = |x: X, d_y: E, w: E| (d_y.widen() * w.widen() - mean_g - (x.widen() - mean) * r * projection) * r;
         write_sum(d_x, x, d_y, weight, passed_by, of_norm);
     }
-}
-
-/// (d_w, d_b) of [`layer_norm`]: Σ_n d_y · z and Σ_n d_y, f32.
-pub fn layer_norm_weight_gradients(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> (Tensor, Tensor) {
-    let (x_nd, d_y_nd) = (x_nd.to_kind(Kind::Float), d_y_nd.to_kind(Kind::Float));
-    let centred_nd = &x_nd - x_nd.mean_dim(-1, true, Kind::Float);
-    let r_n1 = (centred_nd.square().mean_dim(-1, true, Kind::Float) + epsilon).rsqrt();
-    let d_bias_d = d_y_nd.sum_dim_intlist(0, false, Kind::Float);
-    (
-        (d_y_nd * centred_nd * r_n1).sum_dim_intlist(0, false, Kind::Float),
-        d_bias_d,
-    )
 }
 
 /// (μ, 1/√(σ² + ε)), the variance from the differences, in a second pass over what is in the nearest cache by then.
@@ -718,7 +715,7 @@ mod tests {
                     &layer_norm_backward(&x[0], &x[1], 1e-5, d_y, Some(&beside)),
                     &(&alone + beside),
                 );
-                let (d_weight, d_bias) = layer_norm_weight_gradients(&x[0], 1e-5, d_y);
+                let (d_weight, d_bias) = crate::model::kernels::layer_norm_weight_gradients(&x[0], 1e-5, d_y);
                 vec![alone, d_weight, d_bias]
             };
             // Off centre, as streams are.
