@@ -35,16 +35,17 @@ impl StateBytes {
     }
 }
 
-impl Division {
-    fn slice(&self, numel: usize, n_slices: usize) -> usize {
-        numel.div_ceil(n_slices).next_multiple_of(ALIGNMENT)
-    }
+/// The length of each of `n_slices` slices of `numel` elements, the padding of the last ones counted.
+pub fn slice_len(numel: usize, n_slices: usize) -> usize {
+    numel.div_ceil(n_slices).next_multiple_of(ALIGNMENT)
+}
 
+impl Division {
     /// Of what trains. `numels`: elements of each bucket; `stages[s]`: the buckets that stage s of the model reads, in forward
     /// order, where a tied head reads the embedding's.
     pub fn of_trained(&self, numels: &[usize], stages: &[Vec<usize>]) -> StateBytes {
         let n_slices = if self.zero == 0 { 1 } else { self.world };
-        let slices: Vec<usize> = numels.iter().map(|numel| self.slice(*numel, n_slices)).collect();
+        let slices: Vec<usize> = numels.iter().map(|numel| slice_len(*numel, n_slices)).collect();
         let padded: Vec<usize> = slices.iter().map(|slice| slice * n_slices).collect();
         let (slice, whole): (usize, usize) = (slices.iter().sum(), padded.iter().sum());
         // What is published is cast first, where the compute precision is another.
@@ -95,7 +96,7 @@ impl Division {
                 ..StateBytes::default()
             };
         }
-        let slices: Vec<usize> = numels.iter().map(|numel| self.slice(*numel, self.world)).collect();
+        let slices: Vec<usize> = numels.iter().map(|numel| slice_len(*numel, self.world)).collect();
         let padded: Vec<usize> = slices.iter().map(|slice| slice * self.world).collect();
         StateBytes {
             parameters: bytes(slices.iter().sum()),

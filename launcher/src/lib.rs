@@ -1,6 +1,7 @@
 //! What the command line and the workers share (places, events, exit codes), and what the command line is made of:
 //! prepared stages, supervision of workers, evaluations, reports.
 
+pub mod checkpoint;
 pub mod evaluation;
 pub mod events;
 pub mod exit;
@@ -13,4 +14,5 @@ pub mod stages;
 pub mod supervise;
 pub mod text;
 pub mod view;
+pub mod wall_time;
 pub mod worker;

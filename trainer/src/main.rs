@@ -287,6 +287,8 @@ fn code_of(error: &anyhow::Error) -> i32 {
     let has = |is: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(is);
     if has(|cause| cause.is::<sharding::Error>()) {
         exit::PEER
+    } else if has(|cause| cause.is::<trainer::checkpoint::WritesFailed>()) {
+        exit::IO
     } else if has(|cause| {
         cause
             .downcast_ref::<std::io::Error>()
