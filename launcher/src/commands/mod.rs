@@ -1,5 +1,6 @@
 //! One file a subcommand; here what they share.
 
+pub mod checkpoint;
 pub mod demo;
 pub mod eval;
 pub mod export;
@@ -9,6 +10,7 @@ pub mod report;
 pub mod rows;
 pub mod stage;
 pub mod train;
+pub mod verify_resume;
 
 use std::path::{Path, PathBuf};
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use configs::Plan;
 use nix::sys::signal::Signal;
 
-use super::{App, ConfigArgs, Failed, RunFolder, stage, watch};
+use super::{App, ConfigArgs, Failed, RunFolder, stage, verify_resume, watch};
 use launcher::events::Event;
 use launcher::place::{Place, PlaceError};
 use launcher::stages::STAGES;
@@ -28,6 +28,10 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         // Somebody has started us once a rank already: the world is theirs to choose, and this is one rank of it.
         Ok(place) if place.is_rank_of_many() => {
             let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
+            anyhow::ensure!(
+                plan.debug.verify_resume.is_none(),
+                "debug.verify_resume starts three jobs one after the other and this is one rank of a job; start `panglot` once"
+            );
             let ended = as_one_rank(app, &plan, &place)?;
             (plan, ended)
         }
@@ -39,6 +43,9 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
                 place => drop(place?),
             }
             stage::make(app, &plan, &STAGES, false)?;
+            if let Some(steps) = plan.debug.verify_resume {
+                return verify_resume::run(app, &plan, steps);
+            }
             let ended = train(app, &plan, &mut |_| None)?;
             (plan, ended)
         }

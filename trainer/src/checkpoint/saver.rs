@@ -350,7 +350,8 @@ fn commit(partial: &Path, manifest: &Manifest, fence: &Fence, keep: Keep, starte
     // Its files were each read back by who wrote them.
     check_listing(&folder, &files::read_manifest(&folder)?)?;
     let checkpoints = folder.parent().context("checkpoints lie in a folder")?;
-    if let Err(error) = keep.prune(checkpoints, manifest.step) {
+    let pruned = fence.check().and_then(|()| keep.prune(checkpoints, manifest.step));
+    if let Err(error) = pruned {
         tracing::warn!("old checkpoints stay: {error:#}");
     }
     Ok(seconds)
