@@ -202,8 +202,9 @@ fn under_strace(options: &[String], role: &str, run: &Path) -> Child {
     command.spawn().expect("strace starts; set-up installs it")
 }
 
-/// Every call of the role's in an undisturbed save that concerns the run's folder: its name, and the how manyth it is.
-fn every_call(role: &str) -> Vec<(&'static str, usize)> {
+/// Every call of the role's in an undisturbed save that concerns the run's folder: its name, the how manyth it is, and whether
+/// the role holds the run by then.
+fn every_call(role: &str) -> Vec<(&'static str, usize, bool)> {
     let run = run_before();
     let trace = tempfile::NamedTempFile::new().expect("a file");
     let traced = format!("trace={}", CALLS.join(","));
@@ -212,16 +213,17 @@ fn every_call(role: &str) -> Vec<(&'static str, usize)> {
     assert!(status.success(), "the {role} saves under strace: {status}");
     let text = fs::read_to_string(trace.path()).expect("a trace");
     let folder = fs::canonicalize(run.path()).expect("a folder").display().to_string();
+    let taken = text
+        .lines()
+        .position(|line| line.starts_with("rename(") && line.contains("/run.lock\")"));
     let mut calls = Vec::new();
     for call in CALLS {
-        let lines = text
-            .lines()
-            .filter(|line| line.starts_with(&format!("{call}(")))
-            .enumerate();
-        let ours = lines.filter(|(_, line)| line.contains(&folder));
-        calls.extend(ours.map(|(index, _)| (call, index + 1)));
+        let of_call = |line: &str| line.starts_with(&format!("{call}("));
+        let lines = text.lines().enumerate().filter(|(_, line)| of_call(line)).enumerate();
+        let ours = lines.filter(|(_, (_, line))| line.contains(&folder));
+        calls.extend(ours.map(|(index, (place, _))| (call, index + 1, taken.is_some_and(|taken| place > taken))));
     }
-    let count = |call: &str| calls.iter().filter(|(known, _)| *known == call).count();
+    let count = |call: &str| calls.iter().filter(|(known, ..)| *known == call).count();
     let least = if role == "rank-0" {
         [10, 8, 7, 3, 1]
     } else {
@@ -248,7 +250,7 @@ fn inject(call: &str, what: &str, number: usize) -> Vec<String> {
 fn kills(_: bool) {
     let (mut tried, mut unusable) = (0, Vec::new());
     for role in ["rank-0", "rank-1"] {
-        for (call, number) in every_call(role) {
+        for (call, number, _) in every_call(role) {
             let run = run_before();
             let status = under_strace(&inject(call, "signal=SIGKILL", number), role, run.path()).wait();
             assert!(
@@ -283,8 +285,8 @@ fn failures(_: bool) {
         for (call, fault) in faults {
             for number in calls
                 .iter()
-                .filter(|(known, _)| *known == call)
-                .map(|(_, number)| *number)
+                .filter(|(known, ..)| *known == call)
+                .map(|(_, number, _)| *number)
             {
                 let run = run_before();
                 let status = under_strace(&inject(call, fault, number), role, run.path())
@@ -306,7 +308,8 @@ fn failures(_: bool) {
 
 fn frozen(_: bool) {
     let (mut tried, mut accepted) = (0, Vec::new());
-    for (call, number) in every_call("rank-0") {
+    // Who freezes before it has taken the run is the newer attempt when it wakes: it takes the run over and chooses anew.
+    for (call, number, _) in every_call("rank-0").into_iter().filter(|(.., taken)| *taken) {
         let run = run_before();
         let mut strace = under_strace(&inject(call, "signal=SIGSTOP", number), "rank-0", run.path());
         let Some(writer) = stopped(&mut strace) else {
