@@ -1154,9 +1154,9 @@ fn check_checkpoint(plan: &Plan, rules: &mut Rules) {
         });
     }
     if let Some(steps) = plan.debug.verify_resume {
-        rules.require(steps > 0 && 2 * steps <= plan.train.steps, || {
+        rules.require(steps > 1 && 2 * steps <= plan.train.steps, || {
             format!(
-                "debug.verify_resume = {steps} is not in 1 … {}: as many steps are taken before the kill as after it, of \
+                "debug.verify_resume = {steps} is not in 2 … {}: as many steps are taken before the kill as after it, of \
                  train.steps = {}",
                 plan.train.steps / 2,
                 plan.train.steps

@@ -149,7 +149,11 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     say(Event::Phase {
         name: "training".into(),
     });
-    while trainer.step < plan.train.steps {
+    let last = plan
+        .debug
+        .stop_after
+        .map_or(plan.train.steps, |steps| steps.min(plan.train.steps));
+    while trainer.step < last {
         let started = Instant::now();
         let step = trainer.step;
         let rows_step = if plan.debug.overfit_one_batch { 0 } else { step };
@@ -198,7 +202,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let outcome = saver.advance(boundary.writing)?;
         clock.tell(outcome, &trainer);
         let done = trainer.step == plan.train.steps;
-        let asked = report.stop || plan.debug.stop_after == Some(trainer.step);
+        let asked = report.stop || trainer.step == last;
         let ends = done || asked || boundary.time_is_short;
         if ends {
             save_and_wait(&mut saver, &trainer, progress, &mut clock)?;
@@ -222,7 +226,11 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
             return Ok(End::WantsMoreTime);
         }
     }
-    Ok(End::Finished)
+    Ok(if trainer.step < plan.train.steps {
+        End::WantsMoreTime
+    } else {
+        End::Finished
+    })
 }
 
 /// What all ranks know alike at the end of a step, from one small reduction.

@@ -4,7 +4,8 @@
 //! A look at the lock and the rename that commits are two steps, and a writer may freeze between them. So a new attempt
 //! first puts its nonce into the lock, then takes every partial folder away by a rename, and only then chooses what to resume
 //! from. A writer that had looked before has lost its folder, and its rename fails; one that makes its folder later finds the
-//! new nonce. What it commits before the folders are taken is there to be chosen.
+//! new nonce. What it commits before the folders are taken is there to be chosen. One that froze before it had taken the lock
+//! is the newer attempt when it wakes: it takes the run over, chooses anew, and the other ends.
 
 use std::fs::{self, File};
 use std::io::{self, Read};

@@ -41,6 +41,8 @@ impl Keep {
                 .is_some_and(|step| step <= verified)
         });
         gone.extend(damaged);
+        // What an attempt before left under these names would be in the way.
+        remove_dead(checkpoints)?;
         for name in &gone {
             // At once, so that whoever is killed here leaves nothing that looks like a checkpoint and is none.
             let dead = checkpoints.join(format!("{name}.removed"));

@@ -316,7 +316,19 @@ impl<'a> Saver<'a> {
                 Ok(Outcome::Committed(committed))
             }
             Verdict::Failed(why) => self.fail(&save, format!("rank 0: {why}")),
-            Verdict::Replaced(why) => bail!(why),
+            Verdict::Replaced(why) => {
+                self.clear(&save);
+                bail!(why)
+            }
+        }
+    }
+
+    /// Removes what is there of a save that came to nothing.
+    fn clear(&self, save: &Save) {
+        if self.comm.rank() == 0
+            && let Err(error) = launcher::files::remove_folder(&save.partial)
+        {
+            tracing::warn!("{error:#}");
         }
     }
 
@@ -324,11 +336,7 @@ impl<'a> Saver<'a> {
     fn fail(&mut self, save: &Save, why: String) -> Result<Outcome> {
         self.failures_in_a_row += 1;
         let (step, in_a_row) = (save.manifest.step, self.failures_in_a_row);
-        if self.comm.rank() == 0
-            && let Err(error) = launcher::files::remove_folder(&save.partial)
-        {
-            tracing::warn!("{error:#}");
-        }
+        self.clear(save);
         if in_a_row >= self.identity.plan.checkpoint.failures_in_a_row {
             let newest = self.newest.map_or("none".into(), step_name);
             return Err(WritesFailed {
