@@ -142,7 +142,9 @@ fn random_kills(kills: usize, per_run: usize) {
         let run = Run::new();
         let (kills_here, lost) = killed_again_and_again(&run, ranks, &overrides, hit as u64, per_run.min(kills - hit));
         let same = run.losses() == whole.losses() && run.state(400) == whole.state(400);
-        assert!(same, "on {ranks} ranks after {kills_here} kills");
+        if !same {
+            println!("another run on {ranks} ranks after {kills_here} kills, seed {hit}");
+        }
         unequal += usize::from(!same);
         hit += kills_here;
         most_lost = most_lost.max(lost);
@@ -151,6 +153,7 @@ fn random_kills(kills: usize, per_run: usize) {
         }
     }
     println!("random_kills {hit} unequal {unequal} most_steps_lost {most_lost} interval 20");
+    assert_eq!(unequal, 0);
     // An interval, and what is taken while a save is on its way to the disk: it is not there yet, and waited for by the next.
     assert!(most_lost <= 2 * 20, "{most_lost} steps were lost");
 }
