@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus bench-model bench-sharding gpu-check bench-gpu clean distclean
+.PHONY: help setup setup-test build demo test fuzz soak-corpus soak-checkpoint bench-corpus bench-model bench-sharding bench-checkpoint gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -37,6 +37,12 @@ fuzz: setup  ## arbitrary bytes through the readers of other programs' files, a 
 soak-corpus: build  ## imports 2 GB of generated text under a limit of 1 GiB of memory; minutes, 6 GB of disk
 	@$(ENV) cargo test --release --locked -p corpus --test import -- --ignored --exact two_gigabytes_are_imported_in_one --nocapture
 
+soak-checkpoint: setup-test build  ## a thousand kills, 10,000 damages, 36 pairs of numbers of ranks; about an hour
+	@mkdir -p runs
+	@$(ENV) { cargo test --release --locked -p launcher --test checkpoints -- --soak && \
+	  cargo test --release --locked -p trainer --test elastic -- --soak && \
+	  cargo test --release --locked -p whole-program-tests --test checkpoints -- --ignored --nocapture; } | tee runs/soak-checkpoint.log
+
 bench-corpus: setup-test build  ## the corpus crate side by side with its peers, into bench/results/corpus.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_corpus"
@@ -48,6 +54,9 @@ bench-model: setup-test build  ## training steps side by side with transformers 
 bench-sharding: setup-test build  ## four ranks side by side with DDP and FSDP, into bench/results/sharding.json; root, for the slow link
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_sharding"
+
+bench-checkpoint: setup-test build  ## saves and resumes side by side with torch's, into bench/results/checkpoint.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_checkpoint"
 
 gpu-check: build  ## every kernel, attention and training steps: this machine's GPU against its CPU
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" gpu-check

@@ -1030,8 +1030,18 @@ impl Optimizer {
 #[serde(deny_unknown_fields)]
 pub struct Checkpoint {
     pub every_steps: u64,
+    /// Besides, when so many minutes have passed since the last one began.
+    pub every_minutes: Option<f64>,
     /// The newest this many are kept; at least 2.
     pub keep: usize,
+    /// Besides, those whose step is a multiple of this, for good.
+    pub keep_every: Option<u64>,
+    /// So many saves in a row that could not be written end the run; until then it goes on from memory.
+    pub failures_in_a_row: u32,
+    /// Before a wall-time limit the run saves and ends when `safety_seconds` and twice its longest step and save are left.
+    pub safety_seconds: f64,
+    /// Settings in which a run may differ from the checkpoint that it goes on from, as `panglot plan --json` names them.
+    pub allow_changed: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -1069,4 +1079,11 @@ pub struct Debug {
     /// config and number of ranks. On CPUs they do not anyway.
     #[serde(default)]
     pub deterministic: bool,
+    /// `panglot train` takes this many steps, kills itself, resumes, takes as many again, and compares all with a run that was
+    /// left alone.
+    pub verify_resume: Option<u64>,
+    /// The run saves and ends after this many steps, as if it had been asked to.
+    pub stop_after: Option<u64>,
+    /// Every rank kills itself after this many steps, with nothing written but what was before.
+    pub die_after: Option<u64>,
 }

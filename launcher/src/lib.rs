@@ -2,6 +2,7 @@
 //! prepared stages, supervision of workers, evaluations, reports.
 
 pub mod attempts;
+pub mod checkpoint;
 pub mod evaluation;
 pub mod events;
 pub mod exit;
@@ -19,4 +20,5 @@ pub mod submit;
 pub mod supervise;
 pub mod text;
 pub mod view;
+pub mod wall_time;
 pub mod worker;

@@ -37,6 +37,7 @@ Examples:
   panglot corpus verify configs/demo.yaml       is every language still as it was imported?
   panglot vocab configs/demo.yaml --loss=all    which start of the new rows loses least before any step
   panglot model inspect configs/demo.yaml       what the base model holds, and what of it trains
+  panglot checkpoint verify configs/demo.yaml   is every byte of the run's checkpoints as it was written?
   panglot rows configs/demo.yaml --decode       what the model will read, and in which language
   panglot report configs/demo.yaml              one page to look at: runs/demo/report.html";
 
@@ -57,6 +58,9 @@ enum Command {
     Train(commands::train::Args),
     /// Measure bits per byte of held-out text, language by language
     Eval(commands::eval::Args),
+    /// List, verify, show, recut or remove a run's checkpoints
+    #[command(subcommand)]
+    Checkpoint(commands::checkpoint::Command),
     /// Write the newest checkpoint as a merged model and as a PEFT adapter
     Export(commands::export::Args),
     /// Write a job script for the run and submit it to Slurm
@@ -95,6 +99,7 @@ fn main() -> ExitCode {
         Command::Prepare(args) => commands::stage::prepare(&app, &args),
         Command::Train(args) => commands::train::run(&app, &args),
         Command::Eval(args) => commands::eval::run(&app, &args),
+        Command::Checkpoint(command) => commands::checkpoint::run(&app, &command),
         Command::Export(args) => commands::export::run(&app, &args),
         Command::Submit(args) => commands::submit::run(&app, &args),
         Command::Job(command) => commands::job::run(&app, &command),
@@ -126,6 +131,9 @@ fn report(error: &anyhow::Error) -> i32 {
         return failed.code;
     }
     eprintln!("panglot: {error:#}");
+    if error.is::<commands::verify_resume::Differs>() {
+        return exit::INTERNAL;
+    }
     let is = |kind: fn(&std::io::Error) -> bool| error.chain().any(|cause| cause.downcast_ref().is_some_and(kind));
     // A file that is not there was named wrongly; one that cannot be read or written is the machine's matter.
     let files = is(|error| error.kind() != std::io::ErrorKind::NotFound) && !error.is::<configs::ConfigError>();

@@ -38,6 +38,23 @@ pub enum Family {
     Alone,
 }
 
+/// What Slurm's variables say of the job that this process belongs to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SlurmJob {
+    pub id: Option<String>,
+    /// Seconds since 1970; newer Slurms set it.
+    pub end_time: Option<String>,
+}
+
+impl SlurmJob {
+    pub fn detect() -> SlurmJob {
+        SlurmJob {
+            id: std::env::var("SLURM_JOB_ID").ok(),
+            end_time: std::env::var("SLURM_JOB_END_TIME").ok(),
+        }
+    }
+}
+
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlaceError {
     #[error("{name} = {value:?} is not a whole number; a launcher sets it, so unset it or start through the launcher")]

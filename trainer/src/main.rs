@@ -576,6 +576,8 @@ fn code_of(error: &anyhow::Error) -> i32 {
         error.code()
     } else if has(|cause| cause.is::<sharding::Error>()) {
         exit::PEER
+    } else if has(|cause| cause.is::<trainer::checkpoint::WritesFailed>()) {
+        exit::IO
     } else if has(|cause| {
         cause
             .downcast_ref::<std::io::Error>()

@@ -1,5 +1,6 @@
 //! One file a subcommand; here what they share.
 
+pub mod checkpoint;
 pub mod demo;
 pub mod eval;
 pub mod export;
@@ -11,6 +12,7 @@ pub mod rows;
 pub mod stage;
 pub mod submit;
 pub mod train;
+pub mod verify_resume;
 
 use std::path::{Path, PathBuf};
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use configs::Plan;
 use nix::sys::signal::Signal;
 
-use super::{App, ConfigArgs, Failed, RunFolder, stage, watch};
+use super::{App, ConfigArgs, Failed, RunFolder, stage, verify_resume, watch};
 use launcher::attempts::{Attempts, Verdict};
 use launcher::events::Event;
 use launcher::place::{Place, PlaceError, is_wired_for_mpi};
@@ -39,6 +39,10 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             );
             let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
             anyhow::ensure!(
+                plan.debug.verify_resume.is_none(),
+                "debug.verify_resume starts three jobs one after the other and this is one rank of a job; start `panglot` once"
+            );
+            anyhow::ensure!(
                 plan.train.device != configs::Device::Cpu || is_wired_for_mpi(),
                 "this is {place}, and no MPI launcher has wired the ranks together, which ranks on CPUs need (train.device = \
                  cpu): start them with `srun --mpi=pmix`, `mpirun`, or `panglot train -n {}`",
@@ -61,6 +65,9 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
                 place => drop(place?),
             }
             stage::make(app, &plan, &STAGES, false)?;
+            if let Some(steps) = plan.debug.verify_resume {
+                return verify_resume::run(app, &plan, steps);
+            }
             let ended = with_restarts(app, &plan, args.restarts)?;
             (plan, ended)
         }
