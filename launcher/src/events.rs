@@ -16,6 +16,8 @@ pub enum Event {
     Progress { done: u64, total: u64, unit: String },
     /// One optimizer step was taken (or skipped).
     Step(StepMetrics),
+    /// More of the text that is written behind prompt `index`, and whether it was the last of it.
+    Text { index: usize, text: String, ended: bool },
     /// A sentence the user should see, such as what was resumed from where.
     Note { text: String },
     /// The command finished; `result` is what `--json` prints.

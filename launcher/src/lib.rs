@@ -6,6 +6,7 @@ pub mod events;
 pub mod exit;
 pub mod files;
 pub mod inspection;
+pub mod measurement;
 pub mod place;
 pub mod report;
 pub mod sampling;

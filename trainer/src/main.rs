@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use configs::{FullModule, NewRows, Plan};
 use launcher::events::Event;
 use launcher::exit;
+use launcher::measurement::Order;
 use launcher::place::Place;
 use sharding::Comm;
 use tch::Device;
@@ -75,6 +76,11 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Carry out an evaluation or write text, as the order in a file says.
+    Measure {
+        #[arg(long)]
+        order: PathBuf,
+    },
     /// Write the newest checkpoint as a merged model and as a PEFT adapter.
     Export {
         #[arg(long)]
@@ -126,19 +132,31 @@ fn start(command: Command) -> Result<i32> {
     }
     let place = Place::detect()?;
     let plan = match &command {
-        Command::ImportGguf { .. } | Command::Inspect { .. } | Command::GpuCheck | Command::BenchGpu { .. } => None,
+        Command::ImportGguf { .. }
+        | Command::Inspect { .. }
+        | Command::Measure { .. }
+        | Command::GpuCheck
+        | Command::BenchGpu { .. } => None,
         Command::InitModel { plan }
         | Command::Train { plan }
         | Command::Eval { plan, .. }
         | Command::DayZero { plan, .. }
         | Command::Export { plan, .. } => Some(read_plan(plan)?),
     };
-    let threads = plan.as_ref().and_then(|plan| plan.launch.threads_per_rank);
+    let order: Option<Order> = match &command {
+        Command::Measure { order } => Some(launcher::files::read_json(order)?),
+        _ => None,
+    };
+    let threads = match (&order, &plan) {
+        (Some(order), _) => order.threads_per_rank,
+        (None, plan) => plan.as_ref().and_then(|plan| plan.launch.threads_per_rank),
+    };
     // Before the first tensor, and before ranks meet: libtorch asks once whether CUDA is there.
     let device = match (&command, &plan) {
         (Command::Train { .. } | Command::Eval { .. } | Command::DayZero { .. }, Some(plan)) => {
-            device_of(plan, &place)?
+            device_of(plan.train.device, &place)?
         }
+        (Command::Measure { .. }, _) => device_of(order.as_ref().expect("read above").device, &place)?,
         _ => Device::Cpu,
     };
     set_threads(threads.unwrap_or_else(|| cores().div_ceil(place.local_world).max(1)))?;
@@ -146,7 +164,10 @@ fn start(command: Command) -> Result<i32> {
     if let Some(plan) = &plan {
         log_to(&plan.folders.run.join("logs").join(format!("rank-{}.log", place.rank)))?;
     }
-    match run(command, plan.as_ref(), comm.as_ref(), device) {
+    if let Some(logs) = order.as_ref().and_then(|order| order.logs.as_ref()) {
+        log_to(&logs.join(format!("rank-{}.log", place.rank)))?;
+    }
+    match run(command, plan.as_ref(), order.as_ref(), comm.as_ref(), device) {
         Ok(code) => Ok(code),
         Err(error) if comm.world() > 1 => {
             eprintln!(
@@ -161,8 +182,8 @@ fn start(command: Command) -> Result<i32> {
 }
 
 /// The device that the plan names, this rank's own where it is a GPU.
-fn device_of(plan: &Plan, place: &Place) -> Result<Device> {
-    Ok(match plan.train.device {
+fn device_of(named: configs::Device, place: &Place) -> Result<Device> {
+    Ok(match named {
         configs::Device::Cpu => Device::Cpu,
         configs::Device::Cuda => {
             ensure!(
@@ -175,7 +196,13 @@ fn device_of(plan: &Plan, place: &Place) -> Result<Device> {
     })
 }
 
-fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -> Result<i32> {
+fn run(
+    command: Command,
+    plan: Option<&Plan>,
+    order: Option<&Order>,
+    comm: &dyn Comm,
+    device: Device,
+) -> Result<i32> {
     let plan = || plan.expect("every command but import-gguf and inspect reads a plan");
     let progress = &mut |done: u64, total: u64| {
         Event::Progress {
@@ -235,6 +262,10 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -
                 launcher::files::write_json(&out, &measured)?;
             }
             done(serde_json::json!({ "written": out }))
+        }
+        Command::Measure { .. } => {
+            let order = order.expect("read before ranks meet");
+            done(trainer::measure::measure(order, comm, device)?)
         }
         Command::GpuCheck | Command::BenchGpu { .. } => unreachable!("run before ranks meet"),
         Command::Export { merged, adapter, .. } => {
