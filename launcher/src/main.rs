@@ -53,8 +53,10 @@ enum Command {
     Prepare(commands::stage::Args),
     /// Train, or go on training from the newest checkpoint; prepares first what is missing
     Train(commands::train::Args),
-    /// Measure bits per byte of held-out text, language by language
+    /// Measure a model: held-out text language by language, few-shot tasks, written text
     Eval(commands::eval::Args),
+    /// Write text behind prompts
+    Generate(commands::generate::Args),
     /// Write the newest checkpoint as a merged model and as a PEFT adapter
     Export(commands::export::Args),
     /// Show what a config means, every value and what follows from it; starts nothing
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
         Command::Prepare(args) => commands::stage::prepare(&app, &args),
         Command::Train(args) => commands::train::run(&app, &args),
         Command::Eval(args) => commands::eval::run(&app, &args),
+        Command::Generate(args) => commands::generate::run(&app, &args),
         Command::Export(args) => commands::export::run(&app, &args),
         Command::Plan(args) => commands::plan::run(&app, &args),
         Command::Rows(args) => commands::rows::run(&app, &args),

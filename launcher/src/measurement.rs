@@ -38,6 +38,8 @@ pub enum ModelRef {
 #[serde(rename_all = "snake_case")]
 pub enum Task {
     Generate(Generate),
+    FewShot(Box<crate::fewshot::FewShot>),
+    Nll(crate::evaluation::Nll),
 }
 
 /// Text to be written behind prompts.
@@ -79,6 +81,9 @@ pub struct Sampling {
     pub seed: u64,
     /// Whether prompts get what the tokenizer puts around a text, and special tokens in them are read as such.
     pub special_tokens: bool,
+    /// Whether the model's own end token ends nothing.
+    #[serde(default)]
+    pub ignore_end: bool,
 }
 
 impl Default for Sampling {
@@ -92,6 +97,7 @@ impl Default for Sampling {
             stop: Vec::new(),
             seed: 1,
             special_tokens: true,
+            ignore_end: false,
         }
     }
 }
@@ -178,6 +184,23 @@ impl Kept {
     fn file(&self, key: &str) -> PathBuf {
         self.folder.join(format!("{key}.json"))
     }
+}
+
+/// The checkpoint that was best on held-out text, if a run has measured any: what `checkpoints/best.json` says.
+pub fn best_step(run: &Path) -> Option<u64> {
+    let best: Best = files::read_json(&best_file(&run.join("checkpoints"))).ok()?;
+    Some(best.step)
+}
+
+/// Which of a run's checkpoints was best so far.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    pub step: u64,
+    pub macro_bits_per_byte: f64,
+}
+
+pub fn best_file(checkpoints: &Path) -> PathBuf {
+    checkpoints.join("best.json")
 }
 
 /// BLAKE3 over the JSON of what a result follows from.

@@ -4,6 +4,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod evaluate;
 pub mod export;
+pub mod fewshot;
 pub mod generate;
 pub mod gguf;
 pub mod gpu;

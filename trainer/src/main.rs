@@ -54,15 +54,6 @@ enum Command {
         #[arg(long)]
         plan: PathBuf,
     },
-    /// Score the held-out documents with the model in a Hugging Face folder.
-    Eval {
-        #[arg(long)]
-        plan: PathBuf,
-        #[arg(long)]
-        model: PathBuf,
-        #[arg(long)]
-        out: PathBuf,
-    },
     /// Score a sample of the held-out documents with the base, and with the extended model that no step has trained.
     DayZero {
         #[arg(long)]
@@ -139,7 +130,6 @@ fn start(command: Command) -> Result<i32> {
         | Command::BenchGpu { .. } => None,
         Command::InitModel { plan }
         | Command::Train { plan }
-        | Command::Eval { plan, .. }
         | Command::DayZero { plan, .. }
         | Command::Export { plan, .. } => Some(read_plan(plan)?),
     };
@@ -153,7 +143,7 @@ fn start(command: Command) -> Result<i32> {
     };
     // Before the first tensor, and before ranks meet: libtorch asks once whether CUDA is there.
     let device = match (&command, &plan) {
-        (Command::Train { .. } | Command::Eval { .. } | Command::DayZero { .. }, Some(plan)) => {
+        (Command::Train { .. } | Command::DayZero { .. }, Some(plan)) => {
             device_of(plan.train.device, &place)?
         }
         (Command::Measure { .. }, _) => device_of(order.as_ref().expect("read above").device, &place)?,
@@ -244,13 +234,6 @@ fn run(
             End::Finished => done(serde_json::json!({ "run": plan().folders.run, "steps": plan().train.steps })),
             End::WantsMoreTime => Ok(exit::MORE_TIME),
         },
-        Command::Eval { model, out, .. } => {
-            let report = serde_json::to_value(trainer::evaluate::evaluate(plan(), &model, comm, device)?)?;
-            if comm.rank() == 0 {
-                launcher::files::write_json(&out, &report)?;
-            }
-            done(report)
-        }
         Command::DayZero {
             new_rows,
             most_bytes,

@@ -12,14 +12,20 @@ use sharding::Comm;
 use tch::Device;
 
 use crate::generate::{News, generate};
+use crate::{evaluate, fewshot};
 use crate::subject::Subject;
 
 /// What `panglot` prints if nothing else is known of the result.
 pub fn measure(order: &Order, comm: &dyn Comm, device: Device) -> Result<Value> {
     phase(comm, "loading the model");
-    let subject = Subject::open(&order.model, order.precision, comm, device)?;
+    let mut subject = Subject::open(&order.model, order.precision, comm, device)?;
+    if let Task::Nll(task) = &order.task {
+        subject = subject.with_residual(task.residual);
+    }
     match &order.task {
         Task::Generate(task) => texts(order, task, &subject, comm),
+        Task::FewShot(task) => fewshot::run(order, task, &subject, comm),
+        Task::Nll(task) => evaluate::run(order, task, &subject, comm),
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use configs::{Plan, Precision};
+use configs::{Plan, Precision, Residual};
 use corpus::Tokenizer;
 use launcher::measurement::{MadeBy, ModelRef};
 use serde_json::Value;
@@ -130,6 +130,14 @@ impl Subject {
             tokenizer_digest: self.tokenizer.digest().to_owned(),
             data_digest,
             precision: precision_name(self.precision).to_owned(),
+        }
+    }
+
+    /// The same with its residual stream kept as a plan says.
+    pub fn with_residual(self, residual: Residual) -> Subject {
+        Subject {
+            model: self.model.with_residual(residual),
+            ..self
         }
     }
 

@@ -3,6 +3,8 @@
 pub mod demo;
 pub mod eval;
 pub mod export;
+pub mod generate;
+pub mod measured;
 pub mod model;
 pub mod plan;
 pub mod report;

@@ -189,7 +189,7 @@ impl Lane<'_> {
     /// Takes up the newest token; why the text ends here, if it does.
     fn ended(&mut self, subject: &Subject, sampling: &Sampling) -> Result<Option<Finish>> {
         let newest = *self.ids.last().expect("a step has given it a token");
-        if subject.ends.contains(&newest) {
+        if subject.ends.contains(&newest) && !sampling.ignore_end {
             self.ids.pop();
             self.stream.end()?;
             return Ok(Some(self.cut(sampling).unwrap_or(Finish::End)));
