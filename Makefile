@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus bench-model gpu-check bench-gpu clean distclean
+.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus bench-model bench-eval gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -43,6 +43,10 @@ bench-corpus: setup-test build  ## the corpus crate side by side with its peers,
 bench-model: setup-test build  ## training steps side by side with transformers + PEFT, into bench/results/model.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_model"
+
+bench-eval: setup-test build  ## evaluation and generation side by side with transformers and lm-eval, into bench/results/eval.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_eval"
 
 gpu-check: build  ## every kernel, attention and training steps: this machine's GPU against its CPU
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" gpu-check

@@ -76,6 +76,8 @@ def generate(path, prompts, threads, new):
 
 def fewshot(path, tasks, threads):
     torch.set_num_threads(int(threads))
+    # Behind the environment's own packages: torch and transformers are those of the other entries.
+    sys.path.append(os.environ["PANGLOT_LM_EVAL"])
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

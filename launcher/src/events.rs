@@ -41,6 +41,9 @@ pub struct StepMetrics {
     /// Why, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skip_reason: Option<String>,
+    /// Held-out text, where it was measured after this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<HeldOut>,
     /// Learning rate by parameter group, of those that train.
     pub lr: BTreeMap<Group, f64>,
     /// Target tokens of the global batch.
@@ -73,6 +76,17 @@ fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
+/// A fixed sample of held-out text, measured while training.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HeldOut {
+    /// Mean over languages, each counting once.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub macro_bits_per_byte: f64,
+    pub languages: usize,
+    pub tokens: u64,
+    pub seconds: f64,
+}
+
 impl Event {
     /// Writes the event as one line and flushes it, so that a reader sees it now.
     pub fn emit(&self) {
@@ -95,6 +109,7 @@ mod tests {
             grad_norm: 0.1 + 0.2,
             skipped: !loss.is_finite(),
             skip_reason: None,
+            held_out: None,
             lr: [(Group::Lora, 1e-3), (Group::Embeddings, 2e-3)].into(),
             targets: 4080,
             targets_so_far: 16_320,

@@ -199,6 +199,12 @@ pub struct Best {
     pub macro_bits_per_byte: f64,
 }
 
+/// The checkpoint that no pruning takes, whatever its age.
+pub fn best_checkpoint(checkpoints: &Path) -> Option<PathBuf> {
+    let best: Best = files::read_json(&best_file(checkpoints)).ok()?;
+    Some(checkpoints.join(format!("step-{:08}", best.step)))
+}
+
 pub fn best_file(checkpoints: &Path) -> PathBuf {
     checkpoints.join("best.json")
 }

@@ -145,9 +145,10 @@ pub fn save(
     Ok(target)
 }
 
-/// Removes all but the newest `keep` checkpoints, and what earlier attempts left unfinished. Rank 0 only.
+/// Removes all but the newest `keep` checkpoints and the best on held-out text, and what earlier attempts left unfinished. Rank 0 only.
 pub fn prune(folder: &Path, keep: usize) -> Result<()> {
-    for old in list(folder)?.iter().rev().skip(keep) {
+    let best = launcher::measurement::best_checkpoint(folder);
+    for old in list(folder)?.iter().rev().skip(keep).filter(|old| Some(*old) != best.as_ref()) {
         fs::remove_dir_all(old).with_context(|| format!("removing the old checkpoint {}", old.display()))?;
     }
     for entry in fs::read_dir(folder)? {

@@ -255,7 +255,8 @@ fn score(documents: &ByLanguage, subject: &Subject, of: &Scoring, comm: &dyn Com
                     let model = &subject.model;
                     Ok(model.head.nll(model.head_matrix(), &model.hidden(ids), targets))
                 };
-                add_nats(&mut stretch, of.settings.tokens_per_batch, subject.model.device, comm, &mut { nll }, &told)?;
+                let (tokens, device) = (of.settings.tokens_per_batch, subject.model.device);
+                add_nats(&mut stretch, tokens, device, comm, &mut { nll }, Passes::OwnOnly, &told)?;
                 for prepared in stretch {
                     if let Some(kept) = of.kept.filter(|_| comm.rank() == 0) {
                         kept.put(&name(&prepared), &prepared.documents)?;
@@ -281,6 +282,14 @@ impl Prepared {
 /// −ln p of every target of `ids_bt`, 0 where there is none: [b, t].
 pub type NllOf<'a> = &'a mut dyn FnMut(&Tensor, &Tensor) -> Result<Tensor>;
 
+/// How many passes a rank makes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Passes {
+    OwnOnly,
+    /// Where passes are collectives: a rank that has no batch left computes one of another's again, in vain.
+    AsManyOnAllRanks,
+}
+
 /// Scores the windows of a stretch and adds their nats to their documents: batches are dealt to the ranks in turn.
 pub fn add_nats(
     stretch: &mut [Prepared],
@@ -288,12 +297,14 @@ pub fn add_nats(
     device: Device,
     comm: &dyn Comm,
     nll: NllOf,
+    passes: Passes,
     told: &dyn Fn(u64),
 ) -> Result<()> {
     let windows: Vec<&Window> = stretch.iter().flat_map(|prepared| &prepared.windows).collect();
     let mut nats = vec![0.0; windows.len()];
     let mut done = 0;
-    for (index, batch) in batches(&windows, tokens_per_batch).iter().enumerate() {
+    let batches = batches(&windows, tokens_per_batch);
+    for (index, batch) in batches.iter().enumerate() {
         done += batch.iter().map(|window| windows[*window].targets() as u64).sum::<u64>();
         if index % comm.world() != comm.rank() {
             continue;
@@ -303,6 +314,11 @@ pub fn add_nats(
             nats[*window] = sum;
         }
         told(done);
+    }
+    let left_over = batches.len() % comm.world();
+    if passes == Passes::AsManyOnAllRanks && left_over > 0 && comm.rank() >= left_over {
+        let here: Vec<&Window> = batches[0].iter().map(|window| windows[*window]).collect();
+        nats_of(&here, device, nll)?;
     }
     // One rank has a window's nats, the others 0: the sum is exact.
     let nats = comm.sum(&nats)?;

@@ -12,12 +12,13 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail, ensure};
 use configs::{FrozenPrecision, NewRows, Plan, Precision};
 use corpus::{Stream, TokenShards, Vocabulary};
-use launcher::events::{Event, StepMetrics};
+use launcher::events::{Event, HeldOut, StepMetrics};
 use sharding::{Comm, Stage, Wire, Zero};
 use tch::Device;
 
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Identity, Progress};
+use crate::during::During;
 use crate::evaluate::kind;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{Model, Trains};
@@ -133,6 +134,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     let (mut trainer, identity) = build(plan, comm, device, sharding(plan, comm))?;
     let folder = plan.folders.run.join("checkpoints");
     let mut progress = resume(&folder, &mut trainer, &identity)?;
+    let mut during = During::prepare(plan, comm, progress.step)?;
     let mut log = if rank_0 {
         Some(Log::open(&plan.folders.run, progress.step)?)
     } else {
@@ -160,9 +162,16 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
             check_ranks_equal(&mut trainer)?;
         }
         let resident = comm.max(&[resident_bytes() as f64])?[0] as u64;
+        let seconds = started.elapsed().as_secs_f64();
+        let held_out = match &mut during {
+            Some(during) if during.is_due(trainer.step) => Some(during.measure(&mut trainer)?),
+            _ => None,
+        };
+        let is_best = held_out.is_some_and(|(_, is_best)| is_best);
         if let Some(log) = &mut log {
             let measured = Measured {
-                seconds: started.elapsed().as_secs_f64(),
+                seconds,
+                held_out: held_out.map(|(held_out, _)| held_out),
                 resident_bytes: resident,
                 bytes_sent,
                 bytes_least: trainer.zero.least_bytes(comm, batch.micro_batches.len()),
@@ -188,7 +197,11 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
             }
         }
         let done = trainer.step == plan.train.steps;
-        if done || report.stop || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
+        if let Some(during) = during.as_ref().filter(|_| is_best && rank_0) {
+            // Before it is saved, so that it is not taken for one of the old.
+            during.note_best()?;
+        }
+        if done || report.stop || is_best || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
             save(&folder, &trainer, &identity, progress)?;
         }
         if report.stop && !done {
@@ -307,6 +320,7 @@ fn languages(stream: &Stream, rows: Range<u64>) -> String {
 /// What a step took, beside what it computed.
 struct Measured {
     seconds: f64,
+    held_out: Option<HeldOut>,
     resident_bytes: u64,
     bytes_sent: u64,
     bytes_least: u64,
@@ -337,6 +351,7 @@ fn metrics(
         grad_norm: report.verdict.grad_norm,
         skipped: report.skipped.is_some(),
         skip_reason: report.skipped.map(|why| why.to_string()),
+        held_out: measured.held_out,
         lr: lr_by_group(plan, step),
         targets: report.targets,
         targets_so_far: progress.targets_so_far,
