@@ -159,10 +159,11 @@ fn nll(trainer: &mut Trainer, ids_bt: &Tensor, targets_bt: &Tensor) -> Result<Te
         documents: None,
     };
     let head_stage = model.layers.len() + 1;
-    let embedding = |matrix, positions| embedding_weights(matrix, positions);
-    zero.enter(comm, 0, Stages::Forward, embedding(&mut model.embedding, &mut model.positions_td))?;
+    let of_embedding = embedding_weights(&mut model.embedding, &mut model.positions_td);
+    zero.enter(comm, 0, Stages::Forward, of_embedding)?;
     let mut hidden_btd = model.embed(ids_bt);
-    zero.leave(comm, 0, Stages::Forward, embedding(&mut model.embedding, &mut model.positions_td))?;
+    let of_embedding = embedding_weights(&mut model.embedding, &mut model.positions_td);
+    zero.leave(comm, 0, Stages::Forward, of_embedding)?;
     for (layer, stage) in model.layers.iter_mut().zip(1..head_stage) {
         zero.enter(comm, stage, Stages::Forward, layer.weights_mut())?;
         hidden_btd = layer.forward(hidden_btd, &pass).0;
