@@ -1209,7 +1209,22 @@ fn check_lengths(plan: &Plan, rules: &mut Rules) {
         window,
         stride,
         tokens_per_batch,
+        every_steps,
+        sample_bytes,
     } = plan.evaluation;
+    rules.require(every_steps != Some(0), || {
+        "evaluation.every_steps = 0 would measure between no steps; remove the line to measure only when asked"
+            .to_owned()
+    });
+    rules.require(every_steps.is_none() || sample_bytes >= 16, || {
+        format!(
+            "evaluation.sample_bytes = {sample_bytes} is less than 16: a few bytes of a document say nothing; the default is 256"
+        )
+    });
+    rules.require(every_steps.is_none() || plan.corpus.has_text(), || {
+        "evaluation.every_steps is set, but no source has text to hold out; remove the line or add a source with text"
+            .to_owned()
+    });
     rules.at_least("evaluation.window", window, 2);
     rules.require(documents_per_language != Some(0), || {
         "evaluation.documents_per_language = 0 measures nothing; remove the line to measure all held-out documents"

@@ -1055,6 +1055,30 @@ pub struct Evaluation {
     pub stride: usize,
     /// Tokens in one forward pass.
     pub tokens_per_batch: usize,
+    /// Steps of training between measurements on a fixed sample of held-out text; `None`: none are made. The checkpoint that
+    /// was best on it is kept.
+    #[serde(default)]
+    pub every_steps: Option<u64>,
+    /// Bytes of one held-out document a language in that sample.
+    #[serde(default = "sample_bytes")]
+    pub sample_bytes: usize,
+}
+
+fn sample_bytes() -> usize {
+    256
+}
+
+impl Default for Evaluation {
+    fn default() -> Evaluation {
+        Evaluation {
+            documents_per_language: None,
+            window: 2048,
+            stride: 1024,
+            tokens_per_batch: 4096,
+            every_steps: None,
+            sample_bytes: sample_bytes(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -2,6 +2,7 @@
 //! Knows nothing of ranks, files' places or schedules.
 
 pub(crate) mod attention;
+mod cached;
 pub(crate) mod fp8;
 mod gemm;
 mod head;
@@ -13,6 +14,7 @@ mod mlp;
 mod new_rows;
 mod norm;
 mod rotary;
+mod thin;
 
 use anyhow::{Result, ensure};
 use configs::planner::{Block, Sizes};
@@ -21,6 +23,7 @@ use sharding::{BucketSpec, Held, ParamSpec, Zero};
 use tch::{Device, Kind, Tensor};
 
 pub use attention::Documents;
+pub use cached::{Cache, Rows, Segment};
 use fp8::Fp8;
 pub use head::{Head, IGNORE, Loss};
 pub use layer::{Layer, Saved};
