@@ -520,6 +520,10 @@ fn run(command: Command, plan: Option<&Plan>, order: Option<&Order>, comm: &dyn 
             }
             done(serde_json::json!({ "written": out }))
         }
+        Command::Measure { .. } => {
+            let order = order.expect("read before ranks meet");
+            done(trainer::measure::measure(order, comm, device)?)
+        }
         Command::GpuCheck | Command::BenchParts { .. } | Command::BenchGpu { .. } => {
             unreachable!("run before ranks meet")
         }
