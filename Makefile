@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus bench-model bench-cluster gpu-check bench-gpu clean distclean
+.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus bench-model bench-sharding bench-cluster gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -47,6 +47,10 @@ bench-model: setup-test build  ## training steps side by side with transformers 
 
 bench-cluster: setup-test build  ## how soon dead and hung ranks are noticed, and what a rendezvous takes, into bench/results/cluster.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_cluster"
+
+bench-sharding: setup-test build  ## four ranks side by side with DDP and FSDP, into bench/results/sharding.json; root, for the slow link
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_sharding"
 
 gpu-check: build  ## every kernel, attention and training steps: this machine's GPU against its CPU
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" gpu-check

@@ -157,6 +157,9 @@ fn start(command: Command) -> Result<i32> {
     if let Some(plan) = &plan {
         log_to(&plan.folders.run.join("logs").join(format!("rank-{}.log", place.rank)))?;
     }
+    if plan.as_ref().is_some_and(|plan| plan.debug.deterministic) {
+        sharding::cuda::use_deterministic_algorithms();
+    }
     let digest = match &command {
         Command::Train { config_digest, .. } => config_digest.clone(),
         _ => None,
@@ -218,10 +221,17 @@ fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: Optio
                 _ => None,
             };
             let comm: Box<dyn Comm> = match device {
-                Device::Cuda(index) if place.world > 1 => {
-                    let nccl = Nccl::join(host, index, ordered).map_err(Into::into);
-                    Box::new(or_tell(meeting.as_ref(), nccl)?)
-                }
+                Device::Cuda(index) if place.world > 1 => match Nccl::join(host, index, ordered) {
+                    Ok(nccl) => Box::new(nccl),
+                    Err(refused) => {
+                        // The others may wait for this rank already, in NCCL or in MPI.
+                        eprintln!("panglot-worker: {place}: {}", refused.error);
+                        if let Some(meeting) = &meeting {
+                            meeting.fail(exit::PEER, &refused.error.to_string());
+                        }
+                        refused.abort(exit::PEER)
+                    }
+                },
                 _ => host,
             };
             (comm, meeting)
@@ -262,7 +272,7 @@ fn nccl_alone(meeting: &Meeting, place: &Place, index: usize, ordered: bool) -> 
         .ok()
         .context("rank 0 told another thing than NCCL's id")?;
     let host = Box::new(NoHost::new(place.rank, place.world));
-    let nccl = Nccl::join_with(&UniqueId::from(told), host, index, ordered)?;
+    let nccl = Nccl::join_with(&UniqueId::from(told), host, index, ordered).map_err(|refused| refused.error)?;
     Ok(Box::new(Staged::new(Box::new(nccl), Device::Cuda(index))))
 }
 

@@ -53,7 +53,7 @@ fn main() {
             // One node: ranks and GPUs have the same numbers.
             let gpu = host.rank();
             collectives::on(cuda::device(gpu).expect("a GPU a rank"));
-            let comm = Nccl::join(host, gpu, true).expect("the GPUs meet");
+            let comm = Nccl::join(host, gpu, true).unwrap_or_else(|refused| panic!("{}", refused.error));
             println!("{}", comm.engine());
             mpirun::run(&cases(), &comm, "NCCL", Path::new(shared));
         }
@@ -78,9 +78,7 @@ fn main() {
 fn no_gpu(world: usize) {
     let id = UniqueId::from([7; UniqueId::BYTES]);
     let host = sharding::join(1).expect("one rank");
-    let said = Nccl::join_with(&id, host, 0, false)
-        .err()
-        .expect("no driver")
-        .to_string();
+    let refused = Nccl::join_with(&id, host, 0, false).err().expect("no driver");
+    let said = refused.error.to_string();
     assert!(said.contains("no CUDA driver here"), "{world} ranks: {said}");
 }
