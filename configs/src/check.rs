@@ -32,6 +32,7 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
         debug: raw.debug.map_or_else(Debug::default, |debug| Debug {
             check_ranks_equal: debug.check_ranks_equal.unwrap_or(false),
             overfit_one_batch: debug.overfit_one_batch.unwrap_or(false),
+            timeline: debug.timeline.unwrap_or(false),
             deterministic: debug.deterministic.unwrap_or(false),
         }),
     };

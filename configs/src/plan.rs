@@ -923,6 +923,9 @@ pub struct Debug {
     pub check_ranks_equal: bool,
     /// Every step trains on the rows of step 0.
     pub overfit_one_batch: bool,
+    /// Each rank writes what it did when into the run's `timeline/`, for Perfetto.
+    #[serde(default)]
+    pub timeline: bool,
     /// Ask libtorch for algorithms whose sums have one order, and NCCL for none of its own: bits then depend on nothing but
     /// config and number of ranks. On CPUs they do not anyway.
     #[serde(default)]

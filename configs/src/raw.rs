@@ -256,6 +256,7 @@ pub struct GroupRates {
 pub struct Debug {
     pub check_ranks_equal: Option<bool>,
     pub overfit_one_batch: Option<bool>,
+    pub timeline: Option<bool>,
     pub deterministic: Option<bool>,
 }
 

@@ -1,4 +1,4 @@
-//! What a worker tells the launcher: one JSON object a line on its standard output, from rank 0 only.
+//! What a worker tells the launcher: one JSON object a line on its standard output, from rank 0 where nothing else is said.
 //! Everything meant for people goes to standard error and to the run's logs.
 
 use std::collections::BTreeMap;
@@ -18,6 +18,10 @@ pub enum Event {
     Step(StepMetrics),
     /// A sentence the user should see, such as what was resumed from where.
     Note { text: String },
+    /// The job cannot go on: who is at fault, and the code that its ranks leave with. From whichever rank noticed.
+    Lost { code: i32, text: String },
+    /// This rank is alive; from every rank, where whoever started it asks for it.
+    Beat,
     /// The command finished; `result` is what `--json` prints.
     Done { result: serde_json::Value },
 }

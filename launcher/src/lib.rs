@@ -2,6 +2,7 @@
 //! prepared stages, supervision of workers, evaluations, reports.
 
 pub mod attempts;
+pub mod doctor;
 pub mod evaluation;
 pub mod events;
 pub mod exit;
@@ -13,7 +14,9 @@ pub mod pulse;
 pub mod rendezvous;
 pub mod report;
 pub mod sampling;
+pub mod scaling;
 pub mod stages;
+pub mod status;
 pub mod submit;
 pub mod supervise;
 pub mod text;

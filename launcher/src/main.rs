@@ -31,6 +31,7 @@ Examples:
   panglot plan configs/mala500-7b.yaml          what a config means, checked; starts nothing
   panglot prepare configs/demo.yaml             corpus, model, vocabulary, tokens: what is missing or stale
   panglot train configs/demo.yaml -n 2          on two ranks; the same line again resumes
+  panglot train configs/demo.yaml -n 2 --restarts 3  again from the newest checkpoint when a rank is lost
   panglot train configs/tiny.yaml train.steps=5 a key of the config, for this time
   panglot submit configs/mala500-7b.yaml nodes=4 ranks_per_node=4 time=1-00:00:00 --dry-run
   panglot corpus verify configs/demo.yaml       is every language still as it was imported?
@@ -60,6 +61,12 @@ enum Command {
     Export(commands::export::Args),
     /// Write a job script for the run and submit it to Slurm
     Submit(commands::submit::Args),
+    /// Look at the nodes of a job, under the same srun or mpirun line as training: what would spoil a run, where, and the remedy
+    Doctor(commands::doctor::Args),
+    /// Where a run stands, from its files alone: step, loss, speed, time left, nodes, checkpoints
+    Status(commands::status::Args),
+    /// Run or submit the same training on several numbers of nodes, and tell what more nodes win
+    Scale(commands::scale::Args),
     /// What a job script asks before and after its ranks
     #[command(subcommand)]
     Job(commands::job::Command),
@@ -96,6 +103,9 @@ fn main() -> ExitCode {
         Command::Eval(args) => commands::eval::run(&app, &args),
         Command::Export(args) => commands::export::run(&app, &args),
         Command::Submit(args) => commands::submit::run(&app, &args),
+        Command::Doctor(args) => commands::doctor::run(&app, &args),
+        Command::Status(args) => commands::status::run(&app, &args),
+        Command::Scale(args) => commands::scale::run(&app, &args),
         Command::Job(command) => commands::job::run(&app, &command),
         Command::Plan(args) => commands::plan::run(&app, &args),
         Command::Rows(args) => commands::rows::run(&app, &args),

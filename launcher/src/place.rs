@@ -2,8 +2,12 @@
 //! options apart: one function decides, in a fixed order, and refuses what is contradictory instead of choosing.
 
 use std::fmt;
+use std::net::IpAddr;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+
+use crate::rendezvous::{Secret, SecretError};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
@@ -58,6 +62,90 @@ pub enum PlaceError {
          put `srun` before the command"
     )]
     BatchShell { job: String, tasks: usize },
+    #[error(
+        "srun started {tasks} tasks, but {family} says that this is one rank alone: there would be {tasks} runs of one rank each \
+         in the same folder; let srun start the ranks by itself (srun --mpi=pmix panglot train …), or start one mpirun outside of srun"
+    )]
+    Singletons { tasks: usize, family: Family },
+}
+
+/// What the job around this rank says, beside its place.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// The scheduler's name of the job; "local" without one.
+    pub job: String,
+    pub secret: Option<Secret>,
+    /// PANGLOT_INTERFACE: where rank 0 listens.
+    pub interface: Option<String>,
+    /// The node that the job was started from, on the cluster's network.
+    pub launch_node: Option<IpAddr>,
+    /// Whoever started this rank wants signs of life.
+    pub beats: bool,
+}
+
+/// The job's secret, 64 hexadecimal digits; or a file of mode 0600 that holds them.
+pub const SECRET: &str = "PANGLOT_SECRET";
+const SECRET_FILE: &str = "PANGLOT_SECRET_FILE";
+pub const BEATS: &str = "PANGLOT_BEATS";
+
+impl Surroundings {
+    pub fn detect() -> Result<Surroundings, SecretError> {
+        Surroundings::from_variables(|name| std::env::var(name).ok())
+    }
+
+    fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Surroundings, SecretError> {
+        let secret = match (variable(SECRET), variable(SECRET_FILE)) {
+            (Some(secret), _) => Some(Secret::from_hex(&secret)?),
+            (None, Some(file)) => Some(Secret::from_file(Path::new(&file))?),
+            (None, None) => None,
+        };
+        let jobs = ["SLURM_JOB_ID", "PBS_JOBID", "FLUX_JOB_ID", "LSB_JOBID"];
+        Ok(Surroundings {
+            job: jobs
+                .iter()
+                .find_map(|name| variable(name))
+                .unwrap_or_else(|| "local".into()),
+            secret,
+            interface: variable("PANGLOT_INTERFACE").filter(|name| !name.is_empty()),
+            launch_node: variable("SLURM_LAUNCH_NODE_IPADDR").and_then(|address| address.parse().ok()),
+            beats: variable(BEATS).is_some(),
+        })
+    }
+}
+
+/// What all ranks of one launch have in common and no other launch has; fit for a file's name.
+pub fn launch_id() -> String {
+    let names = [
+        "SLURM_JOB_ID",
+        "SLURM_RESTART_COUNT",
+        "SLURM_STEP_ID",
+        "PMIX_NAMESPACE",
+        "PALS_APID",
+        "FLUX_JOB_ID",
+    ];
+    let parts: Vec<String> = names.iter().filter_map(|name| std::env::var(name).ok()).collect();
+    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' };
+    let id: String = parts.join(".").chars().map(plain).take(100).collect();
+    if id.is_empty() { "local".to_owned() } else { id }
+}
+
+/// The host of each rank of this step, where Slurm tells; in its usual order, node after node.
+pub fn step_hosts() -> Vec<String> {
+    let told = |name: &str| std::env::var(name).ok();
+    let placed = || {
+        let hosts = crate::hostlist::parse(&told("SLURM_STEP_NODELIST")?).ok()?;
+        let tasks = told("SLURM_STEP_TASKS_PER_NODE")?;
+        let of_host = |(node, host)| Some(vec![host; tasks_on_node(&tasks, node)?]);
+        hosts.into_iter().enumerate().map(of_host).collect::<Option<Vec<_>>>()
+    };
+    placed().unwrap_or_default().concat()
+}
+
+/// Whether this process was started so that MPI finds its peers.
+pub fn is_wired_for_mpi() -> bool {
+    ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PMI_FD"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some())
 }
 
 impl Place {
@@ -76,6 +164,16 @@ impl Place {
         let Some(first) = found.first() else {
             return alone(&variables, host);
         };
+        if let Some(tasks) = found
+            .iter()
+            .find(|told| told.family == Family::Slurm)
+            .map(|told| told.world)
+            && tasks > 1
+            && first.world == 1
+        {
+            let family = first.family;
+            return Err(PlaceError::Singletons { tasks, family });
+        }
         for other in &found[1..] {
             // mpirun starts its daemons on other nodes by srun, so its ranks there see Slurm's numbers of the daemons.
             if first.family == Family::OpenMpi && other.family == Family::Slurm {
@@ -393,10 +491,20 @@ mod tests {
     fn what_is_contradictory_is_refused() {
         let refused = |variables: &str| place(variables).unwrap_err().to_string();
         assert_eq!(
-            refused(&format!("{STEP} RANK=0 WORLD_SIZE=1 LOCAL_RANK=0")),
-            "two launchers disagree: RANK/WORLD_SIZE says rank 0 of 1, Slurm (SLURM_PROCID) says rank 3 of 4; start the ranks \
+            refused(&format!("{STEP} RANK=0 WORLD_SIZE=2 LOCAL_RANK=0")),
+            "two launchers disagree: RANK/WORLD_SIZE says rank 0 of 2, Slurm (SLURM_PROCID) says rank 3 of 4; start the ranks \
              through one of them, or unset the variables of the other"
         );
+        for alone in [
+            "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0",
+            "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_LOCAL_RANK=0",
+        ] {
+            let said = refused(&format!("{STEP} {alone}"));
+            assert!(
+                said.starts_with("srun started 4 tasks, but ") && said.contains("--mpi=pmix"),
+                "{said}"
+            );
+        }
         assert_eq!(
             refused("RANK=1"),
             "RANK is set but WORLD_SIZE is not; set both, or unset RANK"

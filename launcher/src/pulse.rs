@@ -197,7 +197,9 @@ impl Pulse {
             phase: Phase::ALL.get((place & 0xff) as usize).copied().unwrap_or_default(),
             stage: (place >> 8) as u32,
             step: self.step.load(Ordering::Relaxed),
-            waits: kind.checked_sub(1).and_then(|kind| Some((*Collective::ALL.get(kind)?, waits >> 8))),
+            waits: kind
+                .checked_sub(1)
+                .and_then(|kind| Some((*Collective::ALL.get(kind)?, waits >> 8))),
             marks: self.marks.load(Ordering::Relaxed),
         }
     }

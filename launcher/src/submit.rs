@@ -124,6 +124,21 @@ impl Settings {
         Ok((settings, rest))
     }
 
+    /// One more, or another, setting.
+    pub fn with(mut self, word: &str) -> Result<Settings, SubmitError> {
+        let (key, value) = word.split_once('=').unwrap_or((word, ""));
+        match KEYS.iter().find(|(known, ..)| *known == key) {
+            Some((key, option, kind)) => self.set(key, option, kind, value)?,
+            None => {
+                return Err(SubmitError::Unknown {
+                    key: key.to_owned(),
+                    nearest: nearest(key),
+                });
+            }
+        }
+        Ok(self)
+    }
+
     pub fn ranks(&self) -> usize {
         self.nodes * self.ranks_per_node
     }

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use launcher::exit;
 use launcher::pulse::{Collective, Phase, Pulse};
 use launcher::rendezvous::wire::{self, Attempt, Message};
-use launcher::rendezvous::{Hooks, Hub, Invitation, Invited, Loss, MeetError, Meeting, Report, Secret, Settings, Timing};
+use launcher::rendezvous::{
+    Hooks, Hub, Invitation, Invited, Loss, MeetError, Meeting, Report, Secret, Settings, Timing,
+};
 
 const TIMING: Timing = Timing {
     beat: Duration::from_millis(100),
@@ -83,7 +85,10 @@ impl Scene {
 
     fn meet(&self, world: usize, pulses: &[Arc<Pulse>]) -> Vec<Result<Meeting, MeetError>> {
         // Members first: the file is not there yet.
-        let started: Vec<_> = (0..world).rev().map(|rank| self.start(settings(rank, world), &pulses[rank])).collect();
+        let started: Vec<_> = (0..world)
+            .rev()
+            .map(|rank| self.start(settings(rank, world), &pulses[rank]))
+            .collect();
         started.into_iter().rev().map(|rank| rank.join().unwrap()).collect()
     }
 
@@ -108,13 +113,22 @@ fn wait_for<T>(mut found: impl FnMut() -> Option<T>) -> T {
 }
 
 fn leave(meetings: Vec<Meeting>) {
-    let all: Vec<_> = meetings.into_iter().map(|meeting| std::thread::spawn(move || meeting.leave())).collect();
+    let all: Vec<_> = meetings
+        .into_iter()
+        .map(|meeting| std::thread::spawn(move || meeting.leave()))
+        .collect();
     all.into_iter().for_each(|one| one.join().unwrap());
 }
 
 /// A rank of this test's own making, which does as it is told.
-fn by_hand(invitation: &Invitation, secret: &Secret, rank: usize) -> Result<(wire::Sender, wire::Receiver), wire::WireError> {
-    let nonce: Vec<u8> = (0..16).map(|i| u8::from_str_radix(&invitation.attempt[2 * i..2 * i + 2], 16).unwrap()).collect();
+fn by_hand(
+    invitation: &Invitation,
+    secret: &Secret,
+    rank: usize,
+) -> Result<(wire::Sender, wire::Receiver), wire::WireError> {
+    let nonce: Vec<u8> = (0..16)
+        .map(|i| u8::from_str_radix(&invitation.attempt[2 * i..2 * i + 2], 16).unwrap())
+        .collect();
     let attempt = Attempt {
         job: invitation.job.clone(),
         nonce: nonce.try_into().unwrap(),
@@ -130,7 +144,10 @@ fn by_hand(invitation: &Invitation, secret: &Secret, rank: usize) -> Result<(wir
 fn block<T>(future: impl Future<Output = T>) -> T {
     static RUNTIME: std::sync::OnceLock<tokio::runtime::Handle> = std::sync::OnceLock::new();
     let handle = RUNTIME.get_or_init(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
         let handle = runtime.handle().clone();
         std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
         handle
@@ -156,7 +173,9 @@ fn a_rank_that_is_gone_is_named_at_once_with_what_it_did() {
     let pulses = pulses(3);
     pulses[0].at(Phase::Update, 0);
     pulses[0].wait_in(Collective::ReduceScatter, 31);
-    let started: Vec<_> = (0..2).map(|rank| scene.start(settings(rank, 3), &pulses[rank])).collect();
+    let started: Vec<_> = (0..2)
+        .map(|rank| scene.start(settings(rank, 3), &pulses[rank]))
+        .collect();
     let invitation = scene.invitation();
     let secret = Secret::from_hex(invitation.secret.as_deref().unwrap()).unwrap();
     let (mut sender, receiver) = by_hand(&invitation, &secret, 2).unwrap();
@@ -175,7 +194,9 @@ fn a_rank_that_is_gone_is_named_at_once_with_what_it_did() {
     std::thread::sleep(Duration::from_millis(300));
     let gone = Instant::now();
     drop((sender, receiver));
-    let mut losses: Vec<_> = (0..2).map(|_| scene.losses.recv_timeout(Duration::from_secs(5)).unwrap()).collect();
+    let mut losses: Vec<_> = (0..2)
+        .map(|_| scene.losses.recv_timeout(Duration::from_secs(5)).unwrap())
+        .collect();
     let took = gone.elapsed();
     assert!(took < Duration::from_secs(1), "{took:?}");
     losses.sort_by_key(|(rank, _)| *rank);
@@ -188,7 +209,10 @@ fn a_rank_that_is_gone_is_named_at_once_with_what_it_did() {
          of the others rank 0 wait in reduce-scatter 31, rank 1 work at its start"
     );
     assert_eq!((first.code, first.told), (exit::PEER, false));
-    assert_eq!((&second.text, second.code, second.told), (&first.text, exit::PEER, true));
+    assert_eq!(
+        (&second.text, second.code, second.told),
+        (&first.text, exit::PEER, true)
+    );
     drop(meetings);
 }
 
@@ -205,7 +229,10 @@ fn a_silent_rank_and_a_silent_hub_are_named_by_the_other() {
     let silent = Instant::now();
     let (_, loss) = scene.losses.recv_timeout(Duration::from_secs(5)).unwrap();
     let took = silent.elapsed();
-    assert!(loss.text.starts_with("rank 1 on n0 (process 101) gave no sign for 1."), "{loss:?}");
+    assert!(
+        loss.text.starts_with("rank 1 on n0 (process 101) gave no sign for 1."),
+        "{loss:?}"
+    );
     assert!(took < TIMING.silence + Duration::from_millis(700), "{took:?}");
     drop(meeting);
 
@@ -241,7 +268,10 @@ fn a_silent_rank_and_a_silent_hub_are_named_by_the_other() {
     });
     let meeting = member.join().unwrap().unwrap();
     let (_, loss) = scene.losses.recv_timeout(Duration::from_secs(5)).unwrap();
-    assert!(loss.text.starts_with("rank 0 on n0 gave no sign for 1.") && !loss.told, "{loss:?}");
+    assert!(
+        loss.text.starts_with("rank 0 on n0 gave no sign for 1.") && !loss.told,
+        "{loss:?}"
+    );
     drop((held, meeting));
 }
 
@@ -263,7 +293,11 @@ fn a_rank_that_fails_is_the_one_that_is_named() {
 
 #[test]
 fn ranks_that_do_not_run_the_same_are_refused_with_a_table_by_host() {
-    for (what, other) in [("build", "b2"), ("config", "c2"), ("libtorch_cpu.so", "/opt/other/libtorch_cpu.so 1a2b")] {
+    for (what, other) in [
+        ("build", "b2"),
+        ("config", "c2"),
+        ("libtorch_cpu.so", "/opt/other/libtorch_cpu.so 1a2b"),
+    ] {
         let scene = Scene::new();
         let pulses = pulses(4);
         let ranks: Vec<_> = (0..4)
@@ -284,10 +318,15 @@ fn ranks_that_do_not_run_the_same_are_refused_with_a_table_by_host() {
             let text = refused.to_string();
             let first = text.lines().next().unwrap();
             assert!(
-                first.starts_with(&format!("the ranks do not run alike: n4 (rank 3) in {what} differs from the most")),
+                first.starts_with(&format!(
+                    "the ranks do not run alike: n4 (rank 3) in {what} differs from the most"
+                )),
                 "{text}"
             );
-            assert!(text.contains(other) && text.contains("ranks 0–2") && text.contains("n0, n1"), "{text}");
+            assert!(
+                text.contains(other) && text.contains("ranks 0–2") && text.contains("n0, n1"),
+                "{text}"
+            );
         }
         assert!(started.elapsed() < Duration::from_secs(30));
     }
@@ -304,14 +343,26 @@ fn who_does_not_come_is_listed_and_who_has_no_hub_says_what_it_tried() {
     };
     let scene = Scene::new();
     let pulses = pulses(4);
-    let (hub, member) = (scene.start(short(0), &pulses[0]), scene.start(settings(1, 4), &pulses[1]));
+    let (hub, member) = (
+        scene.start(short(0), &pulses[0]),
+        scene.start(settings(1, 4), &pulses[1]),
+    );
     let said = hub.join().unwrap().err().unwrap().to_string();
-    assert!(said.starts_with("2 of 4 ranks arrived at n0 within 0 s; ranks 2 and 3 did not"), "{said}");
+    assert!(
+        said.starts_with("2 of 4 ranks arrived at n0 within 0 s; ranks 2 and 3 did not"),
+        "{said}"
+    );
     assert!(said.contains("127.0.0.1:") && said.contains("(lo)"), "{said}");
     assert_eq!(member.join().unwrap().err().unwrap().to_string(), said);
 
     let lonely = Scene::new();
-    let said = lonely.start(short(1), &pulses[1]).join().unwrap().err().unwrap().to_string();
+    let said = lonely
+        .start(short(1), &pulses[1])
+        .join()
+        .unwrap()
+        .err()
+        .unwrap()
+        .to_string();
     assert!(said.starts_with("rank 1 did not reach rank 0 within 0 s: "), "{said}");
     assert!(said.contains("rendezvous.json: No such file"), "{said}");
 }
@@ -329,15 +380,27 @@ fn loopback_is_refused_between_hosts() {
     };
     let refused = Hub::open(wide(0)).err().unwrap();
     assert_eq!(refused.code(), exit::REFUSED);
-    assert!(refused.to_string().starts_with("n0 has no address but its loopback's"), "{refused}");
+    assert!(
+        refused.to_string().starts_with("n0 has no address but its loopback's"),
+        "{refused}"
+    );
     // An invitation that names it all the same.
     let scene = Scene::new();
     let invitation = Hub::open(settings(0, 2)).unwrap().invitation().clone();
     invitation.publish(&scene.file()).unwrap();
     let mut elsewhere = wide(1);
     elsewhere.report.host = "n9".into();
-    let said = scene.start(elsewhere, &pulses(1)[0]).join().unwrap().err().unwrap().to_string();
-    assert!(said.contains("is the loopback of n0") && said.contains("PANGLOT_INTERFACE"), "{said}");
+    let said = scene
+        .start(elsewhere, &pulses(1)[0])
+        .join()
+        .unwrap()
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        said.contains("is the loopback of n0") && said.contains("PANGLOT_INTERFACE"),
+        "{said}"
+    );
 }
 
 /// Everything a stranger may try, while the ranks are still arriving and while they work.

@@ -117,8 +117,7 @@ fn every_script_is_bash_without_a_complaint() {
             };
             child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
             let output = child.wait_with_output().unwrap();
-            let said =
-                String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+            let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success(), "{program}: {said}\n{script}");
         };
         check("bash", &["-n"]);

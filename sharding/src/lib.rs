@@ -11,6 +11,7 @@ pub mod memory;
 mod mpi;
 mod rows;
 mod solo;
+pub mod staged;
 pub mod zero;
 
 pub use comm::{Comm, Mark, Pending, Reduce, Sent, Wire};

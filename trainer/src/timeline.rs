@@ -37,10 +37,16 @@ impl Timeline {
         }
         let mut out = BufWriter::new(File::create(path)?);
         let name = serde_json::json!({ "name": format!("rank {rank} on {host}") });
-        write!(out, "[\n{{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":{rank},\"args\":{name}}}")?;
+        write!(
+            out,
+            "[\n{{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":{rank},\"args\":{name}}}"
+        )?;
         for (thread, name) in [(WORK, "work"), (WAITING, "waiting for ranks")] {
             let thread_name = "{\"name\":\"thread_name\",\"ph\":\"M\"";
-            write!(out, ",\n{thread_name},\"pid\":{rank},\"tid\":{thread},\"args\":{{\"name\":\"{name}\"}}}}")?;
+            write!(
+                out,
+                ",\n{thread_name},\"pid\":{rank},\"tid\":{thread},\"args\":{{\"name\":\"{name}\"}}}}"
+            )?;
         }
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Timeline {
@@ -128,7 +134,12 @@ mod tests {
             step: 12,
             ..State::default()
         };
-        let phases = [(Phase::Batch, 0), (Phase::Forward, 0), (Phase::Forward, 1), (Phase::Backward, 1)];
+        let phases = [
+            (Phase::Batch, 0),
+            (Phase::Forward, 0),
+            (Phase::Forward, 1),
+            (Phase::Backward, 1),
+        ];
         for (phase, stage) in phases {
             timeline.at(&state(phase, stage));
             std::thread::sleep(std::time::Duration::from_millis(2));

@@ -100,7 +100,9 @@ impl Comm for Watched {
     }
 
     fn reduce_scatter(&self, full: &Tensor, mine: &mut Tensor, wire: Wire) -> Result<Pending> {
-        self.start(Collective::ReduceScatter, || self.inner.reduce_scatter(full, mine, wire))
+        self.start(Collective::ReduceScatter, || {
+            self.inner.reduce_scatter(full, mine, wire)
+        })
     }
 
     fn all_reduce(&self, values: &mut Tensor, wire: Wire) -> Result<Pending> {
@@ -130,7 +132,9 @@ impl Comm for Watched {
     fn barrier(&self) -> Result<()> {
         let number = self.next();
         let timeline = self.timeline.as_deref();
-        waiting(&self.pulse, timeline, Collective::Barrier, number, || self.inner.barrier())
+        waiting(&self.pulse, timeline, Collective::Barrier, number, || {
+            self.inner.barrier()
+        })
     }
 
     fn sent(&self) -> &Sent {

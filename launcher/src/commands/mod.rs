@@ -1,6 +1,7 @@
 //! One file a subcommand; here what they share.
 
 pub mod demo;
+pub mod doctor;
 pub mod eval;
 pub mod export;
 pub mod job;
@@ -8,7 +9,9 @@ pub mod model;
 pub mod plan;
 pub mod report;
 pub mod rows;
+pub mod scale;
 pub mod stage;
+pub mod status;
 pub mod submit;
 pub mod train;
 
@@ -68,6 +71,7 @@ fn meaning(code: i32) -> &'static str {
         exit::USER => "the config or its files do not fit, see above",
         exit::IO => "files could not be read or written, see above",
         exit::MORE_TIME => "a checkpoint is written; the same command goes on from it",
+        exit::REFUSED => "the ranks could not start together, see above",
         exit::PEER => "a rank was lost; the same command goes on from the newest checkpoint",
         127 => "the program could not be started",
         137 => {
@@ -120,6 +124,11 @@ pub struct RunFolder<'a>(pub &'a Path);
 impl RunFolder<'_> {
     pub fn plan(&self) -> PathBuf {
         self.0.join("plan.json")
+    }
+
+    /// The steps taken before the newest checkpoint that has its name.
+    pub fn newest_checkpoint(&self) -> Option<u64> {
+        launcher::attempts::newest_step(&self.0.join("checkpoints"))
     }
 
     pub fn evaluation(&self, name: &str) -> PathBuf {

@@ -6,10 +6,11 @@ use configs::Plan;
 use nix::sys::signal::Signal;
 
 use super::{App, ConfigArgs, Failed, RunFolder, stage, watch};
-use launcher::attempts::Attempts;
+use launcher::attempts::{Attempts, MOST_WITHOUT_PROGRESS};
 use launcher::events::Event;
-use launcher::place::{Place, PlaceError};
+use launcher::place::{Place, PlaceError, is_wired_for_mpi};
 use launcher::stages::STAGES;
+use launcher::status::Sign;
 use launcher::supervise::Ended;
 use launcher::view::View;
 use launcher::{exit, files, sampling, text};
@@ -21,6 +22,9 @@ pub struct Args {
     /// Ranks on this machine, instead of the config's launch.ranks
     #[arg(short = 'n', long, value_name = "N")]
     pub ranks: Option<usize>,
+    /// When a rank is lost, start all again from the newest checkpoint, up to K times
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub restarts: u32,
 }
 
 pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
@@ -28,7 +32,19 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let (plan, ended) = match place {
         // Somebody has started us once a rank already: the world is theirs to choose, and this is one rank of it.
         Ok(place) if place.is_rank_of_many() => {
+            anyhow::ensure!(
+                args.restarts == 0,
+                "--restarts = {}, but this is {place}: whoever started the ranks must start them again; leave it out, and let \
+                 the job script requeue the job (slurm/train.sbatch does)",
+                args.restarts
+            );
             let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
+            anyhow::ensure!(
+                plan.train.device != configs::Device::Cpu || is_wired_for_mpi(),
+                "this is {place}, and no MPI launcher has wired the ranks together, which ranks on CPUs need (train.device = \
+                 cpu): start them with `srun --mpi=pmix`, `mpirun`, or `panglot train -n {}`",
+                place.world
+            );
             let ended = as_one_rank(app, &plan, &place);
             let code = ended.as_ref().map_or(exit::USER, |ended| ended.code);
             if code != exit::FINISHED {
@@ -46,7 +62,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
                 place => drop(place?),
             }
             stage::make(app, &plan, &STAGES, false)?;
-            let ended = train(app, &plan, &mut |_| None)?;
+            let ended = with_restarts(app, &plan, args.restarts)?;
             (plan, ended)
         }
     };
@@ -63,11 +79,45 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     }
 }
 
+/// Runs all ranks from here, again and again where one was lost, each time from the newest checkpoint.
+fn with_restarts(app: &App, plan: &Plan, restarts: u32) -> anyhow::Result<Ended> {
+    let newest = || RunFolder(&plan.folders.run).newest_checkpoint();
+    let (mut in_vain, mut before) = (0, newest());
+    for restart in 1.. {
+        let ended = train(app, plan, &mut |_| None)?;
+        // A signal that ended a rank is a loss too, unless the user sent it.
+        let lost = matches!(ended.code, exit::PEER | exit::IO | 129..) && !ended.asked;
+        if !lost || restart > restarts {
+            return Ok(ended);
+        }
+        let now = newest();
+        in_vain = if now > before { 0 } else { in_vain + 1 };
+        before = now;
+        if in_vain == MOST_WITHOUT_PROGRESS {
+            eprintln!(
+                "panglot: {MOST_WITHOUT_PROGRESS} attempts in a row came to no newer checkpoint; another would end like them"
+            );
+            return Ok(ended);
+        }
+        let from = now.map_or("the beginning".into(), |step| {
+            format!("the checkpoint after step {step}")
+        });
+        let why = ended.lost.unwrap_or_else(|| format!("exit code {}", ended.code));
+        eprintln!("panglot: restart {restart} of {restarts}, from {from}: {why}");
+    }
+    unreachable!("the loop ends by its number of restarts")
+}
+
 /// Runs all ranks from here, to their end whatever it is.
 pub fn train(app: &App, plan: &Plan, also: &mut dyn FnMut(&Event) -> Option<Signal>) -> anyhow::Result<Ended> {
     let worker = app.worker()?;
     let args = vec!["train".into(), "--plan".into(), write_plan(plan)?];
-    let job = worker.job(plan.launch.ranks, plan.launch.threads_per_rank, args);
+    let (ranks, threads) = (plan.launch.ranks, plan.launch.threads_per_rank);
+    // GPUs have NCCL; ranks on CPUs need MPI.
+    let job = match plan.train.device {
+        configs::Device::Cuda if ranks > 1 => worker.processes(ranks, threads, args),
+        _ => worker.job(ranks, threads, args),
+    };
     let mut view = View::new();
     view.say(&format!(
         "{} on {}: {} steps × {} rows × {} tokens",
@@ -86,8 +136,18 @@ fn as_one_rank(app: &App, plan: &Plan, place: &Place) -> anyhow::Result<Ended> {
     for stage in STAGES {
         stage.require(plan)?;
     }
-    let args = vec!["train".into(), "--plan".into(), write_plan(plan)?];
-    let job = app.worker()?.alone(plan.launch.threads_per_rank, args);
+    // Another rank may have been given another config and write it to the same file: each says which was its own.
+    let digest = launcher::files::digest_of(plan)?;
+    let args = vec![
+        "train".into(),
+        "--plan".into(),
+        write_plan(plan)?,
+        "--config-digest".into(),
+        digest.into(),
+    ];
+    // One rank a host says for all of them that the host lives, and how.
+    let _sign = (place.local_rank == 0).then(|| Sign::give(&plan.folders.run, place));
+    let job = app.worker()?.one_of_many(plan.launch.threads_per_rank, args);
     let mut view = View::new();
     if place.rank == 0 {
         view.say(&format!(

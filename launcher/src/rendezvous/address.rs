@@ -57,7 +57,10 @@ pub fn interfaces() -> io::Result<Vec<Interface>> {
         if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
             continue;
         }
-        match found.iter_mut().find(|interface| interface.name == entry.interface_name) {
+        match found
+            .iter_mut()
+            .find(|interface| interface.name == entry.interface_name)
+        {
             Some(interface) => interface.addresses.push(address),
             None => found.push(Interface {
                 name: entry.interface_name,
@@ -95,9 +98,16 @@ pub fn choose(
         return Ok(loopback.clone());
     }
     let on_the_way = near.and_then(|near| {
-        interfaces.iter().find(|interface| !interface.is_loopback() && interface.addresses.contains(&near))
+        interfaces
+            .iter()
+            .find(|interface| !interface.is_loopback() && interface.addresses.contains(&near))
     });
-    let likeliest = || interfaces.iter().filter(|i| !i.is_loopback()).min_by_key(|i| i.preference());
+    let likeliest = || {
+        interfaces
+            .iter()
+            .filter(|i| !i.is_loopback())
+            .min_by_key(|i| i.preference())
+    };
     let chosen = on_the_way.or_else(likeliest).cloned();
     chosen.ok_or_else(|| AddressError::LoopbackOnly { host: host.into() })
 }
@@ -151,7 +161,10 @@ mod tests {
     #[test]
     fn this_machine_has_its_loopback() {
         let found = interfaces().unwrap();
-        assert!(choose(&found, "here", None, true, None).unwrap().is_loopback(), "{found:?}");
+        assert!(
+            choose(&found, "here", None, true, None).unwrap().is_loopback(),
+            "{found:?}"
+        );
         assert_eq!(towards([127, 0, 0, 1].into()), Some([127, 0, 0, 1].into()));
     }
 }

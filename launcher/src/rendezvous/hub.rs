@@ -15,8 +15,8 @@ use tokio::task::{AbortHandle, JoinHandle};
 use super::watch::{Finding, Watch};
 use super::wire::{self, Attempt, Message, Receiver, Sender, WireError};
 use super::{
-    Command, Hooks, Invitation, Loss, MeetError, Meeting, Report, Secret, Settings, Suspicion, Terminate, address, runtime,
-    sameness, secret, set_up,
+    Command, Hooks, Invitation, Loss, MeetError, Meeting, Report, Secret, Settings, Suspicion, Terminate, address,
+    runtime, sameness, secret, set_up,
 };
 use crate::exit;
 use crate::pulse::{Phase, Pulse};
@@ -48,10 +48,17 @@ impl Hub {
         let runtime = runtime()?;
         let listeners: Vec<TcpListener> = runtime.block_on(async {
             // An address that was taken away this moment is no reason to give the others up.
-            interface.addresses.iter().filter_map(|address| listen((*address, 0).into()).ok()).collect()
+            interface
+                .addresses
+                .iter()
+                .filter_map(|address| listen((*address, 0).into()).ok())
+                .collect()
         });
         if listeners.is_empty() {
-            let text = format!("{host} cannot listen on any address of its interface {}", interface.name);
+            let text = format!(
+                "{host} cannot listen on any address of its interface {}",
+                interface.name
+            );
             return Err(io::Error::other(text).into());
         }
         let secret = match &settings.secret {
@@ -69,7 +76,10 @@ impl Hub {
             world: settings.world,
             host: host.clone(),
             interface: interface.name.clone(),
-            addresses: listeners.iter().map(TcpListener::local_addr).collect::<io::Result<_>>()?,
+            addresses: listeners
+                .iter()
+                .map(TcpListener::local_addr)
+                .collect::<io::Result<_>>()?,
             secret: settings.secret.is_none().then(|| secret.to_hex()),
         };
         Ok(Hub {
@@ -182,8 +192,10 @@ impl Gathering {
         attempt: &Attempt,
         secret: &Secret,
     ) -> Result<Watching, MeetError> {
-        let doors: Vec<JoinHandle<()>> =
-            listeners.into_iter().map(|listener| tokio::spawn(accept(listener, self.tell.clone()))).collect();
+        let doors: Vec<JoinHandle<()>> = listeners
+            .into_iter()
+            .map(|listener| tokio::spawn(accept(listener, self.tell.clone())))
+            .collect();
         let outcome = self.let_in(attempt, secret).await;
         // Nobody else is expected: from here on a stranger meets no open port.
         doors.iter().for_each(JoinHandle::abort);
@@ -203,10 +215,18 @@ impl Gathering {
         }
         self.tell_all(&Message::Welcome);
         let reports = self.reports();
-        let names = reports.iter().enumerate().map(|(rank, report)| (rank, report.name(rank))).collect();
+        let names = reports
+            .iter()
+            .enumerate()
+            .map(|(rank, report)| (rank, report.name(rank)))
+            .collect();
         Ok(Watching {
             watch: Watch::new(names, self.settings.timing.silence, Instant::now()),
-            names: reports.iter().enumerate().map(|(rank, report)| report.name(rank)).collect(),
+            names: reports
+                .iter()
+                .enumerate()
+                .map(|(rank, report)| report.name(rank))
+                .collect(),
             timing: self.settings.timing,
             seats: std::mem::take(&mut self.seats),
             // Both ends change owner; this end sends nothing any more.
@@ -253,7 +273,9 @@ impl Gathering {
     }
 
     fn is_complete(&self) -> bool {
-        self.seats[1..].iter().all(|seat| seat.as_ref().is_some_and(|seat| seat.report.is_some()))
+        self.seats[1..]
+            .iter()
+            .all(|seat| seat.as_ref().is_some_and(|seat| seat.report.is_some()))
     }
 
     /// Lets a connection prove itself, beside everything else.
@@ -474,8 +496,16 @@ impl Watching {
                 Some(command) = commands.recv() => match command {
                     Command::Bytes(bytes) => self.tell_all(&Message::Bytes(bytes)),
                     Command::Fail { code, text, done } => {
-                        let text = format!("{}: {text}", self.names[0]);
-                        return Over::Failed(Loss { code, text, told: false }, done);
+                        let loss = Loss {
+                            code,
+                            text: format!("{}: {text}", self.names[0]),
+                            told: false,
+                        };
+                        if code != exit::PEER {
+                            return Over::Failed(loss, done);
+                        }
+                        // A lost peer is seen here in a moment, if it is one.
+                        suspicion.get_or_insert_with(|| Suspicion::new(loss));
                     }
                     Command::Leave(done) => {
                         pulse.at(Phase::End, 0);
@@ -500,7 +530,11 @@ impl Watching {
             Message::Bye => self.watch.leave(rank),
             Message::Failed { code, text } => {
                 let text = format!("{}: {}", self.names[rank], sameness::printable(&text));
-                return Some(Loss { code, text, told: false });
+                return Some(Loss {
+                    code,
+                    text,
+                    told: false,
+                });
             }
             _ => {}
         }

@@ -12,7 +12,8 @@ use super::sameness::printable;
 use super::watch::{Finding, Watch};
 use super::wire::{self, Message, Receiver, Sender, WireError};
 use super::{
-    Command, Hooks, Invitation, Invited, Loss, MeetError, Meeting, Secret, Settings, Suspicion, Terminate, runtime, set_up,
+    Command, Hooks, Invitation, Invited, Loss, MeetError, Meeting, Secret, Settings, Suspicion, Terminate, runtime,
+    set_up,
 };
 use crate::exit;
 use crate::pulse::{Phase, Pulse};
@@ -142,7 +143,9 @@ fn secret_for(settings: &Settings, invited: &Invited, invitation: &Invitation) -
             found
         }
     };
-    let secret = in_file.secret.ok_or_else(|| Trouble::Again("the invitation brings no secret".into()))?;
+    let secret = in_file
+        .secret
+        .ok_or_else(|| Trouble::Again("the invitation brings no secret".into()))?;
     Secret::from_hex(&secret).map_err(|error| Trouble::Final(error.into()))
 }
 
@@ -153,7 +156,10 @@ async fn wait_for_all(
     mut receiver: Receiver,
 ) -> Result<(String, Sender, Receiver), Trouble> {
     let broken = |error: WireError| Trouble::Again(error.to_string());
-    sender.send(&Message::Report(settings.report.clone())).await.map_err(broken)?;
+    sender
+        .send(&Message::Report(settings.report.clone()))
+        .await
+        .map_err(broken)?;
     loop {
         match receiver.receive().await.map_err(broken)? {
             Message::Welcome => return Ok((hub, sender, receiver)),
@@ -186,7 +192,10 @@ async fn watch(
         }
     });
     let Timing { beat, silence, .. } = settings.timing;
-    let names = vec![(0, hub.to_owned()), (settings.rank, settings.report.name(settings.rank))];
+    let names = vec![
+        (0, hub.to_owned()),
+        (settings.rank, settings.report.name(settings.rank)),
+    ];
     let mut watch = Watch::new(names, silence, Instant::now());
     let Ok(mut terminate) = Terminate::new(hooks.takes_sigterm) else {
         return;
@@ -239,6 +248,10 @@ async fn watch(
                 Command::Fail { code, text, done } => {
                     let _ = tokio::time::timeout(FLUSH, sender.send(&Message::Failed { code, text })).await;
                     let _ = done.send(());
+                    // It ends by itself, for its own reason; where that is a lost peer, the hub may know which.
+                    if code != exit::PEER {
+                        return;
+                    }
                 }
                 Command::Leave(done) => {
                     pulse.at(Phase::End, 0);

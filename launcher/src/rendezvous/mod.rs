@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use address::{AddressError, towards};
+pub use address::{AddressError, interfaces, towards};
 pub use hub::Hub;
 pub use sameness::Report;
 pub use secret::{Secret, SecretError};
@@ -101,9 +101,7 @@ impl Invitation {
 
     pub fn read(file: &Path) -> Result<Invitation, MeetError> {
         let text = secret::read_private(file)?;
-        serde_json::from_str(&text).map_err(|_| MeetError::NoInvitation {
-            file: file.to_owned(),
-        })
+        serde_json::from_str(&text).map_err(|_| MeetError::NoInvitation { file: file.to_owned() })
     }
 
     fn attempt(&self) -> Option<wire::Attempt> {
@@ -196,7 +194,11 @@ pub struct Hooks {
 /// Commands to the watching thread.
 enum Command {
     Bytes(Vec<u8>),
-    Fail { code: i32, text: String, done: mpsc::Sender<()> },
+    Fail {
+        code: i32,
+        text: String,
+        done: mpsc::Sender<()>,
+    },
     Leave(mpsc::Sender<()>),
 }
 
@@ -257,7 +259,11 @@ impl Meeting {
 /// acknowledged anything for `silence`.
 fn set_up(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::TcpUserTimeout, &(silence.as_millis() as u32))?;
+    nix::sys::socket::setsockopt(
+        stream,
+        nix::sys::socket::sockopt::TcpUserTimeout,
+        &(silence.as_millis() as u32),
+    )?;
     Ok(())
 }
 

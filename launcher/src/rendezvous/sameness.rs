@@ -1,5 +1,8 @@
 //! Whether all ranks run the same: what each reports of itself, and the table of where they differ, by host.
 
+use std::fs::File;
+use std::io::{self, Read};
+
 use serde::{Deserialize, Serialize};
 
 use crate::text;
@@ -33,7 +36,11 @@ pub fn differences(reports: &[Report]) -> Option<String> {
     for name in names {
         let mut kinds: Vec<(&str, Vec<usize>)> = Vec::new();
         for (rank, report) in reports.iter().enumerate() {
-            let value = report.runs.iter().find(|(known, _)| known == name).map_or("none", |(_, value)| value);
+            let value = report
+                .runs
+                .iter()
+                .find(|(known, _)| known == name)
+                .map_or("none", |(_, value)| value);
             match kinds.iter_mut().find(|(known, _)| *known == value) {
                 Some((_, ranks)) => ranks.push(rank),
                 None => kinds.push((value, vec![rank])),
@@ -103,10 +110,56 @@ pub fn ranks(ranks: &[usize]) -> String {
     }
 }
 
+/// Digest of the program that runs. Two builds of the same source differ, as they may in what they compute.
+pub fn this_program() -> io::Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(File::open("/proc/self/exe")?)?;
+    Ok(shortened(&hasher))
+}
+
+/// Of the libraries that this process has loaded, those whose file names begin so: file, length, and a digest of its first
+/// mebibyte, which names functions and, where the linker left one, the build.
+pub fn loaded(names: &[&str]) -> Vec<(String, String)> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let files: Vec<&str> = maps
+        .lines()
+        .filter_map(|line| line.find('/').map(|at| &line[at..]))
+        .collect();
+    let find = |name: &&str| {
+        let is = |file: &&&str| file.rsplit('/').next().is_some_and(|file| file.starts_with(name));
+        let file = files.iter().find(is)?;
+        Some((
+            (*name).to_owned(),
+            described(file).unwrap_or_else(|error| format!("{file} ({error})")),
+        ))
+    };
+    names.iter().filter_map(find).collect()
+}
+
+fn described(file: &str) -> io::Result<String> {
+    let opened = File::open(file)?;
+    let bytes = opened.metadata()?.len();
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(opened.take(1 << 20))?;
+    Ok(format!("{file} ({bytes} bytes, {})", shortened(&hasher)))
+}
+
+fn shortened(hasher: &blake3::Hasher) -> String {
+    hasher.finalize().to_hex()[..16].to_owned()
+}
+
 /// What another host told, fit for a terminal and one line: names are data, whatever is in them.
 pub fn printable(text: &str) -> String {
-    let fit: String = text.chars().take(200).map(|c| if c.is_control() { '?' } else { c }).collect();
-    if text.chars().nth(200).is_some() { fit + "…" } else { fit }
+    let fit: String = text
+        .chars()
+        .take(200)
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect();
+    if text.chars().nth(200).is_some() {
+        fit + "…"
+    } else {
+        fit
+    }
 }
 
 #[cfg(test)]
@@ -117,13 +170,20 @@ mod tests {
         Report {
             host: host.into(),
             process: 1,
-            runs: vec![("build".into(), build.into()), ("libtorch_cpu.so".into(), library.into())],
+            runs: vec![
+                ("build".into(), build.into()),
+                ("libtorch_cpu.so".into(), library.into()),
+            ],
         }
     }
 
     #[test]
     fn ranks_are_listed_shortly() {
-        let cases = [(vec![3], "rank 3"), (vec![0, 2], "ranks 0 and 2"), (vec![0, 1, 2, 5, 6], "ranks 0–2, 5 and 6")];
+        let cases = [
+            (vec![3], "rank 3"),
+            (vec![0, 2], "ranks 0 and 2"),
+            (vec![0, 1, 2, 5, 6], "ranks 0–2, 5 and 6"),
+        ];
         for (list, said) in cases {
             assert_eq!(ranks(&list), said);
         }
@@ -134,9 +194,17 @@ mod tests {
     fn alike_is_nothing_and_different_is_a_table_by_host() {
         let n = |host: &str| report(host, "b1", "2.11 /opt/torch");
         assert_eq!(differences(&[n("n1"), n("n2"), n("n3")]), None);
-        let mixed = [n("n1"), n("n2"), report("n3", "b2", "2.11 /opt/torch"), report("n4", "b1", "2.10 /usr/lib")];
+        let mixed = [
+            n("n1"),
+            n("n2"),
+            report("n3", "b2", "2.11 /opt/torch"),
+            report("n4", "b1", "2.10 /usr/lib"),
+        ];
         let said = differences(&mixed).unwrap();
-        assert!(said.starts_with("the ranks do not run alike: n3 (rank 2) in build and 1 more differs"), "{said}");
+        assert!(
+            said.starts_with("the ranks do not run alike: n3 (rank 2) in build and 1 more differs"),
+            "{said}"
+        );
         for piece in ["b2", "ranks 0, 1 and 3", "n1, n2, n4", "2.10 /usr/lib", "rank 3"] {
             assert!(said.contains(piece), "{piece} in {said}");
         }
@@ -144,6 +212,17 @@ mod tests {
         let mut without = n("n2");
         without.runs.pop();
         assert!(differences(&[n("n1"), without]).unwrap().contains("none"));
+    }
+
+    #[test]
+    fn a_program_and_its_libraries_are_told_by_their_content() {
+        assert_eq!(this_program().unwrap(), this_program().unwrap());
+        let libraries = loaded(&["libc.so", "libnothing.so"]);
+        assert_eq!(libraries.len(), 1, "{libraries:?}");
+        assert!(
+            libraries[0].1.contains("/libc.so") && libraries[0].1.contains(" bytes, "),
+            "{libraries:?}"
+        );
     }
 
     #[test]

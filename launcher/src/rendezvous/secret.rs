@@ -14,7 +14,9 @@ pub struct Secret([u8; 32]);
 
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
-    #[error("the job's secret is not 64 hexadecimal digits; `panglot` makes one, or: head -c 32 /dev/urandom | xxd -p -c 64")]
+    #[error(
+        "the job's secret is not 64 hexadecimal digits; `panglot` makes one, or: head -c 32 /dev/urandom | xxd -p -c 64"
+    )]
     NotHex,
     #[error("{} can be read by others than its owner (mode {mode:o}); chmod 600 it, and make a new secret", file.display())]
     Readable { file: PathBuf, mode: u32 },
@@ -76,7 +78,10 @@ pub(super) fn read_private(file: &Path) -> Result<String, SecretError> {
         });
     }
     let mut text = String::new();
-    Read::by_ref(&mut opened).take(1 << 16).read_to_string(&mut text).map_err(failed)?;
+    Read::by_ref(&mut opened)
+        .take(1 << 16)
+        .read_to_string(&mut text)
+        .map_err(failed)?;
     Ok(text)
 }
 
@@ -86,7 +91,11 @@ pub(super) fn write_private(file: &Path, content: &str) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     let beside = crate::files::beside(file, &format!("{}.partial", std::process::id()));
     let _ = fs::remove_file(&beside);
-    let mut out = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+    let mut out = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)?;
     out.write_all(content.as_bytes())?;
     out.sync_all()?;
     fs::rename(&beside, file)
@@ -115,7 +124,10 @@ mod tests {
         assert!(Secret::new().unwrap() != secret);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
         let refused = Secret::from_file(&file).unwrap_err().to_string();
-        assert!(refused.contains("can be read by others than its owner (mode 640)"), "{refused}");
+        assert!(
+            refused.contains("can be read by others than its owner (mode 640)"),
+            "{refused}"
+        );
         assert!(Secret::from_hex("abc").is_err());
         assert!(!format!("{secret:?}").contains(&secret.to_hex()[..8]));
     }

@@ -68,7 +68,10 @@ impl Watch {
         let seen = &mut self.seen[rank];
         seen.heard = now;
         if state.marks != seen.state.marks {
-            if matches!(seen.state.phase, Phase::Batch | Phase::Forward | Phase::Backward | Phase::Update) {
+            if matches!(
+                seen.state.phase,
+                Phase::Batch | Phase::Forward | Phase::Backward | Phase::Update
+            ) {
                 self.longest = self.longest.max(now.duration_since(seen.moved));
             }
             seen.moved = now;
@@ -86,7 +89,10 @@ impl Watch {
     }
 
     pub fn all_left_but(&self, rank: usize) -> bool {
-        self.seen.iter().enumerate().all(|(other, seen)| other == rank || seen.left)
+        self.seen
+            .iter()
+            .enumerate()
+            .all(|(other, seen)| other == rank || seen.left)
     }
 
     /// Called a few times a second.
@@ -113,7 +119,9 @@ impl Watch {
     pub fn stuck(&mut self, now: Instant) -> Option<Finding> {
         let still = |seen: &Seen| now.duration_since(seen.moved);
         let works = |seen: &Seen| !seen.left && seen.state.waits.is_none();
-        let slow = (0..self.seen.len()).filter(|rank| works(&self.seen[*rank])).max_by_key(|rank| still(&self.seen[*rank]));
+        let slow = (0..self.seen.len())
+            .filter(|rank| works(&self.seen[*rank]))
+            .max_by_key(|rank| still(&self.seen[*rank]));
         let waited = |seen: &&Seen| !seen.left && seen.state.waits.is_some();
         // The one of those who wait that has waited least.
         let others = self.seen.iter().filter(waited).map(still).min();
@@ -147,7 +155,9 @@ impl Watch {
     fn first(&self, is: impl Fn(&Seen) -> bool) -> Option<usize> {
         // One that works before one that waits for it: both are silent where a whole node is.
         let found = |waits: bool| {
-            self.seen.iter().position(|seen| is(seen) && seen.state.waits.is_some() == waits)
+            self.seen
+                .iter()
+                .position(|seen| is(seen) && seen.state.waits.is_some() == waits)
         };
         found(false).or_else(|| found(true))
     }
@@ -281,7 +291,10 @@ mod tests {
             panic!("{found:?}")
         };
         assert!((10.0..11.0).contains(notice) && (300.0..301.0).contains(over));
-        assert!(text.starts_with("rank 1 on n1 is stuck: it has not moved for 300 s; it was in backward"), "{text}");
+        assert!(
+            text.starts_with("rank 1 on n1 is stuck: it has not moved for 300 s; it was in backward"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -118,7 +118,9 @@ impl Seal {
 
     fn proof(&mut self, message: &[u8]) -> blake3::Hash {
         let mut mac = blake3::Hasher::new_keyed(&self.key);
-        mac.update(&[self.role as u8]).update(&self.number.to_le_bytes()).update(message);
+        mac.update(&[self.role as u8])
+            .update(&self.number.to_le_bytes())
+            .update(message);
         self.number += 1;
         mac.finalize()
     }
@@ -186,7 +188,11 @@ impl Receiver {
 }
 
 /// The hub's side of a new connection: who it is, once proved.
-pub async fn receive_member(mut stream: TcpStream, secret: &Secret, attempt: &Attempt) -> Result<(usize, Sender, Receiver)> {
+pub async fn receive_member(
+    mut stream: TcpStream,
+    secret: &Secret,
+    attempt: &Attempt,
+) -> Result<(usize, Sender, Receiver)> {
     let mut hello = [0; HELLO];
     stream.read_exact(&mut hello).await?;
     let (rank, theirs) = read_hello(&hello)?;
@@ -198,7 +204,9 @@ pub async fn receive_member(mut stream: TcpStream, secret: &Secret, attempt: &At
         member: theirs,
         hub: ours,
     };
-    stream.write_all(&[&ours[..], proofs.of(Role::Hub).as_bytes()].concat()).await?;
+    stream
+        .write_all(&[&ours[..], proofs.of(Role::Hub).as_bytes()].concat())
+        .await?;
     let mut answer = [0; PROOF];
     stream.read_exact(&mut answer).await?;
     if proofs.of(Role::Member) != blake3::Hash::from_bytes(answer) {
@@ -217,7 +225,9 @@ pub async fn approach_hub(
 ) -> Result<(Sender, Receiver)> {
     let ours: [u8; NONCE] = random()?;
     let rank = rank as u32;
-    stream.write_all(&[&MAGIC[..], &rank.to_le_bytes(), &ours].concat()).await?;
+    stream
+        .write_all(&[&MAGIC[..], &rank.to_le_bytes(), &ours].concat())
+        .await?;
     let (mut theirs, mut proof) = ([0; NONCE], [0; PROOF]);
     stream.read_exact(&mut theirs).await?;
     stream.read_exact(&mut proof).await?;
@@ -265,9 +275,14 @@ impl Proofs<'_> {
         let Attempt { job, nonce, world } = self.attempt;
         let mut mac = blake3::Hasher::new_keyed(self.secret.bytes());
         // Lengths before what varies: no two contents read alike.
-        mac.update(&(purpose.len() as u64).to_le_bytes()).update(purpose).update(&[role]);
-        mac.update(&(job.len() as u64).to_le_bytes()).update(job.as_bytes()).update(nonce);
-        mac.update(&(*world as u64).to_le_bytes()).update(&self.rank.to_le_bytes());
+        mac.update(&(purpose.len() as u64).to_le_bytes())
+            .update(purpose)
+            .update(&[role]);
+        mac.update(&(job.len() as u64).to_le_bytes())
+            .update(job.as_bytes())
+            .update(nonce);
+        mac.update(&(*world as u64).to_le_bytes())
+            .update(&self.rank.to_le_bytes());
         mac.update(&self.member).update(&self.hub);
         mac.finalize()
     }
@@ -309,7 +324,9 @@ pub fn fuzz(bytes: &[u8]) {
     if let Ok(message) = Message::decode(bytes) {
         let mut there = Seal::new([7; 32], Role::Hub);
         if let Ok(frame) = there.close(&message) {
-            let again = Seal::new([7; 32], Role::Hub).open(&frame[4..]).expect("what was sealed is opened");
+            let again = Seal::new([7; 32], Role::Hub)
+                .open(&frame[4..])
+                .expect("what was sealed is opened");
             assert_eq!(again.encode(), message.encode());
         }
     }
@@ -328,8 +345,14 @@ mod tests {
         assert_eq!(open(&mut member, &frames[0]).unwrap(), Message::Welcome);
         // Again; out of order; back to its sender; of another session; changed.
         assert!(matches!(open(&mut member, &frames[0]), Err(WireError::Stranger)));
-        assert!(matches!(open(&mut seal(Role::Hub), &frames[1]), Err(WireError::Stranger)));
-        assert!(matches!(open(&mut seal(Role::Member), &frames[0]), Err(WireError::Stranger)));
+        assert!(matches!(
+            open(&mut seal(Role::Hub), &frames[1]),
+            Err(WireError::Stranger)
+        ));
+        assert!(matches!(
+            open(&mut seal(Role::Member), &frames[0]),
+            Err(WireError::Stranger)
+        ));
         assert!(open(&mut Seal::new([2; 32], Role::Hub), &frames[0]).is_err());
         for at in 4..frames[0].len() {
             let mut changed = frames[0].clone();
@@ -341,8 +364,14 @@ mod tests {
     #[test]
     fn what_is_too_long_is_refused_before_it_is_read() {
         assert!(frame_length([0xff; 4]).is_err());
-        assert_eq!(frame_length((MOST_BYTES as u32).to_le_bytes()).unwrap(), MOST_BYTES + PROOF);
+        assert_eq!(
+            frame_length((MOST_BYTES as u32).to_le_bytes()).unwrap(),
+            MOST_BYTES + PROOF
+        );
         let long = Message::Bytes(vec![0; MOST_BYTES]);
-        assert!(matches!(Seal::new([1; 32], Role::Hub).close(&long), Err(WireError::TooLong(_))));
+        assert!(matches!(
+            Seal::new([1; 32], Role::Hub).close(&long),
+            Err(WireError::TooLong(_))
+        ));
     }
 }
