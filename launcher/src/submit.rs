@@ -354,7 +354,7 @@ fn series(job: &Submission) -> String {
     }
 }
 
-/// What follows an attempt. `job ended` says 75 where another is due.
+/// What follows the last attempt of this job. `job ended` says 75 where another job is due.
 fn again(job: &Submission) -> String {
     match (job.array, job.chain) {
         (Some(_), _) => "# The array's next job goes on; where nothing would be won by it, none does.\n\
