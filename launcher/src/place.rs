@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -81,12 +81,15 @@ pub struct Surroundings {
     pub launch_node: Option<IpAddr>,
     /// Whoever started this rank wants signs of life.
     pub beats: bool,
+    /// Its socket, where it listens for losses.
+    pub ear: Option<PathBuf>,
 }
 
 /// The job's secret, 64 hexadecimal digits; or a file of mode 0600 that holds them.
 pub const SECRET: &str = "PANGLOT_SECRET";
 const SECRET_FILE: &str = "PANGLOT_SECRET_FILE";
 pub const BEATS: &str = "PANGLOT_BEATS";
+pub const EAR: &str = "PANGLOT_EAR";
 
 impl Surroundings {
     pub fn detect() -> Result<Surroundings, SecretError> {
@@ -109,6 +112,7 @@ impl Surroundings {
             interface: variable("PANGLOT_INTERFACE").filter(|name| !name.is_empty()),
             launch_node: variable("SLURM_LAUNCH_NODE_IPADDR").and_then(|address| address.parse().ok()),
             beats: variable(BEATS).is_some(),
+            ear: variable(EAR).map(PathBuf::from),
         })
     }
 }

@@ -3,8 +3,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,12 +15,15 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, getppid};
 use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::UnixDatagram;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, UnboundedSender};
 
 use crate::events::Event;
 use crate::exit;
+use crate::place::EAR;
+use crate::rendezvous;
 use crate::worker::Job;
 
 #[derive(Debug)]
@@ -61,6 +65,7 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut user = signal(SignalKind::user_defined1())?;
     let (tell, mut news) = mpsc::unbounded_channel();
+    let ear = Ear::open()?;
     let alone = [Vec::new()];
     let ranks = if job.ranks.is_empty() { &alone[..] } else { &job.ranks };
     let mut group = Group {
@@ -68,7 +73,7 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
         asked_to_end: None,
     };
     for (index, env) in ranks.iter().enumerate() {
-        match spawn(job, env) {
+        match spawn(job, env, &ear.path) {
             Ok(child) => {
                 group.members.push(Member {
                     id: child.id(),
@@ -111,6 +116,11 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
                     }
                 }
             },
+            text = ear.listen() => {
+                if let Ok(Event::Lost { code, text }) = serde_json::from_str(&text) {
+                    heard.lost(code, text);
+                }
+            }
             _ = looks.tick() => {
                 let now = Instant::now();
                 // Where this process itself was stopped meanwhile, the beats are still in the pipe.
@@ -164,7 +174,7 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
 /// As `Event::Beat` is written. There are many; none is parsed.
 const BEAT: &str = r#"{"event":"beat"}"#;
 
-fn spawn(job: &Job, rank: &[(&'static str, String)]) -> io::Result<Child> {
+fn spawn(job: &Job, rank: &[(&'static str, String)], ear: &Path) -> io::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg(TETHER)
@@ -172,6 +182,7 @@ fn spawn(job: &Job, rank: &[(&'static str, String)]) -> io::Result<Child> {
         .arg(&job.program)
         .args(&job.args);
     command.envs(job.env.iter().chain(rank).map(|(name, value)| (name, value)));
+    command.env(EAR, ear);
     // Its own group: Ctrl-C reaches it through us only, once.
     command
         .process_group(0)
@@ -214,8 +225,9 @@ impl Heard {
             Ok(event) => {
                 match &event {
                     Event::Done { result } => self.result = Some(result.clone()),
-                    Event::Lost { code, text } if self.lost.is_none() => {
-                        (self.code, self.lost) = (Some(*code), Some(text.clone()));
+                    Event::Lost { code, text } => {
+                        self.code.get_or_insert(*code);
+                        self.lost.get_or_insert_with(|| text.clone());
                     }
                     _ => {}
                 }
@@ -226,6 +238,14 @@ impl Heard {
                 eprintln!("{line}");
                 None
             }
+        }
+    }
+
+    /// Told past mpirun, by a rank that leaves the saying to us.
+    fn lost(&mut self, code: i32, text: String) {
+        if self.lost.is_none() {
+            eprintln!("panglot: {text}");
+            (self.code, self.lost) = (Some(code), Some(text));
         }
     }
 
@@ -257,6 +277,36 @@ impl Heard {
         eprintln!("panglot: {text}");
         self.lost.get_or_insert(text);
         self.code.get_or_insert(exit::PEER);
+    }
+}
+
+/// A socket in a folder that only this user can enter, gone with this.
+struct Ear {
+    path: PathBuf,
+    socket: UnixDatagram,
+}
+
+impl Ear {
+    fn open() -> io::Result<Ear> {
+        let nonce: [u8; 8] = rendezvous::secret::random()?;
+        let folder = std::env::temp_dir().join(format!("panglot-{:016x}", u64::from_le_bytes(nonce)));
+        std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
+        let path = folder.join("ear");
+        let socket = UnixDatagram::bind(&path)?;
+        Ok(Ear { path, socket })
+    }
+
+    async fn listen(&self) -> String {
+        let mut text = vec![0; 16 << 10];
+        let length = self.socket.recv(&mut text).await.unwrap_or(0);
+        String::from_utf8_lossy(&text[..length]).into_owned()
+    }
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+        let _ = self.path.parent().map(std::fs::remove_dir);
     }
 }
 

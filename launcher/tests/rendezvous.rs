@@ -205,7 +205,7 @@ fn a_rank_that_is_gone_is_named_at_once_with_what_it_did() {
     };
     assert_eq!(
         first.text,
-        "rank 2 on n1 (process 102) is gone: killed, crashed, or out of memory; it was in backward of stage 9 in step 1200; \
+        "rank 2 on n1 (process 102) is gone: killed, crashed, or out of memory; it was last in backward of stage 9 in step 1200; \
          of the others rank 0 wait in reduce-scatter 31, rank 1 work at its start"
     );
     assert_eq!((first.code, first.told), (exit::PEER, false));

@@ -37,7 +37,9 @@ impl Staged {
 
     fn there(&self, tensor: &Tensor) -> Result<Tensor> {
         // A copy, also where the device is the same.
-        Ok(tensor.f_to_device(self.device)?.f_copy()?)
+        let mut copy = Tensor::f_empty(tensor.size(), (tensor.kind(), self.device))?;
+        copy.f_copy_(tensor)?;
+        Ok(copy)
     }
 
     /// Runs `call` on a copy of `out` and waits; what it made is copied back, which waits for the GPU.

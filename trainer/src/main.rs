@@ -323,11 +323,11 @@ fn meet(
         },
         interface: around.interface,
         near: around.launch_node.and_then(towards),
-        timing: Timing::default(),
+        timing: Timing::of(place.world),
     };
     // Where the environment has no secret, it is in this file; where the ranks have met by MPI, MPI tells the rest.
     let file = plan.folders.run.join("rendezvous.json");
-    let hooks = hooks(place, around.beats);
+    let hooks = hooks(place, around.beats, around.ear);
     if place.rank > 0 {
         let invited = match by {
             By::Mpi(comm) => {
@@ -373,16 +373,21 @@ fn meet(
 }
 
 /// What this process does when the job is over, and with every beat.
-fn hooks(place: &Place, beats: bool) -> Hooks {
+fn hooks(place: &Place, beats: bool, ear: Option<PathBuf>) -> Hooks {
     // Rank 0 says what it finds; what it cannot say, since it is itself the culprit, one rank a host does.
     let says = place.local_rank <= 1;
     let parent = std::os::unix::process::parent_id();
+    let mut last_sign = std::time::Instant::now();
     Hooks {
         lost: Box::new(move |Loss { code, text, told }| {
             tracing::info!("ends with code {code}: {text}");
             if says && !told {
-                eprintln!("panglot-worker: {text}");
-                Event::Lost { code, text }.emit();
+                let lost = Event::Lost { code, text: text.clone() };
+                // mpirun passes nothing on while it ends the ranks, a second long: the launcher is told past it.
+                if !ear.is_some_and(|ear| lost.tell(&ear)) {
+                    eprintln!("panglot-worker: {text}");
+                }
+                lost.emit();
             }
             // No destructors: the training thread may be anywhere, and the libraries' own would wait for peers.
             signal_hook::low_level::exit(code)
@@ -392,7 +397,8 @@ fn hooks(place: &Place, beats: bool) -> Hooks {
             Event::Note { text: text.to_owned() }.emit();
         }),
         beat: Box::new(move || {
-            if beats {
+            if beats && last_sign.elapsed() >= std::time::Duration::from_secs(1) {
+                last_sign = std::time::Instant::now();
                 Event::Beat.emit();
             }
             (std::os::unix::process::parent_id() != parent).then(|| Loss {

@@ -126,11 +126,6 @@ impl RunFolder<'_> {
         self.0.join("plan.json")
     }
 
-    /// The steps taken before the newest checkpoint that has its name.
-    pub fn newest_checkpoint(&self) -> Option<u64> {
-        launcher::attempts::newest_step(&self.0.join("checkpoints"))
-    }
-
     pub fn evaluation(&self, name: &str) -> PathBuf {
         self.0.join("evaluations").join(format!("{name}.json"))
     }

@@ -6,7 +6,7 @@ use configs::Plan;
 use nix::sys::signal::Signal;
 
 use super::{App, ConfigArgs, Failed, RunFolder, stage, watch};
-use launcher::attempts::{Attempts, MOST_WITHOUT_PROGRESS};
+use launcher::attempts::{Attempts, Verdict};
 use launcher::events::Event;
 use launcher::place::{Place, PlaceError, is_wired_for_mpi};
 use launcher::stages::STAGES;
@@ -81,29 +81,25 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
 
 /// Runs all ranks from here, again and again where one was lost, each time from the newest checkpoint.
 fn with_restarts(app: &App, plan: &Plan, restarts: u32) -> anyhow::Result<Ended> {
-    let newest = || RunFolder(&plan.folders.run).newest_checkpoint();
-    let (mut in_vain, mut before) = (0, newest());
+    let attempts = Attempts::of(&plan.folders.run);
+    let series = format!("panglot train, process {}", std::process::id());
     for restart in 1.. {
         let ended = train(app, plan, &mut |_| None)?;
-        // A signal that ended a rank is a loss too, unless the user sent it.
-        let lost = matches!(ended.code, exit::PEER | exit::IO | 129..) && !ended.asked;
-        if !lost || restart > restarts {
+        // More time is the scheduler's to give, and a signal of the user's is no loss.
+        if restarts == 0 || ended.asked || matches!(ended.code, exit::FINISHED | exit::MORE_TIME) {
             return Ok(ended);
         }
-        let now = newest();
-        in_vain = if now > before { 0 } else { in_vain + 1 };
-        before = now;
-        if in_vain == MOST_WITHOUT_PROGRESS {
-            eprintln!(
-                "panglot: {MOST_WITHOUT_PROGRESS} attempts in a row came to no newer checkpoint; another would end like them"
-            );
-            return Ok(ended);
+        match attempts.ended(&series, ended.code)? {
+            Verdict::Again { why, .. } if restart <= restarts => {
+                let lost = ended.lost.map_or(String::new(), |lost| format!("{lost}; "));
+                eprintln!("panglot: restart {restart} of {restarts}: {lost}{why}");
+            }
+            Verdict::Stop { why, .. } => {
+                eprintln!("panglot: no restart: {why}");
+                return Ok(ended);
+            }
+            _ => return Ok(ended),
         }
-        let from = now.map_or("the beginning".into(), |step| {
-            format!("the checkpoint after step {step}")
-        });
-        let why = ended.lost.unwrap_or_else(|| format!("exit code {}", ended.code));
-        eprintln!("panglot: restart {restart} of {restarts}, from {from}: {why}");
     }
     unreachable!("the loop ends by its number of restarts")
 }

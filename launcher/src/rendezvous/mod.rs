@@ -1,6 +1,6 @@
 //! How the ranks of a job meet and watch over each other, beside the collectives: rank 0 is the hub, every other rank keeps
-//! one connection to it. All prove that they know the job's secret, show that they run the same, and from then on give a sign
-//! of life twice a second. Who is gone or silent is named, and everybody stops.
+//! one connection to it. All prove that they know the job's secret, show that they run the same, and from then on give signs
+//! of life, several a second. Who is gone or silent is named, and everybody stops.
 //!
 //! A thread of its own does this in every process: it lives on while the training loop computes or waits, and a process that
 //! is stopped stops giving signs. Messages are O(n) in all: each rank talks to the hub only.
@@ -64,10 +64,11 @@ pub struct Timing {
     pub arrive: Duration,
 }
 
-impl Default for Timing {
-    fn default() -> Timing {
+impl Timing {
+    /// Where few ranks are, what they last said of themselves is fresher.
+    pub fn of(world: usize) -> Timing {
         Timing {
-            beat: Duration::from_millis(500),
+            beat: Duration::from_millis(if world <= 64 { 100 } else { 500 }),
             silence: Duration::from_secs(4),
             handshake: Duration::from_secs(5),
             arrive: Duration::from_secs(300),

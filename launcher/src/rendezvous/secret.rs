@@ -102,7 +102,7 @@ pub(super) fn write_private(file: &Path, content: &str) -> io::Result<()> {
 }
 
 /// From the kernel's generator.
-pub(super) fn random<const N: usize>() -> io::Result<[u8; N]> {
+pub fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes)

@@ -162,11 +162,11 @@ impl Watch {
         found(false).or_else(|| found(true))
     }
 
-    /// "rank 3 on n4 (process 711) WHY; it was in backward of stage 9 in step 1200; the 3 others wait in reduce-scatter 31"
+    /// "rank 3 on n4 (process 711) WHY; it was last in backward of stage 9 in step 1200; the 3 others wait in reduce-scatter 31"
     pub fn sentence(&self, rank: usize, why: &str) -> String {
         let seen = &self.seen[rank];
         let others = self.others(Some(rank));
-        format!("{} {why}; it was in {}{others}", seen.name, seen.state)
+        format!("{} {why}; it was last in {}{others}", seen.name, seen.state)
     }
 
     fn others(&self, but: Option<usize>) -> String {
@@ -256,7 +256,7 @@ mod tests {
         assert!(text.starts_with("rank 1 on n1 gave no sign for 4."), "{text}");
         assert!(
             text.ends_with(
-                "it was in backward of stage 9 in step 1200; of the others ranks 0 and 2 wait in reduce-scatter 31"
+                "it was last in backward of stage 9 in step 1200; of the others ranks 0 and 2 wait in reduce-scatter 31"
             ),
             "{text}"
         );
@@ -291,10 +291,7 @@ mod tests {
             panic!("{found:?}")
         };
         assert!((10.0..11.0).contains(notice) && (300.0..301.0).contains(over));
-        assert!(
-            text.starts_with("rank 1 on n1 is stuck: it has not moved for 300 s; it was in backward"),
-            "{text}"
-        );
+        assert!(text.starts_with("rank 1 on n1 is stuck: it has not moved for 300 s; it was last in backward"), "{text}");
     }
 
     #[test]

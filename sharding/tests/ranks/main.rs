@@ -9,6 +9,7 @@ use std::path::Path;
 
 use mpirun::Case;
 use sharding::cuda::nccl::{Nccl, UniqueId};
+use sharding::staged::Staged;
 use sharding::{Comm, cuda};
 
 fn cases() -> Vec<Case> {
@@ -29,6 +30,12 @@ fn main() {
                 no_gpu(world);
             }
             mpirun::run(&cases(), comm.as_ref(), "MPI", Path::new(shared));
+            // What goes through another memory and back; that it goes on beside other work is not asked of it.
+            if world == 3 {
+                let staged = Staged::of_everything(comm, tch::Device::Cpu);
+                let cases: Vec<Case> = collectives::CASES.into_iter().filter(|(name, _)| !name.contains("goes_on")).collect();
+                mpirun::run(&cases, &staged, "staged MPI", Path::new(shared));
+            }
         }
         [child, world, shared] if child == "--gpu-of" => {
             mpirun::end_all_on_panic();
