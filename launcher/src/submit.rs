@@ -354,19 +354,21 @@ fn series(job: &Submission) -> String {
     }
 }
 
-/// What follows the last attempt of this job. `job ended` says 75 where another job is due.
+/// What follows the last attempt of this job. `job ended` says 4 where another job is due.
 fn again(job: &Submission) -> String {
-    match (job.array, job.chain) {
-        (Some(_), _) => "# The array's next job goes on; where nothing would be won by it, none does.\n\
-                         if [ \"$code\" -ne 75 ]; then\n    scancel --state=PENDING \"$SLURM_ARRAY_JOB_ID\"\nfi"
-            .to_owned(),
-        (_, Some(_)) => "# The chain's next job goes on; where nothing would be won by it, none does.\n\
-                         if [ \"$code\" -ne 75 ]; then\n    scancel --state=PENDING --user=\"$(id -un)\" --name=\"$SLURM_JOB_NAME\"\nfi"
-            .to_owned(),
-        _ => "# --requeue answers a lost node and pre-emption, not a lost rank. Slurm ends this script once it has taken the job back.\n\
-              if [ \"$code\" -eq 75 ] && scontrol requeue \"$SLURM_JOB_ID\"; then\n    sleep 120\nfi"
-            .to_owned(),
-    }
+    let cancel = match (job.array, job.chain) {
+        (Some(_), _) => "scancel --state=PENDING \"$SLURM_ARRAY_JOB_ID\"",
+        (_, Some(_)) => "scancel --state=PENDING --user=\"$(id -un)\" --name=\"$SLURM_JOB_NAME\"",
+        _ => {
+            return "# --requeue answers a lost node and pre-emption, not this. Slurm ends the script once it has taken the job back.\n\
+                    if [ \"$code\" -eq 4 ]; then\n    code=75\n    scontrol requeue \"$SLURM_JOB_ID\" && sleep 120\nfi"
+                .to_owned();
+        }
+    };
+    format!(
+        "# The next job goes on; where nothing would be won by it, none does.\n\
+         if [ \"$code\" -eq 4 ]; then\n    code=75\nelse\n    {cancel}\nfi"
+    )
 }
 
 fn one_line(what: &str, value: &str) -> Result<(), SubmitError> {

@@ -8,7 +8,7 @@ use launcher::exit;
 pub enum Command {
     /// Succeeds if nothing is left of the run; clears what ranks of an earlier attempt left
     Done(ConfigArgs),
-    /// After srun: exits with 76 where another attempt is due on the same nodes, with 75 where it is by way of the queue, and else
+    /// After srun: exits with 3 where another attempt is due on the same nodes, with 4 where it is by way of the queue, and else
     /// with what the attempt was really about
     Ended {
         #[command(flatten)]
@@ -46,7 +46,7 @@ fn ended(config: &ConfigArgs, code: i32, series: &str) -> anyhow::Result<()> {
         Verdict::Finished => Ok(()),
         Verdict::Again { here, why } => {
             eprintln!("panglot: {why}");
-            Err(Leave(if here { exit::PEER } else { exit::MORE_TIME }).into())
+            Err(Leave(if here { exit::AGAIN_HERE } else { exit::AGAIN_LATER }).into())
         }
         Verdict::Stop { code, why } => {
             eprintln!("panglot: {why}");

@@ -61,10 +61,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     }
     let mut runs = vec![];
     for &nodes in &numbers {
-        let settings = Settings {
-            nodes,
-            ..settings.clone()
-        };
+        let settings = settings.clone().with(&format!("nodes={nodes}"))?;
         let rows = match mode {
             Mode::Strong => base.train.rows_per_step,
             Mode::Weak => grown(base.train.rows_per_step, nodes, numbers[0])?,
