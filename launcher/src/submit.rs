@@ -312,7 +312,9 @@ fn environment(job: &Submission) -> String {
         out += &format!("module load {}\n", quoted(module));
     }
     if let Some(file) = &job.environment_file {
-        out += &format!("set -a; . {}; set +a\n", quoted(file));
+        // Without a slash bash would look for it on the PATH.
+        let file = if file.contains('/') { file.clone() } else { format!("./{file}") };
+        out += &format!("set -a; . {}; set +a\n", quoted(&file));
     }
     out
 }

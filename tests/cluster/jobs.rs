@@ -237,7 +237,7 @@ fn host_lists_are_written_out_as_scontrol_does() {
         "n1",
         "gpu[001-003,010],rack[1-2]n[01-02]",
         "n[9-11]",
-        "n[098-101]-ib0",
+        "n[098-101]",
         "b,a,b",
         "x[2,1]",
         "nid[000007]",
@@ -261,7 +261,7 @@ fn host_lists_are_written_out_as_scontrol_does() {
 #[test]
 fn names_that_mean_harm_are_names() {
     let Some(cluster) = Cluster::up() else { return };
-    let training = Training::new(&cluster, &["train.steps=2"]);
+    let training = Training::new(&cluster, &["train.steps=3"]);
     let touched = training.run.folder.path().join("touched");
     let hostile = format!("a b'c\"d$(touch {0})`touch {0}`;#\\", touched.display());
     let job = training.submit(&["nodes=1", "ranks_per_node=2", &format!("job_name={hostile}")]);
@@ -425,7 +425,7 @@ fn whatever_of_slurm_s_is_killed_no_rank_stays() {
 #[ignore = "make test-cluster"]
 fn fifty_jobs_on_one_node_do_not_meet() {
     let Some(cluster) = Cluster::up() else { return };
-    let trainings: Vec<Training> = (0..50).map(|_| Training::new(&cluster, &["train.steps=2"])).collect();
+    let trainings: Vec<Training> = (0..50).map(|_| Training::new(&cluster, &["train.steps=3"])).collect();
     let jobs: Vec<u32> = trainings
         .iter()
         .map(|training| {
@@ -446,7 +446,7 @@ fn fifty_jobs_on_one_node_do_not_meet() {
         .collect();
     for (training, job) in trainings.iter().zip(jobs) {
         training.check_completed(job, 10 * MINUTE);
-        assert_eq!(training.run.losses().len(), 2);
+        assert_eq!(training.run.losses().len(), 3);
     }
 }
 
