@@ -575,6 +575,9 @@ pub struct Train {
     /// Frozen weights are divided among the ranks too, and gathered stage by stage; whatever the ZeRO stage.
     #[serde(default)]
     pub shard_frozen: bool,
+    /// Optimizer state lies in the host's memory and is updated there. With device: cuda only.
+    #[serde(default)]
+    pub offload_optimizer: bool,
     /// The precision in which gradients travel; sums are made in f32.
     #[serde(default = "f32")]
     pub reduce: Precision,
@@ -937,4 +940,11 @@ pub struct Debug {
     pub stop_after: Option<u64>,
     /// Every rank kills itself after this many steps, with nothing written but what was before.
     pub die_after: Option<u64>,
+    /// Each rank writes what it did when into the run's `timeline/`, for Perfetto.
+    #[serde(default)]
+    pub timeline: bool,
+    /// Ask libtorch for algorithms whose sums have one order, and NCCL for none of its own: bits then depend on nothing but
+    /// config and number of ranks. On CPUs they do not anyway.
+    #[serde(default)]
+    pub deterministic: bool,
 }

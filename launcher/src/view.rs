@@ -44,6 +44,8 @@ impl View {
             Event::Progress { done, total, unit } => self.progress(*done, *total, unit),
             Event::Step(step) => self.step(step),
             Event::Note { text } => self.say(text),
+            // The worker has said it on standard error, at once.
+            Event::Lost { .. } | Event::Beat => {}
             Event::Done { .. } => self.finish(),
         }
     }

@@ -14,4 +14,6 @@ pub mod random;
 pub mod scratch;
 pub mod step;
 pub mod tensorboard;
+pub mod timeline;
 pub mod train;
+pub mod watched;

@@ -18,14 +18,14 @@ use launcher::checkpoint::{Found, Identity};
 use launcher::events::{Event, StepMetrics};
 use launcher::place::SlurmJob;
 use launcher::{text, wall_time};
-use sharding::{Comm, Stage, Wire, Zero};
+use sharding::{Comm, Mark, Stage, Wire, Zero};
 use tch::Device;
 
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Outcome, Progress, Saver};
 use crate::evaluate::kind;
 use crate::hf::{ModelConfig, Weights};
-use crate::model::{Model, Trains};
+use crate::model::{Model, Trains, Weight, bucket_of, take_trained};
 use crate::step::{StepReport, Trainer, lr_by_group};
 use crate::tensorboard::EventWriter;
 
@@ -93,34 +93,42 @@ pub fn build_model<'a>(
         vocabulary,
         seed: plan.seed,
     };
-    let weights = weights.on(device);
-    let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
-        .with_context(|| format!("loading {}", base.display()))?
-        .with_residual(plan.train.residual);
-    model.check_length(plan.train.sequence_length, "train.sequence_length")?;
-    // An export reads the base itself.
-    if plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu {
+    let fp8 = plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu;
+    if fp8 {
         sharding::cuda::check_fp8(device)?;
-        model.quantize_frozen()?;
     }
-    let specs = model.register();
-    ensure!(
-        !specs.is_empty(),
-        "nothing trains: give train.lora, or name modules in train.full"
-    );
-    let mut initial = model.take_initial_values();
-    let mut zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
-        std::mem::replace(&mut initial[bucket][param], tch::Tensor::new())
-    })?;
+    let (weights, kind) = (weights.on(device), kind(plan.train.precision));
+    let mut zero = Zero::empty(comm, stage, kind);
+    if plan.train.offload_optimizer && device != Device::Cpu {
+        zero.offload_optimizer();
+    }
     zero.reduce_in(match plan.train.reduce {
         Precision::F32 => Wire::F32,
         Precision::Bf16 => Wire::Bf16,
     });
-    if shard_frozen {
-        for (stage, weights) in model.stages() {
-            zero.shard_frozen(comm, &stage, weights)?;
+    // A stage at a time: where a rank keeps a slice, it never holds more of the base than one stage.
+    let mut take = |stage: &str, mut weights: Vec<&mut Weight>| -> Result<()> {
+        let spec = bucket_of(stage, &weights);
+        if !spec.params.is_empty() {
+            zero.train(
+                spec,
+                take_trained(weights.iter_mut().map(|weight| &mut **weight).collect()),
+            )?;
         }
-    }
+        if shard_frozen {
+            zero.shard_frozen(stage, weights)?;
+        }
+        Ok(())
+    };
+    let model = Model::load_by_stages(&config, &weights, kind, &trains, fp8, &mut take)
+        .with_context(|| format!("loading {}", base.display()))?
+        .with_residual(plan.train.residual);
+    model.check_length(plan.train.sequence_length, "train.sequence_length")?;
+    zero.check_ranks_agree(comm)?;
+    ensure!(
+        !zero.layout().buckets.is_empty(),
+        "nothing trains: give train.lora, or name modules in train.full"
+    );
     Ok((Trainer::new(plan, comm, model, zero), digest))
 }
 
@@ -131,11 +139,13 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     say(Event::Phase {
         name: "loading model and data".into(),
     });
+    comm.at(Mark::Load);
     let stop = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
     let stream = launcher::sampling::stream(plan)?;
     let (mut trainer, identity) = build(plan, comm, device, sharding(plan, comm))?;
+    comm.at(Mark::Restore);
     // From here on no earlier attempt commits a checkpoint; so what is chosen now stays the newest.
     let mut saver = Saver::begin(comm, &plan.folders.run, identity.clone(), &trainer.zero)?;
     let mut progress = resume(&mut saver, &mut trainer, &identity)?;
@@ -156,6 +166,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     while trainer.step < last {
         let started = Instant::now();
         let step = trainer.step;
+        comm.at(Mark::Batch { step });
         let rows_step = if plan.debug.overfit_one_batch { 0 } else { step };
         let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world()).on(device);
         let sent_before = comm.sent().bytes();
@@ -168,9 +179,11 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let every = plan.train.check_ranks_every;
         let due = every > 0 && trainer.step.is_multiple_of(every) && comm.world() > 1;
         if plan.debug.check_ranks_equal || due {
+            comm.at(Mark::Compare);
             check_ranks_equal(&mut trainer)?;
         }
         clock.took(started.elapsed());
+        comm.at(Mark::Report);
         let boundary = Boundary::agree(comm, &saver, &clock)?;
         if let Some(log) = &mut log {
             let measured = Measured {
@@ -375,6 +388,7 @@ impl Clock {
 }
 
 fn start_save(saver: &mut Saver, trainer: &Trainer, progress: Progress, clock: &mut Clock) -> Result<()> {
+    trainer.comm.at(Mark::Save);
     let next_row = rows_of_step(&trainer.plan.train, progress.step).start;
     clock.last_save = Instant::now();
     let earlier = saver.start(&trainer.zero, progress, &trainer.guard.state, next_row)?;

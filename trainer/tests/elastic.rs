@@ -163,7 +163,7 @@ fn read(comm: &dyn Comm, worlds: &[usize], shared: &Path) {
                 let found = choose(&checkpoints, comm).expect("it verifies").expect("one is there");
                 let mut zero = zero(comm, stage);
                 let progress = load(&found.folder, &found.manifest, comm, &mut zero).expect("it is read");
-                zero.arrived().expect("it is published");
+                zero.arrived(comm).expect("it is published");
                 assert_eq!((progress.step, zero.updates), (STEP, 5));
                 let mut wrong = 0;
                 each(&mut zero, |value, it| {
