@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test fuzz soak-corpus soak-checkpoint bench-corpus bench-model bench-checkpoint bench-sharding gpu-check bench-gpu clean distclean
+.PHONY: help setup setup-test build demo test fuzz soak-corpus soak-checkpoint bench-corpus bench-model bench-sharding bench-checkpoint bench-eval gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -51,12 +51,16 @@ bench-model: setup-test build  ## training steps side by side with transformers 
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_model"
 
-bench-checkpoint: setup-test build  ## saves and resumes side by side with torch's, into bench/results/checkpoint.json
-	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_checkpoint"
-
 bench-sharding: setup-test build  ## four ranks side by side with DDP and FSDP, into bench/results/sharding.json; root, for the slow link
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_sharding"
+
+bench-checkpoint: setup-test build  ## saves and resumes side by side with torch's, into bench/results/checkpoint.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_checkpoint"
+
+bench-eval: setup-test build  ## evaluation and generation side by side with transformers and lm-eval, into bench/results/eval.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_eval"
 
 gpu-check: build  ## every kernel, attention and training steps: this machine's GPU against its CPU
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" gpu-check

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf, absolute};
 
 use crate::plan::*;
+use crate::planner::Hardware;
+use crate::planner::sizes::PUBLISHED;
 use crate::raw::{self, FamilyName, ModelKind, PiecesKind, Raw, SourceKind as Kind};
 
 pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
@@ -13,6 +15,11 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     let full = full_modules(&raw.train.full, model.as_ref(), &mut rules);
     let typed_full = raw.train.full.clone();
     let folders = folders(&raw, &mut rules);
+    let device = raw.train.device.unwrap_or_default();
+    let hardware = raw.hardware.as_ref().and_then(|choice| {
+        let chosen = Hardware::choose(choice, device);
+        chosen.map_err(|sentence| rules.broken.push(sentence)).ok()
+    });
     let optimizer = optimizer(raw.optimizer, &raw.train, &full, &mut rules);
     let train = train(raw.train, full, &mut rules);
     let plan = Plan {
@@ -23,7 +30,7 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
         name: raw.name,
         seed: raw.seed,
         // A placeholder where a rule is broken already; the plan is not handed out then.
-        model: model.unwrap_or(Model::Folder),
+        model: model.unwrap_or(Model::Folder { published: None }),
         vocabulary: raw.vocabulary,
         sampling: raw.sampling,
         checkpoint: checkpoint(raw.checkpoint),
@@ -32,12 +39,13 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
         debug: raw.debug.map_or_else(Debug::default, |debug| Debug {
             check_ranks_equal: debug.check_ranks_equal.unwrap_or(false),
             overfit_one_batch: debug.overfit_one_batch.unwrap_or(false),
+            timeline: debug.timeline.unwrap_or(false),
+            deterministic: debug.deterministic.unwrap_or(false),
             verify_resume: debug.verify_resume,
             stop_after: debug.stop_after,
             die_after: debug.die_after,
-            timeline: debug.timeline.unwrap_or(false),
-            deterministic: debug.deterministic.unwrap_or(false),
         }),
+        hardware,
     };
     check_name(&plan.name, &mut rules);
     check_modules(&plan, &typed_full, &mut rules);
@@ -47,6 +55,11 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     check_batch(&plan, &mut rules);
     check_checkpoint(&plan, &mut rules);
     check_lengths(&plan, &mut rules);
+    if let Model::Scratch { shape, .. } = &plan.model
+        && let Err(sentence) = plan.train.recompute.check(shape.num_hidden_layers)
+    {
+        rules.broken.push(sentence);
+    }
     if rules.broken.is_empty() {
         Ok(plan)
     } else {
@@ -388,11 +401,25 @@ fn model(raw: &raw::Model, rules: &mut Rules) -> Option<Model> {
             format!("model.{key} means nothing with kind: {kind}; remove it")
         });
     }
+    rules.require(raw.published.is_none() || raw.kind == ModelKind::Folder, || {
+        format!("model.published means nothing with kind: {kind}; remove it")
+    });
     if let Some(path) = &raw.path {
         rules.path("model.path", path);
     }
     match raw.kind {
-        ModelKind::Folder => Some(Model::Folder),
+        ModelKind::Folder => {
+            let published = raw.published.clone();
+            rules.require(published.as_ref().is_none_or(|name| PUBLISHED.contains(&name.as_str())), || {
+                format!(
+                    "model.published = {} is none that the planner knows; known: {}; or remove the line: sizes are read from \
+                     model.path's config.json once it is there",
+                    published.clone().unwrap_or_default(),
+                    PUBLISHED.join(", ")
+                )
+            });
+            Some(Model::Folder { published })
+        }
         ModelKind::Gguf => Some(Model::Gguf {
             path: rules.path("model.path", raw.path.as_deref()?),
         }),
@@ -1182,7 +1209,22 @@ fn check_lengths(plan: &Plan, rules: &mut Rules) {
         window,
         stride,
         tokens_per_batch,
+        every_steps,
+        sample_bytes,
     } = plan.evaluation;
+    rules.require(every_steps != Some(0), || {
+        "evaluation.every_steps = 0 would measure between no steps; remove the line to measure only when asked"
+            .to_owned()
+    });
+    rules.require(every_steps.is_none() || sample_bytes >= 16, || {
+        format!(
+            "evaluation.sample_bytes = {sample_bytes} is less than 16: a few bytes of a document say nothing; the default is 256"
+        )
+    });
+    rules.require(every_steps.is_none() || plan.corpus.has_text(), || {
+        "evaluation.every_steps is set, but no source has text to hold out; remove the line or add a source with text"
+            .to_owned()
+    });
     rules.at_least("evaluation.window", window, 2);
     rules.require(documents_per_language != Some(0), || {
         "evaluation.documents_per_language = 0 measures nothing; remove the line to measure all held-out documents"

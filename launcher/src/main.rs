@@ -28,7 +28,7 @@ struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   panglot demo                                  the whole road on real text, in minutes
-  panglot plan configs/mala500-7b.yaml          what a config means, checked; starts nothing
+  panglot plan configs/mala500-7b.yaml          what a config means and what it would take; starts nothing
   panglot prepare configs/demo.yaml             corpus, model, vocabulary, tokens: what is missing or stale
   panglot train configs/demo.yaml -n 2          on two ranks; the same line again resumes
   panglot train configs/demo.yaml -n 2 --restarts 3  again from the newest checkpoint when a rank is lost
@@ -56,11 +56,13 @@ enum Command {
     Prepare(commands::stage::Args),
     /// Train, or go on training from the newest checkpoint; prepares first what is missing
     Train(commands::train::Args),
-    /// Measure bits per byte of held-out text, language by language
+    /// Measure a model: held-out text language by language, few-shot tasks, written text
     Eval(commands::eval::Args),
     /// List, verify, show, recut or remove a run's checkpoints
     #[command(subcommand)]
     Checkpoint(commands::checkpoint::Command),
+    /// Write text behind prompts
+    Generate(commands::generate::Args),
     /// Write the newest checkpoint as a merged model and as a PEFT adapter
     Export(commands::export::Args),
     /// Write a job script for the run and submit it to Slurm
@@ -100,6 +102,7 @@ fn main() -> ExitCode {
         Command::Train(args) => commands::train::run(&app, &args),
         Command::Eval(args) => commands::eval::run(&app, &args),
         Command::Checkpoint(command) => commands::checkpoint::run(&app, &command),
+        Command::Generate(args) => commands::generate::run(&app, &args),
         Command::Export(args) => commands::export::run(&app, &args),
         Command::Submit(args) => commands::submit::run(&app, &args),
         Command::Job(command) => commands::job::run(&app, &command),

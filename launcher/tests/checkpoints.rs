@@ -80,7 +80,7 @@ fn state(step: u64, slot: usize, range: (u64, u64)) -> Vec<u8> {
 }
 
 fn range(slice: usize) -> (u64, u64) {
-    let length = configs::memory::slice_len(ELEMENTS as usize, N_SLICES) as u64;
+    let length = configs::planner::memory::slice_len(ELEMENTS as usize, N_SLICES) as u64;
     let at = |slice: usize| (slice as u64 * length).min(ELEMENTS);
     (at(slice), at(slice + 1))
 }

@@ -15,7 +15,7 @@ use corpus::{Stream, TokenShards, Vocabulary};
 use launcher::checkpoint::identity::{Difference, Differences};
 use launcher::checkpoint::manifest::planned_bytes;
 use launcher::checkpoint::{Found, Identity};
-use launcher::events::{Event, StepMetrics};
+use launcher::events::{Event, HeldOut, StepMetrics};
 use launcher::place::SlurmJob;
 use launcher::{text, wall_time};
 use sharding::{Comm, Mark, Stage, Wire, Zero};
@@ -23,9 +23,11 @@ use tch::Device;
 
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Outcome, Progress, Saver};
+use crate::during::During;
 use crate::evaluate::kind;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{Model, Trains, Weight, bucket_of, take_trained};
+use crate::planned::{self, Watch};
 use crate::step::{StepReport, Trainer, lr_by_group};
 use crate::tensorboard::EventWriter;
 
@@ -129,7 +131,10 @@ pub fn build_model<'a>(
         !zero.layout().buckets.is_empty(),
         "nothing trains: give train.lora, or name modules in train.full"
     );
-    Ok((Trainer::new(plan, comm, model, zero), digest))
+    let recompute = planned::recomputation(plan, &model.sizes(), comm, device, (stage, shard_frozen))?;
+    let mut trainer = Trainer::new(plan, comm, model, zero);
+    trainer.recompute = recompute;
+    Ok((trainer, digest))
 }
 
 /// Trains until the plan's last step, from the newest checkpoint if there is one.
@@ -144,11 +149,14 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
     let stream = launcher::sampling::stream(plan)?;
-    let (mut trainer, identity) = build(plan, comm, device, sharding(plan, comm))?;
+    let shards = sharding(plan, comm);
+    let mut watch = Watch::begin(device)?;
+    let (mut trainer, identity) = build(plan, comm, device, shards)?;
     comm.at(Mark::Restore);
     // From here on no earlier attempt commits a checkpoint; so what is chosen now stays the newest.
     let mut saver = Saver::begin(comm, &plan.folders.run, identity.clone(), &trainer.zero)?;
     let mut progress = resume(&mut saver, &mut trainer, &identity)?;
+    let mut during = During::prepare(plan, comm, progress.step)?;
     let mut log = if rank_0 {
         Some(Log::open(&plan.folders.run, progress.step)?)
     } else {
@@ -156,6 +164,9 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     };
     let mut clock = Clock::start(plan, rank_0);
 
+    say(Event::Note {
+        text: watch.plan(&trainer, shards),
+    });
     say(Event::Phase {
         name: "training".into(),
     });
@@ -172,6 +183,9 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let sent_before = comm.sent().bytes();
         let report = trainer.train_step(&batch, stop.load(Ordering::Relaxed))?;
         let bytes_sent = comm.sent().bytes() - sent_before;
+        if let Some(text) = watch.after_step(comm, bytes_sent, trainer.step == plan.train.steps)? {
+            say(Event::Note { text });
+        }
         progress = Progress {
             step: trainer.step,
             targets_so_far: progress.targets_so_far + report.targets,
@@ -182,12 +196,23 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
             comm.at(Mark::Compare);
             check_ranks_equal(&mut trainer)?;
         }
+        comm.at(Mark::Report);
         clock.took(started.elapsed());
         comm.at(Mark::Report);
         let boundary = Boundary::agree(comm, &saver, &clock)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let held_out = match &mut during {
+            Some(during) if during.is_due(trainer.step) => {
+                comm.at(Mark::Evaluate);
+                Some(during.measure(&mut trainer)?)
+            }
+            _ => None,
+        };
+        let is_best = held_out.is_some_and(|(_, is_best)| is_best);
         if let Some(log) = &mut log {
             let measured = Measured {
-                seconds: started.elapsed().as_secs_f64(),
+                seconds,
+                held_out: held_out.map(|(held_out, _)| held_out),
                 resident_bytes: boundary.resident_bytes,
                 bytes_sent,
                 bytes_least: trainer.zero.least_bytes(comm, batch.micro_batches.len()),
@@ -217,9 +242,15 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let done = trainer.step == plan.train.steps;
         let asked = report.stop || trainer.step == last;
         let ends = done || asked || boundary.time_is_short;
+        if let Some(during) = during.as_ref().filter(|_| is_best && rank_0) {
+            // Before it is saved, so that it is not taken for one of the old.
+            during.note_best()?;
+        }
         if ends {
+            comm.at(Mark::Save);
             save_and_wait(&mut saver, &trainer, progress, &mut clock)?;
-        } else if boundary.save_is_due || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
+        } else if boundary.save_is_due || is_best || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
+            comm.at(Mark::Save);
             start_save(&mut saver, &trainer, progress, &mut clock)?;
         }
         if plan.debug.die_after == Some(trainer.step) {
@@ -516,6 +547,7 @@ fn languages(stream: &Stream, rows: Range<u64>) -> String {
 /// What a step took, beside what it computed.
 struct Measured {
     seconds: f64,
+    held_out: Option<HeldOut>,
     resident_bytes: u64,
     bytes_sent: u64,
     bytes_least: u64,
@@ -546,6 +578,7 @@ fn metrics(
         grad_norm: report.verdict.grad_norm,
         skipped: report.skipped.is_some(),
         skip_reason: report.skipped.map(|why| why.to_string()),
+        held_out: measured.held_out,
         lr: lr_by_group(plan, step),
         targets: report.targets,
         targets_so_far: progress.targets_so_far,

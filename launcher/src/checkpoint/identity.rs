@@ -58,7 +58,7 @@ const HARMLESS: [&str; 8] = [
     "launch",
 ];
 /// As [`HARMLESS`], and not worth a word when a run is resumed.
-const SILENT: [&str; 7] = [
+const SILENT: [&str; 8] = [
     "name",
     "folders",
     "corpus",
@@ -66,6 +66,7 @@ const SILENT: [&str; 7] = [
     "checkpoint",
     "evaluation",
     "debug",
+    "hardware",
 ];
 /// A checkpoint holds what was trained on top of these; without them it is nothing.
 pub const NEVER_ALLOWED: [&str; 2] = ["base_model", "vocabulary"];

@@ -28,12 +28,15 @@ impl Keep {
     /// has verified. Returns what went.
     pub fn prune(self, checkpoints: &Path, verified: u64) -> Result<Vec<PathBuf>> {
         let steps: Vec<u64> = list(checkpoints)?.into_iter().map(|(step, _)| step).collect();
+        // Of those that held-out text was measured on.
+        let best = crate::measurement::best_checkpoint(checkpoints);
         // A newer one that has not verified counts for nothing.
         let steps: Vec<u64> = steps.into_iter().filter(|step| *step <= verified).collect();
         let mut gone: Vec<String> = self
             .superfluous(&steps)
             .into_iter()
             .map(super::manifest::step_name)
+            .filter(|name| best.as_ref() != Some(&checkpoints.join(name)))
             .collect();
         let damaged = leftovers(checkpoints)?.into_iter().filter(|name| {
             let step = name.strip_suffix(".damaged").and_then(|name| name.split('.').next());

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use configs::memory::slice_len;
+use configs::planner::memory::slice_len;
 
 use super::commit::{Part, make_folder, write_slices};
 use super::manifest::{Manifest, STATE};

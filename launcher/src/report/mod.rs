@@ -118,6 +118,7 @@ mod tests {
             grad_norm: 1.0,
             skipped: false,
             skip_reason: None,
+            held_out: None,
             lr: [(configs::Group::Lora, 1e-3)].into(),
             targets: 100,
             targets_so_far: 100 * (step + 1),
