@@ -198,7 +198,6 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         }
         comm.at(Mark::Report);
         clock.took(started.elapsed());
-        comm.at(Mark::Report);
         let boundary = Boundary::agree(comm, &saver, &clock)?;
         let seconds = started.elapsed().as_secs_f64();
         let held_out = match &mut during {
@@ -419,7 +418,6 @@ impl Clock {
 }
 
 fn start_save(saver: &mut Saver, trainer: &Trainer, progress: Progress, clock: &mut Clock) -> Result<()> {
-    trainer.comm.at(Mark::Save);
     let next_row = rows_of_step(&trainer.plan.train, progress.step).start;
     clock.last_save = Instant::now();
     let earlier = saver.start(&trainer.zero, progress, &trainer.guard.state, next_row)?;
