@@ -3,6 +3,7 @@
 
 pub mod attempts;
 pub mod checkpoint;
+pub mod doctor;
 pub mod evaluation;
 pub mod events;
 pub mod exit;
@@ -18,8 +19,10 @@ pub mod pulse;
 pub mod rendezvous;
 pub mod report;
 pub mod sampling;
+pub mod scaling;
 pub mod stages;
 pub mod statistics;
+pub mod status;
 pub mod submit;
 pub mod supervise;
 pub mod text;

@@ -67,6 +67,12 @@ enum Command {
     Export(commands::export::Args),
     /// Write a job script for the run and submit it to Slurm
     Submit(commands::submit::Args),
+    /// Look at the nodes of a job, under the same srun or mpirun line as training: what would spoil a run, where, and the remedy
+    Doctor(commands::doctor::Args),
+    /// Where a run stands, from its files alone: step, loss, speed, time left, nodes, checkpoints
+    Status(commands::status::Args),
+    /// Run or submit the same training on several numbers of nodes, and tell what more nodes win
+    Scale(commands::scale::Args),
     /// What a job script asks before and after its ranks
     #[command(subcommand)]
     Job(commands::job::Command),
@@ -105,6 +111,9 @@ fn main() -> ExitCode {
         Command::Generate(args) => commands::generate::run(&app, &args),
         Command::Export(args) => commands::export::run(&app, &args),
         Command::Submit(args) => commands::submit::run(&app, &args),
+        Command::Doctor(args) => commands::doctor::run(&app, &args),
+        Command::Status(args) => commands::status::run(&app, &args),
+        Command::Scale(args) => commands::scale::run(&app, &args),
         Command::Job(command) => commands::job::run(&app, &command),
         Command::Plan(args) => commands::plan::run(&app, &args),
         Command::Rows(args) => commands::rows::run(&app, &args),

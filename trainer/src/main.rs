@@ -93,6 +93,11 @@ enum Command {
         #[arg(long)]
         adapter: PathBuf,
     },
+    /// Time all-reduces among the ranks.
+    Doctor {
+        #[arg(long)]
+        plan: PathBuf,
+    },
     /// Compare this machine's GPU with its CPU: every kernel, attention, training steps.
     GpuCheck,
     /// Measure each part of a training step by itself, against what this machine's GEMMs or memory allow.
@@ -153,6 +158,7 @@ fn start(command: Command) -> Result<i32> {
         Command::InitModel { plan }
         | Command::Train { plan, .. }
         | Command::DayZero { plan, .. }
+        | Command::Doctor { plan }
         | Command::Export { plan, .. } => Some(read_plan(plan)?),
     };
     let order: Option<Order> = match &command {
@@ -165,7 +171,9 @@ fn start(command: Command) -> Result<i32> {
     };
     // Before the first tensor, and before ranks meet: libtorch asks once whether CUDA is there.
     let device = match (&command, &plan) {
-        (Command::Train { .. } | Command::DayZero { .. }, Some(plan)) => device_of(plan.train.device, &place)?,
+        (Command::Train { .. } | Command::DayZero { .. } | Command::Doctor { .. }, Some(plan)) => {
+            device_of(plan.train.device, &place)?
+        }
         (Command::Measure { .. }, _) => device_of(order.as_ref().expect("read above").device, &place)?,
         _ => Device::Cpu,
     };
@@ -527,6 +535,7 @@ fn run(command: Command, plan: Option<&Plan>, order: Option<&Order>, comm: &dyn 
         Command::GpuCheck | Command::BenchParts { .. } | Command::BenchGpu { .. } => {
             unreachable!("run before ranks meet")
         }
+        Command::Doctor { .. } => done(trainer::doctor::all_reduces(comm, device)?),
         Command::Export { merged, adapter, .. } => {
             done(trainer::export::export_newest(plan(), comm, &merged, &adapter)?)
         }

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod demo;
+pub mod doctor;
 pub mod eval;
 pub mod export;
 pub mod generate;
@@ -11,7 +12,9 @@ pub mod model;
 pub mod plan;
 pub mod report;
 pub mod rows;
+pub mod scale;
 pub mod stage;
+pub mod status;
 pub mod submit;
 pub mod train;
 pub mod verify_resume;

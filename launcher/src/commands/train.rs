@@ -10,6 +10,7 @@ use launcher::attempts::{Attempts, Verdict};
 use launcher::events::Event;
 use launcher::place::{Place, PlaceError, is_wired_for_mpi};
 use launcher::stages::STAGES;
+use launcher::status::Sign;
 use launcher::supervise::Ended;
 use launcher::view::View;
 use launcher::{exit, files, sampling, text};
@@ -96,7 +97,7 @@ fn with_restarts(app: &App, plan: &Plan, restarts: u32) -> anyhow::Result<Ended>
             return Ok(ended);
         }
         match attempts.ended(&series, ended.code)? {
-            Verdict::Again { why } if restart <= restarts => {
+            Verdict::Again { why, .. } if restart <= restarts => {
                 let lost = ended.lost.map_or(String::new(), |lost| format!("{lost}; "));
                 eprintln!("panglot: restart {restart} of {restarts}: {lost}{why}");
             }
@@ -147,6 +148,8 @@ fn as_one_rank(app: &App, plan: &Plan, place: &Place) -> anyhow::Result<Ended> {
         "--config-digest".into(),
         digest.into(),
     ];
+    // One rank a host says for all of them that the host lives, and how.
+    let _sign = (place.local_rank == 0).then(|| Sign::give(&plan.folders.run, place));
     let job = app.worker()?.one_of_many(plan.launch.threads_per_rank, args);
     let mut view = View::new();
     if place.rank == 0 {
