@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus bench-model bench-eval gpu-check bench-gpu clean distclean
+.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus bench-model bench-sharding bench-eval gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -18,6 +18,7 @@ setup:  ## system packages, libtorch, the texts and the base model
 
 setup-test: setup  ## besides, the Python environment that the tests compare against
 	@setup/packages.py test
+	@setup/system.sh test
 
 build: setup  ## both programs, in target/release
 	@$(ENV) cargo build --release --locked --workspace
@@ -47,6 +48,10 @@ bench-model: setup-test build  ## training steps side by side with transformers 
 bench-eval: setup-test build  ## evaluation and generation side by side with transformers and lm-eval, into bench/results/eval.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_eval"
+
+bench-sharding: setup-test build  ## four ranks side by side with DDP and FSDP, into bench/results/sharding.json; root, for the slow link
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_sharding"
 
 gpu-check: build  ## every kernel, attention and training steps: this machine's GPU against its CPU
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" gpu-check

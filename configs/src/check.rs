@@ -32,6 +32,8 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
         debug: raw.debug.map_or_else(Debug::default, |debug| Debug {
             check_ranks_equal: debug.check_ranks_equal.unwrap_or(false),
             overfit_one_batch: debug.overfit_one_batch.unwrap_or(false),
+            timeline: debug.timeline.unwrap_or(false),
+            deterministic: debug.deterministic.unwrap_or(false),
         }),
     };
     check_name(&plan.name, &mut rules);
@@ -608,6 +610,14 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
                 .to_owned()
         },
     );
+    rules.require(
+        raw.offload_optimizer != Some(true) || raw.device == Some(Device::Cuda),
+        || {
+            "train.offload_optimizer = true moves optimizer state from a GPU to its host, but train.device is cpu, where it \
+             lies in the host's memory already; leave it out, or set train.device: cuda"
+                .to_owned()
+        },
+    );
     if let Some(lora) = &raw.lora {
         check_lora(lora, &full, rules);
     }
@@ -626,6 +636,7 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
         residual: raw.residual.unwrap_or_default(),
         zero: raw.zero,
         shard_frozen: raw.shard_frozen.unwrap_or(false),
+        offload_optimizer: raw.offload_optimizer.unwrap_or(false),
         reduce: raw.reduce.unwrap_or(Precision::F32),
         guard: raw.guard,
         check_ranks_every: raw.check_ranks_every.unwrap_or(100),

@@ -575,6 +575,9 @@ pub struct Train {
     /// Frozen weights are divided among the ranks too, and gathered stage by stage; whatever the ZeRO stage.
     #[serde(default)]
     pub shard_frozen: bool,
+    /// Optimizer state lies in the host's memory and is updated there. With device: cuda only.
+    #[serde(default)]
+    pub offload_optimizer: bool,
     /// The precision in which gradients travel; sums are made in f32.
     #[serde(default = "f32")]
     pub reduce: Precision,
@@ -944,4 +947,11 @@ pub struct Debug {
     pub check_ranks_equal: bool,
     /// Every step trains on the rows of step 0.
     pub overfit_one_batch: bool,
+    /// Each rank writes what it did when into the run's `timeline/`, for Perfetto.
+    #[serde(default)]
+    pub timeline: bool,
+    /// Ask libtorch for algorithms whose sums have one order, and NCCL for none of its own: bits then depend on nothing but
+    /// config and number of ranks. On CPUs they do not anyway.
+    #[serde(default)]
+    pub deterministic: bool,
 }

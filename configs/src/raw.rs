@@ -206,6 +206,8 @@ pub struct Train {
     pub zero: u8,
     /// None: every rank keeps all frozen weights.
     pub shard_frozen: Option<bool>,
+    /// None: optimizer state lies where the model does.
+    pub offload_optimizer: Option<bool>,
     /// None: f32.
     pub reduce: Option<Precision>,
     /// None: a step is skipped only where its loss or gradient is not finite.
@@ -254,6 +256,8 @@ pub struct GroupRates {
 pub struct Debug {
     pub check_ranks_equal: Option<bool>,
     pub overfit_one_batch: Option<bool>,
+    pub timeline: Option<bool>,
+    pub deterministic: Option<bool>,
 }
 
 pub fn read(file: &Path, overrides: &[String]) -> Result<Raw, ConfigError> {

@@ -1,8 +1,10 @@
-//! What a worker tells the launcher: one JSON object a line on its standard output, from rank 0 only.
+//! What a worker tells the launcher: one JSON object a line on its standard output, from rank 0 where nothing else is said.
 //! Everything meant for people goes to standard error and to the run's logs.
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 
 use configs::Group;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -20,6 +22,10 @@ pub enum Event {
     Text { index: usize, text: String, ended: bool },
     /// A sentence the user should see, such as what was resumed from where.
     Note { text: String },
+    /// The job cannot go on: who is at fault, and the code that its ranks leave with. From whichever rank noticed.
+    Lost { code: i32, text: String },
+    /// This rank is alive; from every rank, where whoever started it asks for it.
+    Beat,
     /// The command finished; `result` is what `--json` prints.
     Done { result: serde_json::Value },
 }
@@ -88,6 +94,16 @@ pub struct HeldOut {
 }
 
 impl Event {
+    /// Tells it to a launcher on this host, whose socket is named `ear`. Whether it could.
+    pub fn tell(&self, ear: &Path) -> bool {
+        let line = serde_json::to_vec(self).expect("events are plain data");
+        let sent = UnixDatagram::unbound().and_then(|socket| {
+            socket.set_nonblocking(true)?;
+            socket.send_to(&line, ear)
+        });
+        sent.is_ok()
+    }
+
     /// Writes the event as one line and flushes it, so that a reader sees it now.
     pub fn emit(&self) {
         let line = serde_json::to_string(self).expect("events are plain data");

@@ -1,19 +1,24 @@
 //! What the command line and the workers share (places, events, exit codes), and what the command line is made of:
 //! prepared stages, supervision of workers, evaluations, reports.
 
+pub mod attempts;
 pub mod evaluation;
 pub mod events;
 pub mod exit;
 pub mod families;
 pub mod fewshot;
 pub mod files;
+pub mod hostlist;
 pub mod inspection;
 pub mod measurement;
 pub mod place;
+pub mod pulse;
+pub mod rendezvous;
 pub mod report;
 pub mod sampling;
 pub mod stages;
 pub mod statistics;
+pub mod submit;
 pub mod supervise;
 pub mod text;
 pub mod textmetrics;

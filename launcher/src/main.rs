@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{App, Failed};
+use commands::{App, Failed, Leave};
 use launcher::{exit, supervise};
 
 /// Teaches a LLaMA-family model hundreds of languages.
@@ -31,7 +31,9 @@ Examples:
   panglot plan configs/mala500-7b.yaml          what a config means, checked; starts nothing
   panglot prepare configs/demo.yaml             corpus, model, vocabulary, tokens: what is missing or stale
   panglot train configs/demo.yaml -n 2          on two ranks; the same line again resumes
+  panglot train configs/demo.yaml -n 2 --restarts 3  again from the newest checkpoint when a rank is lost
   panglot train configs/tiny.yaml train.steps=5 a key of the config, for this time
+  panglot submit configs/mala500-7b.yaml nodes=4 ranks_per_node=4 time=1-00:00:00 --dry-run
   panglot corpus verify configs/demo.yaml       is every language still as it was imported?
   panglot vocab configs/demo.yaml --loss=all    which start of the new rows loses least before any step
   panglot model inspect configs/demo.yaml       what the base model holds, and what of it trains
@@ -59,6 +61,11 @@ enum Command {
     Generate(commands::generate::Args),
     /// Write the newest checkpoint as a merged model and as a PEFT adapter
     Export(commands::export::Args),
+    /// Write a job script for the run and submit it to Slurm
+    Submit(commands::submit::Args),
+    /// What a job script asks before and after its ranks
+    #[command(subcommand)]
+    Job(commands::job::Command),
     /// Show what a config means, every value and what follows from it; starts nothing
     Plan(commands::plan::Args),
     /// Show the rows that a run reads, or the table of what it reads of each part; starts nothing
@@ -92,6 +99,8 @@ fn main() -> ExitCode {
         Command::Eval(args) => commands::eval::run(&app, &args),
         Command::Generate(args) => commands::generate::run(&app, &args),
         Command::Export(args) => commands::export::run(&app, &args),
+        Command::Submit(args) => commands::submit::run(&app, &args),
+        Command::Job(command) => commands::job::run(&app, &command),
         Command::Plan(args) => commands::plan::run(&app, &args),
         Command::Rows(args) => commands::rows::run(&app, &args),
         Command::Report(args) => commands::report::run(&app, &args),
@@ -112,6 +121,9 @@ fn main() -> ExitCode {
 
 /// Prints what went wrong, unless the worker has; gives the code to leave with.
 fn report(error: &anyhow::Error) -> i32 {
+    if let Some(Leave(code)) = error.downcast_ref() {
+        return *code;
+    }
     if let Some(failed) = error.downcast_ref::<Failed>() {
         eprintln!("panglot: {error}");
         return failed.code;

@@ -290,7 +290,8 @@ pub fn load(checkpoint: &Path, manifest: &Manifest, comm: &dyn Comm, zero: &mut 
         }
     }
     zero.updates = manifest.updates;
-    zero.publish(comm)?;
+    zero.publish();
+    zero.arrived(comm)?;
     Ok(Progress {
         step: manifest.step,
         targets_so_far: manifest.targets_so_far,
@@ -321,6 +322,7 @@ pub fn differences(theirs: &Identity, ours: &Identity) -> Vec<String> {
             "recompute",
             "zero",
             "shard_frozen",
+            "offload_optimizer",
             "check_ranks_every",
             "device",
         ] {

@@ -19,4 +19,6 @@ pub mod scratch;
 pub mod step;
 pub mod subject;
 pub mod tensorboard;
+pub mod timeline;
 pub mod train;
+pub mod watched;

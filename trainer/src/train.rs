@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use configs::{FrozenPrecision, NewRows, Plan, Precision};
 use corpus::{Stream, TokenShards, Vocabulary};
 use launcher::events::{Event, HeldOut, StepMetrics};
-use sharding::{Comm, Stage, Wire, Zero};
+use sharding::{Comm, Mark, Stage, Wire, Zero};
 use tch::Device;
 
 use crate::batch::{Batch, rows_of_step};
@@ -21,7 +21,7 @@ use crate::checkpoint::{self, Identity, Progress};
 use crate::during::During;
 use crate::evaluate::kind;
 use crate::hf::{ModelConfig, Weights};
-use crate::model::{Model, Trains};
+use crate::model::{Model, Trains, Weight, bucket_of, take_trained};
 use crate::step::{StepReport, Trainer, lr_by_group};
 use crate::tensorboard::EventWriter;
 
@@ -89,34 +89,42 @@ pub fn build_model<'a>(
         vocabulary,
         seed: plan.seed,
     };
-    let weights = weights.on(device);
-    let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
-        .with_context(|| format!("loading {}", base.display()))?
-        .with_residual(plan.train.residual);
-    model.check_length(plan.train.sequence_length, "train.sequence_length")?;
-    // An export reads the base itself.
-    if plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu {
+    let fp8 = plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu;
+    if fp8 {
         sharding::cuda::check_fp8(device)?;
-        model.quantize_frozen()?;
     }
-    let specs = model.register();
-    ensure!(
-        !specs.is_empty(),
-        "nothing trains: give train.lora, or name modules in train.full"
-    );
-    let mut initial = model.take_initial_values();
-    let mut zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
-        std::mem::replace(&mut initial[bucket][param], tch::Tensor::new())
-    })?;
+    let (weights, kind) = (weights.on(device), kind(plan.train.precision));
+    let mut zero = Zero::empty(comm, stage, kind);
+    if plan.train.offload_optimizer && device != Device::Cpu {
+        zero.offload_optimizer();
+    }
     zero.reduce_in(match plan.train.reduce {
         Precision::F32 => Wire::F32,
         Precision::Bf16 => Wire::Bf16,
     });
-    if shard_frozen {
-        for (stage, weights) in model.stages() {
-            zero.shard_frozen(comm, &stage, weights)?;
+    // A stage at a time: where a rank keeps a slice, it never holds more of the base than one stage.
+    let mut take = |stage: &str, mut weights: Vec<&mut Weight>| -> Result<()> {
+        let spec = bucket_of(stage, &weights);
+        if !spec.params.is_empty() {
+            zero.train(
+                spec,
+                take_trained(weights.iter_mut().map(|weight| &mut **weight).collect()),
+            )?;
         }
-    }
+        if shard_frozen {
+            zero.shard_frozen(stage, weights)?;
+        }
+        Ok(())
+    };
+    let model = Model::load_by_stages(&config, &weights, kind, &trains, fp8, &mut take)
+        .with_context(|| format!("loading {}", base.display()))?
+        .with_residual(plan.train.residual);
+    model.check_length(plan.train.sequence_length, "train.sequence_length")?;
+    zero.check_ranks_agree(comm)?;
+    ensure!(
+        !zero.layout().buckets.is_empty(),
+        "nothing trains: give train.lora, or name modules in train.full"
+    );
     Ok((Trainer::new(plan, comm, model, zero), digest))
 }
 
@@ -127,12 +135,14 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     say(Event::Phase {
         name: "loading model and data".into(),
     });
+    comm.at(Mark::Load);
     let stop = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
     let stream = launcher::sampling::stream(plan)?;
     let (mut trainer, identity) = build(plan, comm, device, sharding(plan, comm))?;
     let folder = plan.folders.run.join("checkpoints");
+    comm.at(Mark::Restore);
     let mut progress = resume(&folder, &mut trainer, &identity)?;
     let mut during = During::prepare(plan, comm, progress.step)?;
     let mut log = if rank_0 {
@@ -147,6 +157,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     while trainer.step < plan.train.steps {
         let started = Instant::now();
         let step = trainer.step;
+        comm.at(Mark::Batch { step });
         let rows_step = if plan.debug.overfit_one_batch { 0 } else { step };
         let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world()).on(device);
         let sent_before = comm.sent().bytes();
@@ -159,12 +170,17 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let every = plan.train.check_ranks_every;
         let due = every > 0 && trainer.step.is_multiple_of(every) && comm.world() > 1;
         if plan.debug.check_ranks_equal || due {
+            comm.at(Mark::Compare);
             check_ranks_equal(&mut trainer)?;
         }
+        comm.at(Mark::Report);
         let resident = comm.max(&[resident_bytes() as f64])?[0] as u64;
         let seconds = started.elapsed().as_secs_f64();
         let held_out = match &mut during {
-            Some(during) if during.is_due(trainer.step) => Some(during.measure(&mut trainer)?),
+            Some(during) if during.is_due(trainer.step) => {
+                comm.at(Mark::Evaluate);
+                Some(during.measure(&mut trainer)?)
+            }
             _ => None,
         };
         let is_best = held_out.is_some_and(|(_, is_best)| is_best);
@@ -202,6 +218,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
             during.note_best()?;
         }
         if done || report.stop || is_best || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
+            comm.at(Mark::Save);
             save(&folder, &trainer, &identity, progress)?;
         }
         if report.stop && !done {
