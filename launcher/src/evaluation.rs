@@ -196,7 +196,12 @@ pub struct Comparison {
 
 impl Evaluation {
     /// Of languages, each of which has documents; groups by the corpus that the plan measures on, if it is given.
-    pub fn of(model: String, precision: String, mut languages: Vec<LanguageResult>, corpus: Option<&Corpus>) -> Evaluation {
+    pub fn of(
+        model: String,
+        precision: String,
+        mut languages: Vec<LanguageResult>,
+        corpus: Option<&Corpus>,
+    ) -> Evaluation {
         if let Some(corpus) = corpus {
             let mut trained: BTreeMap<&str, u64> = BTreeMap::new();
             for entry in &corpus.manifest().languages {
@@ -320,8 +325,10 @@ impl Paired {
     /// When a file is not there, or the two have no document in common.
     pub fn of(baseline: &Path, model: &Path) -> anyhow::Result<Paired> {
         let (before, after) = (documents(baseline)?, documents(model)?);
-        let known: BTreeMap<(&str, &str), &DocumentResult> =
-            before.iter().map(|d| ((d.language.as_str(), d.key.as_str()), d)).collect();
+        let known: BTreeMap<(&str, &str), &DocumentResult> = before
+            .iter()
+            .map(|d| ((d.language.as_str(), d.key.as_str()), d))
+            .collect();
         let mut pairs: BTreeMap<&str, Vec<(&DocumentResult, &DocumentResult)>> = BTreeMap::new();
         for document in &after {
             if let Some(before) = known.get(&(document.language.as_str(), document.key.as_str()))
@@ -336,16 +343,24 @@ impl Paired {
             baseline.display(),
             model.display()
         );
-        let languages: Vec<PairedLanguage> = pairs.into_iter().map(|(name, pairs)| PairedLanguage::of(name, &pairs)).collect();
+        let languages: Vec<PairedLanguage> = pairs
+            .into_iter()
+            .map(|(name, pairs)| PairedLanguage::of(name, &pairs))
+            .collect();
         let difference = |language: &PairedLanguage| language.model - language.baseline;
         let real = |is: fn(f64, f64) -> bool| {
-            languages.iter().filter(|l| l.interval.is_some_and(|[low, high]| is(low, high))).count()
+            languages
+                .iter()
+                .filter(|l| l.interval.is_some_and(|[low, high]| is(low, high)))
+                .count()
         };
         Ok(Paired {
             baseline: baseline.display().to_string(),
             model: model.display().to_string(),
             difference: mean(languages.iter().map(difference)),
-            interval: bootstrap(languages.len(), |sample| mean(sample.iter().map(|i| difference(&languages[*i])))),
+            interval: bootstrap(languages.len(), |sample| {
+                mean(sample.iter().map(|i| difference(&languages[*i])))
+            }),
             worse: real(|low, _| low > 0.0),
             better: real(|_, high| high < 0.0),
             too_few: languages.iter().filter(|l| l.documents < FEWEST_UNITS).count(),
@@ -357,16 +372,27 @@ impl Paired {
         let mut languages: Vec<_> = self.languages.iter().collect();
         languages.sort_by(|a, b| (a.model - a.baseline).total_cmp(&(b.model - b.baseline)));
         let row = |l: &&PairedLanguage| {
-            let interval = l.interval.map_or(String::new(), |[low, high]| format!("{low:+.3} … {high:+.3}"));
+            let interval = l
+                .interval
+                .map_or(String::new(), |[low, high]| format!("{low:+.3} … {high:+.3}"));
             let [before, after] = [l.baseline, l.model].map(|bits| format!("{bits:.3}"));
             let difference = format!("{:+.3}", l.model - l.baseline);
-            vec![l.language.clone(), text::count(l.documents), before, after, difference, interval]
+            vec![
+                l.language.clone(),
+                text::count(l.documents),
+                before,
+                after,
+                difference,
+                interval,
+            ]
         };
         let n = languages.len();
         let rows = languages.iter().take(5).map(row);
         let rows = rows.chain(languages.iter().skip(5.max(n.saturating_sub(5))).map(row));
         let header = ["", ">documents", ">baseline", ">model", ">bits per byte", ">95 %"];
-        let interval = self.interval.map_or(String::new(), |[low, high]| format!(" (95 %: {low:+.3} … {high:+.3})"));
+        let interval = self
+            .interval
+            .map_or(String::new(), |[low, high]| format!(" (95 %: {low:+.3} … {high:+.3})"));
         format!(
             "{}\nMean over {}: {:+.3} bits per byte{interval}. Better in {}, worse in {}, not told apart in {}{}",
             text::table(&header, rows),
@@ -395,7 +421,9 @@ impl PairedLanguage {
             documents: pairs.len(),
             baseline: bits(&all, &|i| pairs[i].0.nats),
             model: bits(&all, &|i| pairs[i].1.nats),
-            interval: bootstrap(pairs.len(), |sample| bits(sample, &|i| pairs[i].1.nats - pairs[i].0.nats)),
+            interval: bootstrap(pairs.len(), |sample| {
+                bits(sample, &|i| pairs[i].1.nats - pairs[i].0.nats)
+            }),
         }
     }
 }
@@ -403,7 +431,10 @@ impl PairedLanguage {
 fn documents(result: &Path) -> anyhow::Result<Vec<DocumentResult>> {
     let file = Evaluation::documents_file(result);
     let text = fs::read_to_string(&file).with_context(|| {
-        format!("cannot read {}, the documents of a result; measure that model again with `panglot eval nll`", file.display())
+        format!(
+            "cannot read {}, the documents of a result; measure that model again with `panglot eval nll`",
+            file.display()
+        )
     })?;
     let read = |line| serde_json::from_str(line).with_context(|| format!("{} is damaged", file.display()));
     text.lines().map(read).collect()
@@ -589,7 +620,12 @@ pub(crate) mod tests {
             _ => 100.0 + i as f64 + if i % 2 == 0 { 5.0 } else { -5.0 },
         });
         let paired = Paired::of(&before, &after).unwrap();
-        assert_eq!((paired.better, paired.worse, paired.too_few), (1, 0, 1), "{}", paired.table());
+        assert_eq!(
+            (paired.better, paired.worse, paired.too_few),
+            (1, 0, 1),
+            "{}",
+            paired.table()
+        );
         assert!(Paired::of(&before, &folder.path().join("none.json")).is_err());
     }
 }

@@ -3,7 +3,9 @@
 
 /// The family of a language.
 pub fn family(code: &str) -> &'static str {
-    let found = FAMILIES.iter().find(|(_, codes)| codes.split_whitespace().any(|known| known == code));
+    let found = FAMILIES
+        .iter()
+        .find(|(_, codes)| codes.split_whitespace().any(|known| known == code));
     found.map_or("other", |(name, _)| name)
 }
 
@@ -31,7 +33,10 @@ const FAMILIES: [(&str, &str); 47] = [
          yor zdj zne zul",
     ),
     ("Mande", "bam bqc dyu emk gkp kpe men mnk mwk snk sus vai"),
-    ("Nilo-Saharan", "ach alz bfa bvi ddn din dip dje kau knc lot luo lwo mas nus oki shk teo"),
+    (
+        "Nilo-Saharan",
+        "ach alz bfa bvi ddn din dip dje kau knc lot luo lwo mas nus oki shk teo",
+    ),
     ("Koman", "udu"),
     ("Ijoid", "ijc ijs"),
     (
@@ -45,8 +50,14 @@ const FAMILIES: [(&str, &str); 47] = [
         "bod brx cfm cjy cmn cnh cpx ctd czh czo dzo gan hak hlt hni hsn iii kac kar ksw lus lzh mni mnp mya nan \
          new njo sit taj tji wuu yue zom",
     ),
-    ("Turkic", "alt azb aze azj bak chv cjs crh gag kaa kaz kdr kir kjh klj krc kum nog sah tat tuk tur tyv uig uzb uzn"),
-    ("Uralic", "ekk est fin fkv hun koi kom kpv krl liv mdf mhr mrj myv nio sma sme smj smn sms udm vep vot vro yrk"),
+    (
+        "Turkic",
+        "alt azb aze azj bak chv cjs crh gag kaa kaz kdr kir kjh klj krc kum nog sah tat tuk tur tyv uig uzb uzn",
+    ),
+    (
+        "Uralic",
+        "ekk est fin fkv hun koi kom kpv krl liv mdf mhr mrj myv nio sma sme smj smn sms udm vep vot vro yrk",
+    ),
     ("Dravidian", "gon kan kfa mal tam tcy tel"),
     ("Austroasiatic", "kha khm kjg mnw pll sat vie wbm"),
     ("Tai-Kadai", "blt kkh lao nod shn tdd tha tyz zha zyb"),
@@ -61,9 +72,18 @@ const FAMILIES: [(&str, &str); 47] = [
     ("Northwest Caucasian", "abk abq ady kbd"),
     ("Northeast Caucasian", "ava che dar ddo inh lbe lez tab"),
     ("Eskimo-Aleut", "ale ess esu ike ikt ipk kal"),
-    ("Quechuan", "cqu inb qub que qug quh qul quy quz qva qvc qvh qvi qvm qvn qwh qxn qxu"),
-    ("Mayan", "acr agu cac cak chf ctu hus ixl jac kek kjb mam mop poh quc toj tzh tzj tzo usp yua"),
-    ("Oto-Manguean", "amu chj cso ctz cuc mat maz mim mxv mzi ote otm zab zam zap zpu"),
+    (
+        "Quechuan",
+        "cqu inb qub que qug quh qul quy quz qva qvc qvh qvi qvm qvn qwh qxn qxu",
+    ),
+    (
+        "Mayan",
+        "acr agu cac cak chf ctu hus ixl jac kek kjb mam mop poh quc toj tzh tzj tzo usp yua",
+    ),
+    (
+        "Oto-Manguean",
+        "amu chj cso ctz cuc mat maz mim mxv mzi ote otm zab zam zap zpu",
+    ),
     ("Uto-Aztecan", "hch nah nch ncj nhe nhi nhn nhw tar yaq"),
     ("Totonacan", "tku toc too top tos"),
     ("Mixe-Zoquean", "mco mir mto zos"),
@@ -109,8 +129,15 @@ mod tests {
 
     #[test]
     fn no_code_is_in_two_families() {
-        let mut all: Vec<&str> = FAMILIES.iter().flat_map(|(_, codes)| codes.split_whitespace()).collect();
-        assert!(all.iter().all(|code| code.len() == 3), "{:?}", all.iter().filter(|c| c.len() != 3).collect::<Vec<_>>());
+        let mut all: Vec<&str> = FAMILIES
+            .iter()
+            .flat_map(|(_, codes)| codes.split_whitespace())
+            .collect();
+        assert!(
+            all.iter().all(|code| code.len() == 3),
+            "{:?}",
+            all.iter().filter(|c| c.len() != 3).collect::<Vec<_>>()
+        );
         all.sort_unstable();
         for pair in all.windows(2) {
             assert_ne!(pair[0], pair[1], "in two families");

@@ -131,7 +131,8 @@ impl FewShot {
             self.context,
             self.task.joined_by,
             self.task.labels.iter().map(Label::shown).collect::<Vec<_>>(),
-            self.most_items.map_or(String::new(), |most| format!(", the first {most} items")),
+            self.most_items
+                .map_or(String::new(), |most| format!(", the first {most} items")),
         )
     }
 }
@@ -163,7 +164,10 @@ impl TaskFile {
             "taxi1500" => taxi1500(),
             file => {
                 let text = fs::read_to_string(file).with_context(|| {
-                    format!("{file} is neither a known task ({}) nor a readable YAML file", KNOWN.join(", "))
+                    format!(
+                        "{file} is neither a known task ({}) nor a readable YAML file",
+                        KNOWN.join(", ")
+                    )
                 })?;
                 serde_saphyr::from_str(&text).with_context(|| format!("{file} does not describe a task"))?
             }
@@ -185,12 +189,18 @@ impl TaskFile {
         );
         for pattern in &self.files {
             ensure!(
-                pattern.split('/').next().is_some_and(|first| first.matches("{language}").count() == 1),
+                pattern
+                    .split('/')
+                    .next()
+                    .is_some_and(|first| first.matches("{language}").count() == 1),
                 "files: {pattern:?} does not name {{language}} once in its first part, so languages cannot be found by it; \
                  write {{language}}/{{split}}.tsv or {{language}}_{{split}}.tsv"
             );
         }
-        ensure!(!self.files.is_empty(), "files is empty; write {{language}}/{{split}}.tsv or another pattern");
+        ensure!(
+            !self.files.is_empty(),
+            "files is empty; write {{language}}/{{split}}.tsv or another pattern"
+        );
         for placeholder in placeholders(&self.template) {
             ensure!(
                 self.fields.contains_key(placeholder),
@@ -223,7 +233,9 @@ impl TaskFile {
         let mut rest = template;
         while let Some((before, after)) = rest.split_once('{') {
             out.push_str(before);
-            let value = after.split_once('}').and_then(|(name, after)| Some((item.fields.get(name)?, after)));
+            let value = after
+                .split_once('}')
+                .and_then(|(name, after)| Some((item.fields.get(name)?, after)));
             match value {
                 Some((value, after)) => {
                     out.push_str(value);
@@ -249,7 +261,11 @@ impl TaskFile {
             .collect();
         names.sort();
         for pattern in &self.files {
-            let first = pattern.split('/').next().unwrap_or(pattern).replace("{split}", &self.items_from);
+            let first = pattern
+                .split('/')
+                .next()
+                .unwrap_or(pattern)
+                .replace("{split}", &self.items_from);
             let Some((before, after)) = first.split_once("{language}") else {
                 continue;
             };
@@ -273,7 +289,10 @@ impl TaskFile {
                     data.display(),
                     self.shots_from,
                     self.items_from,
-                    text::shortened(&found.iter().map(|(l, _)| l.as_str()).collect::<Vec<_>>().join(", "), 200)
+                    text::shortened(
+                        &found.iter().map(|(l, _)| l.as_str()).collect::<Vec<_>>().join(", "),
+                        200
+                    )
                 );
             }
             let is_wanted = |language: &String| wanted.is_empty() || wanted.contains(language);
@@ -296,10 +315,15 @@ impl TaskFile {
             hasher.update(&bytes);
             let text = String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", path.display()))?;
             let jsonl = path.extension().is_some_and(|extension| extension == "jsonl");
-            let records = if jsonl { json_records(&text) } else { table_records(&text) };
+            let records = if jsonl {
+                json_records(&text)
+            } else {
+                table_records(&text)
+            };
             let records = records.with_context(|| path.display().to_string())?;
             let items = records.iter().map(|(line, record)| {
-                self.item(record).with_context(|| format!("{}, line {line}", path.display()))
+                self.item(record)
+                    .with_context(|| format!("{}, line {line}", path.display()))
             });
             items.collect()
         };
@@ -323,12 +347,16 @@ impl TaskFile {
             fields.insert(name.clone(), value.trim().to_owned());
         }
         let label = &fields["label"];
-        let label = self.labels.iter().position(|known| known.name() == label).with_context(|| {
-            format!(
-                "label {label:?} is none of the task's: {}",
-                self.labels.iter().map(Label::name).collect::<Vec<_>>().join(", ")
-            )
-        })?;
+        let label = self
+            .labels
+            .iter()
+            .position(|known| known.name() == label)
+            .with_context(|| {
+                format!(
+                    "label {label:?} is none of the task's: {}",
+                    self.labels.iter().map(Label::name).collect::<Vec<_>>().join(", ")
+                )
+            })?;
         Ok(Item { fields, label })
     }
 }
@@ -392,9 +420,17 @@ fn sib200() -> TaskFile {
         items_from: test(),
         fields: fields(&[("sent", &["text", "sentence"]), ("label", &["category", "label"])]),
         template: "The topic of the news \"{sent}\" is {label}".to_owned(),
-        labels: ["science/technology", "travel", "politics", "sports", "health", "entertainment", "geography"]
-            .map(plain)
-            .into(),
+        labels: [
+            "science/technology",
+            "travel",
+            "politics",
+            "sports",
+            "health",
+            "entertainment",
+            "geography",
+        ]
+        .map(plain)
+        .into(),
         joined_by: newline(),
     }
 }
@@ -403,14 +439,23 @@ fn taxi1500() -> TaskFile {
     let plain = |name: &str| Label::Plain(name.to_owned());
     TaskFile {
         name: "taxi1500".to_owned(),
-        files: ["{language}/{language}_{split}.tsv", "{language}/{split}.tsv", "{language}_{split}.tsv"]
-            .map(str::to_owned)
-            .into(),
+        files: [
+            "{language}/{language}_{split}.tsv",
+            "{language}/{split}.tsv",
+            "{language}_{split}.tsv",
+        ]
+        .map(str::to_owned)
+        .into(),
         shots_from: train(),
         items_from: test(),
-        fields: fields(&[("verse", &["verse", "text"]), ("label", &["classification", "category", "label"])]),
+        fields: fields(&[
+            ("verse", &["verse", "text"]),
+            ("label", &["classification", "category", "label"]),
+        ]),
         template: "The topic of the verse \"{verse}\" is {label}".to_owned(),
-        labels: ["Recommendation", "Faith", "Description", "Sin", "Grace", "Violence"].map(plain).into(),
+        labels: ["Recommendation", "Faith", "Description", "Sin", "Grace", "Violence"]
+            .map(plain)
+            .into(),
         joined_by: newline(),
     }
 }
@@ -483,7 +528,14 @@ pub struct LanguageScore {
 }
 
 impl LanguageScore {
-    pub fn of(language: &str, n_labels: usize, items: &[ItemScores], shots: Vec<usize>, cut: usize, data_digest: String) -> Self {
+    pub fn of(
+        language: &str,
+        n_labels: usize,
+        items: &[ItemScores],
+        shots: Vec<usize>,
+        cut: usize,
+        data_digest: String,
+    ) -> Self {
         let share = |by: By| {
             let right = items.iter().filter(|item| item.predicted(by) == item.truth).count();
             right as f64 / items.len().max(1) as f64
@@ -561,7 +613,10 @@ impl FewShotResult {
             for score in &languages {
                 groups.entry(key(&score.language)).or_default().push(score);
             }
-            groups.into_iter().map(|(name, scores)| (name, Means::of(&scores))).collect()
+            groups
+                .into_iter()
+                .map(|(name, scores)| (name, Means::of(&scores)))
+                .collect()
         };
         FewShotResult {
             task: order.task.name.clone(),
@@ -595,9 +650,16 @@ impl FewShotResult {
         };
         let n = languages.len();
         let mut rows: Vec<_> = languages.iter().take(5).map(|score| row(score)).collect();
-        rows.extend(languages.iter().skip(5.max(n.saturating_sub(5))).map(|score| row(score)));
+        rows.extend(
+            languages
+                .iter()
+                .skip(5.max(n.saturating_sub(5)))
+                .map(|score| row(score)),
+        );
         let interval = |of: Option<[f64; 2]>| {
-            of.map_or(String::new(), |[low, high]| format!("{} … {}", percent(low), percent(high)))
+            of.map_or(String::new(), |[low, high]| {
+                format!("{} … {}", percent(low), percent(high))
+            })
         };
         rows.push(vec![
             format!("mean of {}", text::counted(n, "language")),
@@ -649,7 +711,10 @@ mod tests {
             task.prompt(&items.asked[1]),
             ("The topic of the news \"By train\" is".to_owned(), " ")
         );
-        let none = task.languages(folder.path(), &["xho_Latn".to_owned()]).unwrap_err().to_string();
+        let none = task
+            .languages(folder.path(), &["xho_Latn".to_owned()])
+            .unwrap_err()
+            .to_string();
         assert!(none.contains("xho_Latn") && none.contains("it has eng_Latn"), "{none}");
 
         write("eng_Latn/test.tsv", "index_id\tcategory\ttext\n1\tcooking\tSoup\n");
@@ -666,7 +731,10 @@ mod tests {
             assert!(said.contains(sentence), "{said}");
         };
         refused(&|task| task.template.push('.'), "end it there");
-        refused(&|task| task.files = vec!["{split}.tsv".to_owned()], "languages cannot be found");
+        refused(
+            &|task| task.files = vec!["{split}.tsv".to_owned()],
+            "languages cannot be found",
+        );
         refused(&|task| drop(task.fields.remove("sent")), "add its column's name");
         refused(&|task| task.labels.truncate(1), "add the others");
     }

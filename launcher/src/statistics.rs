@@ -35,7 +35,11 @@ pub fn bootstrap(n: usize, of: impl Fn(&[usize]) -> f64) -> Option<[f64; 2]> {
         .filter(|value| value.is_finite())
         .collect();
     values.sort_by(f64::total_cmp);
-    let at = |share: f64| values.get(((values.len() as f64 - 1.0) * share).round() as usize).copied();
+    let at = |share: f64| {
+        values
+            .get(((values.len() as f64 - 1.0) * share).round() as usize)
+            .copied()
+    };
     Some([at(0.025)?, at(0.975)?])
 }
 
@@ -115,10 +119,15 @@ impl Mersenne {
         let mut state = vec![19_650_218u32];
         for i in 1..Self::N {
             let before = state[i - 1];
-            state.push(1_812_433_253u32.wrapping_mul(before ^ (before >> 30)).wrapping_add(i as u32));
+            state.push(
+                1_812_433_253u32
+                    .wrapping_mul(before ^ (before >> 30))
+                    .wrapping_add(i as u32),
+            );
         }
         let (mut i, mut j) = (1, 0);
-        let mixed = |state: &[u32], i: usize, by: u32| state[i] ^ (state[i - 1] ^ (state[i - 1] >> 30)).wrapping_mul(by);
+        let mixed =
+            |state: &[u32], i: usize, by: u32| state[i] ^ (state[i - 1] ^ (state[i - 1] >> 30)).wrapping_mul(by);
         for _ in 0..Self::N.max(key.len()) {
             state[i] = mixed(&state, i, 1_664_525).wrapping_add(key[j]).wrapping_add(j as u32);
             i += 1;
@@ -200,7 +209,10 @@ mod tests {
     #[test]
     fn scores_are_the_textbook_s() {
         let [low, high] = wilson(0.9, 10);
-        assert!((low - 0.5958).abs() < 1e-3 && (high - 0.9821).abs() < 1e-3, "{low} {high}");
+        assert!(
+            (low - 0.5958).abs() < 1e-3 && (high - 0.9821).abs() < 1e-3,
+            "{low} {high}"
+        );
         // F1: 2·2/(3 + 2) and 2·1/(1 + 2); the third label never occurs.
         let confusion = [vec![2, 1, 0], vec![0, 1, 0], vec![0, 0, 0]];
         assert!((macro_f1(&confusion) - (0.8 + 2.0 / 3.0) / 2.0).abs() < 1e-12);

@@ -22,10 +22,14 @@ impl Cut {
     /// Characters where words are not spaced.
     pub fn of_script(script: &str) -> Cut {
         let unspaced = [
-            "Hans", "Hant", "Hani", "Jpan", "Hira", "Kana", "Thai", "Laoo", "Khmr", "Mymr", "Tibt", "Yiii", "Lana", "Talu", "Java",
-            "Bali",
+            "Hans", "Hant", "Hani", "Jpan", "Hira", "Kana", "Thai", "Laoo", "Khmr", "Mymr", "Tibt", "Yiii", "Lana",
+            "Talu", "Java", "Bali",
         ];
-        if unspaced.contains(&script) { Cut::Characters } else { Cut::V13a }
+        if unspaced.contains(&script) {
+            Cut::Characters
+        } else {
+            Cut::V13a
+        }
     }
 
     pub fn tokens(self, text: &str) -> Vec<String> {
@@ -40,7 +44,11 @@ impl Cut {
 /// behind a digit.
 fn v13a(text: &str) -> Vec<String> {
     let text = text.replace("<skipped>", "").replace("-\n", "").replace('\n', " ");
-    let text = text.replace("&quot;", "\"").replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">");
+    let text = text
+        .replace("&quot;", "\"")
+        .replace("&amp;", "&")
+        .replace("&lt;", "<")
+        .replace("&gt;", ">");
     let is_symbol = |c: char| matches!(c, '{'..='~' | '['..='`' | ' '..='&' | '('..='+' | ':'..='@' | '/');
     let mut spaced = String::from(" ");
     for c in text.chars() {
@@ -59,7 +67,12 @@ fn v13a(text: &str) -> Vec<String> {
 }
 
 /// Replaces pairs of characters from left to right; a character is in one pair at most.
-fn pairs(text: &str, first: impl Fn(char) -> bool, second: impl Fn(char) -> bool, to: impl Fn(char, char) -> [char; 4]) -> String {
+fn pairs(
+    text: &str,
+    first: impl Fn(char) -> bool,
+    second: impl Fn(char) -> bool,
+    to: impl Fn(char, char) -> [char; 4],
+) -> String {
     let mut out = String::with_capacity(text.len() * 2);
     let mut rest = text.chars().peekable();
     while let Some(a) = rest.next() {
@@ -92,7 +105,10 @@ struct BleuCounts {
 
 impl BleuCounts {
     fn of(tokens: &[String], references: &[&[String]]) -> BleuCounts {
-        let closest = references.iter().map(|reference| reference.len()).min_by_key(|n| (n.abs_diff(tokens.len()), *n));
+        let closest = references
+            .iter()
+            .map(|reference| reference.len())
+            .min_by_key(|n| (n.abs_diff(tokens.len()), *n));
         let mut counts = BleuCounts {
             length: tokens.len(),
             reference_length: closest.unwrap_or(0),
@@ -151,7 +167,11 @@ impl BleuCounts {
             return 0.0;
         }
         let (length, reference) = (self.length as f64, self.reference_length as f64);
-        let brevity = if length < reference { (1.0 - reference / length).exp() } else { 1.0 };
+        let brevity = if length < reference {
+            (1.0 - reference / length).exp()
+        } else {
+            1.0
+        };
         brevity * (logs / orders as f64).exp()
     }
 }
@@ -175,7 +195,10 @@ pub fn self_bleu(texts: &[&str], cut: Cut) -> Option<f64> {
     }
     let tokens: Vec<Vec<String>> = texts.iter().map(|text| cut.tokens(text)).collect();
     let score = |i: usize| {
-        let others: Vec<&[String]> = (0..tokens.len()).filter(|j| *j != i).map(|j| tokens[j].as_slice()).collect();
+        let others: Vec<&[String]> = (0..tokens.len())
+            .filter(|j| *j != i)
+            .map(|j| tokens[j].as_slice())
+            .collect();
         BleuCounts::of(&tokens[i], &others).score(true)
     };
     Some((0..tokens.len()).map(score).sum::<f64>() / tokens.len() as f64)
@@ -213,7 +236,9 @@ pub fn chrf_plus_plus(texts: &[(&str, Vec<&str>)]) -> f64 {
 fn chrf_counts(text: &str, reference: &str) -> ChrfCounts {
     fn both<T: std::hash::Hash + Eq>(text: &[T], reference: &[T], order: usize) -> [usize; 3] {
         let (text, reference) = (n_grams(text, order), n_grams(reference, order));
-        let shared = text.iter().map(|(n_gram, count)| count.min(reference.get(n_gram).unwrap_or(&0)));
+        let shared = text
+            .iter()
+            .map(|(n_gram, count)| count.min(reference.get(n_gram).unwrap_or(&0)));
         let of_text = if reference.is_empty() { 0 } else { text.values().sum() };
         [of_text, reference.values().sum(), shared.sum()]
     }
@@ -265,7 +290,10 @@ fn chrf_score(counts: &ChrfCounts) -> f64 {
 pub fn in_language(texts: &[&str], code: &str) -> Option<f64> {
     let known = identified_as(code);
     let language = whatlang::Lang::from_code(known)?;
-    let right = texts.iter().filter(|text| whatlang::detect_lang(text) == Some(language)).count();
+    let right = texts
+        .iter()
+        .filter(|text| whatlang::detect_lang(text) == Some(language))
+        .count();
     (!texts.is_empty()).then(|| right as f64 / texts.len() as f64)
 }
 
@@ -293,8 +321,14 @@ mod tests {
     #[test]
     fn a_text_is_cut_by_the_rules() {
         let cut = |text: &str| Cut::V13a.tokens(text).join(" ");
-        assert_eq!(cut("It cost $1,000.50, didn't it? (Yes.)"), "It cost $ 1,000.50 , didn't it ? ( Yes . )");
-        assert_eq!(cut("1990-2000 well-known &quot;x&quot; a/b"), "1990 - 2000 well-known \" x \" a / b");
+        assert_eq!(
+            cut("It cost $1,000.50, didn't it? (Yes.)"),
+            "It cost $ 1,000.50 , didn't it ? ( Yes . )"
+        );
+        assert_eq!(
+            cut("1990-2000 well-known &quot;x&quot; a/b"),
+            "1990 - 2000 well-known \" x \" a / b"
+        );
         assert_eq!(Cut::Characters.tokens("你 好"), ["你", "好"]);
     }
 
@@ -318,7 +352,13 @@ mod tests {
             "All human beings are born free and equal in dignity and rights.",
         ];
         assert_eq!(in_language(&texts, "deu"), Some(0.5));
-        assert_eq!(in_language(&["Усі люди народжуються вільними і рівними у своїй гідності та правах."], "ukr"), Some(1.0));
+        assert_eq!(
+            in_language(
+                &["Усі люди народжуються вільними і рівними у своїй гідності та правах."],
+                "ukr"
+            ),
+            Some(1.0)
+        );
         assert_eq!(in_language(&texts, "quy"), None);
     }
 }

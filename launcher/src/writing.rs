@@ -49,7 +49,11 @@ pub fn prompts(file: &Path) -> anyhow::Result<Vec<Prompt>> {
 /// As requests, named by their line.
 pub fn requests(prompts: &[Prompt]) -> Vec<Request> {
     let request = |(number, prompt): (usize, &Prompt)| Request {
-        id: if prompt.id.is_null() { number.into() } else { prompt.id.clone() },
+        id: if prompt.id.is_null() {
+            number.into()
+        } else {
+            prompt.id.clone()
+        },
         prompt: prompt.prompt.clone(),
         max_new_tokens: None,
     };
@@ -122,7 +126,10 @@ impl LanguageWriting {
             .iter()
             .filter(|(prompt, _)| !prompt.references.is_empty())
             .map(|(prompt, generated)| {
-                (generated.text.as_str(), prompt.references.iter().map(String::as_str).collect())
+                (
+                    generated.text.as_str(),
+                    prompt.references.iter().map(String::as_str).collect(),
+                )
             })
             .collect();
         let finite = |value: f64| value.is_finite().then_some(value);
@@ -142,13 +149,21 @@ impl LanguageWriting {
 
 impl WritingResult {
     /// `texts` in the prompts' order.
-    pub fn of(prompts: &[Prompt], texts: &[Generated], sampling: Sampling, made_by: MadeBy, seconds: f64) -> WritingResult {
+    pub fn of(
+        prompts: &[Prompt],
+        texts: &[Generated],
+        sampling: Sampling,
+        made_by: MadeBy,
+        seconds: f64,
+    ) -> WritingResult {
         let mut by_language: BTreeMap<&str, Vec<(&Prompt, &Generated)>> = BTreeMap::new();
         for pair in prompts.iter().zip(texts) {
             by_language.entry(&pair.0.language).or_default().push(pair);
         }
-        let languages: Vec<LanguageWriting> =
-            by_language.iter().map(|(language, texts)| LanguageWriting::of(language, texts)).collect();
+        let languages: Vec<LanguageWriting> = by_language
+            .iter()
+            .map(|(language, texts)| LanguageWriting::of(language, texts))
+            .collect();
         let mut families: BTreeMap<String, Vec<&LanguageWriting>> = BTreeMap::new();
         for language in &languages {
             let code = language.language.get(..3).unwrap_or_default();
@@ -165,7 +180,8 @@ impl WritingResult {
     }
 
     pub fn table(&self) -> String {
-        let number = |value: Option<f64>, factor: f64| value.map_or("–".to_owned(), |value| format!("{:.1}", factor * value));
+        let number =
+            |value: Option<f64>, factor: f64| value.map_or("–".to_owned(), |value| format!("{:.1}", factor * value));
         let row = |l: &LanguageWriting| {
             vec![
                 l.language.clone(),
@@ -188,7 +204,15 @@ impl WritingResult {
             number(all.chrf_plus_plus, 1.0),
             number(all.in_language, 100.0),
         ]);
-        let header = ["", ">texts", ">Self-BLEU", ">distinct-2 %", ">BLEU", ">chrF++", ">in language %"];
+        let header = [
+            "",
+            ">texts",
+            ">Self-BLEU",
+            ">distinct-2 %",
+            ">BLEU",
+            ">chrF++",
+            ">in language %",
+        ];
         text::table(&header, rows)
     }
 }

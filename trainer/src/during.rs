@@ -46,12 +46,17 @@ impl During {
             .collect::<Result<Vec<_>>>()?;
         let checkpoints = plan.folders.run.join("checkpoints");
         let during = During {
-            sample: sample.into_iter().filter(|prepared| !prepared.documents.is_empty()).collect(),
+            sample: sample
+                .into_iter()
+                .filter(|prepared| !prepared.documents.is_empty())
+                .collect(),
             every,
             steps: plan.train.steps,
             tokens_per_batch: plan.evaluation.tokens_per_batch,
             // What was best after this step is not there any more.
-            best: files::read_json(&best_file(&checkpoints)).ok().filter(|best: &Best| best.step <= step),
+            best: files::read_json(&best_file(&checkpoints))
+                .ok()
+                .filter(|best: &Best| best.step <= step),
             checkpoints,
             lines: plan.folders.run.join("evaluations/during.jsonl"),
         };
@@ -110,7 +115,10 @@ impl During {
             Event::Note { text }.emit();
         }
         if is_best {
-            self.best = Some(Best { step, macro_bits_per_byte: bits });
+            self.best = Some(Best {
+                step,
+                macro_bits_per_byte: bits,
+            });
         }
         Ok((held_out, is_best))
     }
@@ -124,8 +132,10 @@ impl During {
     }
 
     fn write_line(&self, step: u64, held_out: &HeldOut, languages: &[LanguageResult]) -> Result<()> {
-        let by_language: BTreeMap<&str, f64> =
-            languages.iter().map(|language| (language.language.as_str(), language.bits_per_byte)).collect();
+        let by_language: BTreeMap<&str, f64> = languages
+            .iter()
+            .map(|language| (language.language.as_str(), language.bits_per_byte))
+            .collect();
         let line = serde_json::json!({ "step": step, "held_out": held_out, "bits_per_byte": by_language });
         let folder = self.lines.parent().context("a file lies in a folder")?;
         let write = || -> std::io::Result<()> {

@@ -55,19 +55,25 @@ pub fn run(order: &Order, task: &Nll, subject: &Subject, comm: &dyn Comm) -> Res
             task.corpus.display()
         );
     }
-    documents.retain(|(language, _)| task.languages.is_empty() || task.languages.iter().any(|l| l == language.as_str()));
+    documents
+        .retain(|(language, _)| task.languages.is_empty() || task.languages.iter().any(|l| l == language.as_str()));
     let protocol = format!(
         "whole documents in windows of {} tokens, stride {}, start {}{}",
         task.settings.window,
         task.settings.stride,
         task.document_start.as_deref().unwrap_or("none"),
-        task.settings.documents_per_language.map_or(String::new(), |most| format!(", the first {most} by key")),
+        task.settings
+            .documents_per_language
+            .map_or(String::new(), |most| format!(", the first {most} by key")),
     );
     let texts: Vec<(&str, Vec<(&str, String)>)> = documents
         .iter()
         .map(|(language, documents)| {
             let digest = |d: &Document| blake3::hash(d.text.as_bytes()).to_hex().to_string();
-            (language.as_str(), documents.iter().map(|d| (d.key.as_str(), digest(d))).collect())
+            (
+                language.as_str(),
+                documents.iter().map(|d| (d.key.as_str(), digest(d))).collect(),
+            )
         })
         .collect();
     let made_by = subject.made_by(protocol, fingerprint(&texts));
@@ -248,7 +254,12 @@ fn score(documents: &ByLanguage, subject: &Subject, of: &Scoring, comm: &dyn Com
                 let told = |tokens: u64| {
                     if comm.rank() == 0 {
                         let unit = "tokens".to_owned();
-                        Event::Progress { done: done + tokens, total, unit }.emit();
+                        Event::Progress {
+                            done: done + tokens,
+                            total,
+                            unit,
+                        }
+                        .emit();
                     }
                 };
                 let nll = |ids: &Tensor, targets: &Tensor| {
@@ -305,7 +316,10 @@ pub fn add_nats(
     let mut done = 0;
     let batches = batches(&windows, tokens_per_batch);
     for (index, batch) in batches.iter().enumerate() {
-        done += batch.iter().map(|window| windows[*window].targets() as u64).sum::<u64>();
+        done += batch
+            .iter()
+            .map(|window| windows[*window].targets() as u64)
+            .sum::<u64>();
         if index % comm.world() != comm.rank() {
             continue;
         }

@@ -29,7 +29,10 @@ struct Part {
 /// Scores every language and writes the result; rank 0 gives what to print.
 pub fn run(order: &Order, task: &FewShot, subject: &Subject, comm: &dyn Comm) -> Result<Value> {
     let started = Instant::now();
-    subject.check_length(task.context.min(subject.model.config.max_position_embeddings), "context")?;
+    subject.check_length(
+        task.context.min(subject.model.config.max_position_embeddings),
+        "context",
+    )?;
     let languages = task.task.languages(&task.data, &task.languages)?;
     let items: Vec<Items> = languages
         .iter()
@@ -47,7 +50,12 @@ pub fn run(order: &Order, task: &FewShot, subject: &Subject, comm: &dyn Comm) ->
             let told = |items_done: usize| {
                 if comm.rank() == 0 {
                     let unit = "items".to_owned();
-                    Event::Progress { done: done + items_done as u64, total, unit }.emit();
+                    Event::Progress {
+                        done: done + items_done as u64,
+                        total,
+                        unit,
+                    }
+                    .emit();
                 }
             };
             let part = language_part(task, subject, language, items, &told).with_context(|| language.clone())?;
@@ -59,7 +67,8 @@ pub fn run(order: &Order, task: &FewShot, subject: &Subject, comm: &dyn Comm) ->
     let mut printed = json!({ "written": order.out });
     if comm.rank() == 0 {
         let part = |(language, _): &(String, _)| -> Result<Part> {
-            kept.get(language).with_context(|| format!("the scores of {language} are not there"))
+            kept.get(language)
+                .with_context(|| format!("the scores of {language} are not there"))
         };
         let parts: Vec<Part> = languages.iter().map(part).collect::<Result<_>>()?;
         if task.scores {
@@ -102,12 +111,22 @@ fn language_part(
 ) -> Result<Part> {
     let shots = python_sample(task.seed, items.shown.len(), task.shots);
     let shown: Vec<String> = shots.iter().map(|row| task.task.shot(&items.shown[*row])).collect();
-    let begin: String = shown.iter().flat_map(|shot| [shot, &task.task.joined_by]).map(String::as_str).collect();
+    let begin: String = shown
+        .iter()
+        .flat_map(|shot| [shot, &task.task.joined_by])
+        .map(String::as_str)
+        .collect();
     let asked = &items.asked[..items.asked.len().min(task.most_items.unwrap_or(usize::MAX))];
     let limit = task.context.min(subject.model.config.max_position_embeddings);
     let ways: Vec<Ways> = match task.protocol {
-        Protocol::Mala => asked.iter().map(|item| whole_labels(task, subject, &begin, item, limit)).collect::<Result<_>>()?,
-        Protocol::Emma => asked.iter().map(|item| last_pieces(task, subject, &begin, item, limit)).collect::<Result<_>>()?,
+        Protocol::Mala => asked
+            .iter()
+            .map(|item| whole_labels(task, subject, &begin, item, limit))
+            .collect::<Result<_>>()?,
+        Protocol::Emma => asked
+            .iter()
+            .map(|item| last_pieces(task, subject, &begin, item, limit))
+            .collect::<Result<_>>()?,
     };
 
     // What all of them begin with, but for the last token before a label: its logits are wanted.
@@ -172,8 +191,18 @@ fn whole_labels(task: &FewShot, subject: &Subject, begin: &str, item: &Item, lim
     for label in &task.task.labels {
         ids.push(subject.prompt(&format!("{prompt}{space}{}", label.shown()), false)?);
     }
-    let label_from = ids.iter().map(|ids| before.min(ids.len().saturating_sub(1)).max(1)).collect();
-    Ok(within(Ways { ids, label_from, cut: false }, limit))
+    let label_from = ids
+        .iter()
+        .map(|ids| before.min(ids.len().saturating_sub(1)).max(1))
+        .collect();
+    Ok(within(
+        Ways {
+            ids,
+            label_from,
+            cut: false,
+        },
+        limit,
+    ))
 }
 
 /// EMMA's: of a label only the last token counts that it has when written after a newline, as what comes next.
@@ -187,7 +216,14 @@ fn last_pieces(task: &FewShot, subject: &Subject, begin: &str, item: &Item, limi
         ids.push(prompt.iter().copied().chain([last]).collect());
     }
     let label_from = vec![prompt.len(); ids.len()];
-    Ok(within(Ways { ids, label_from, cut: false }, limit))
+    Ok(within(
+        Ways {
+            ids,
+            label_from,
+            cut: false,
+        },
+        limit,
+    ))
 }
 
 /// What is too long loses its beginning, as much for every label.
@@ -196,7 +232,9 @@ fn within(mut ways: Ways, limit: usize) -> Ways {
     let beyond = longest.saturating_sub(limit);
     if beyond > 0 {
         ways.ids.iter_mut().for_each(|ids| drop(ids.drain(..beyond)));
-        ways.label_from.iter_mut().for_each(|from| *from = from.saturating_sub(beyond).max(1));
+        ways.label_from
+            .iter_mut()
+            .for_each(|from| *from = from.saturating_sub(beyond).max(1));
         ways.cut = true;
     }
     ways
@@ -266,7 +304,11 @@ fn batch(subject: &Subject, cache: &mut Cache, prefix: usize, items: &[&Ways]) -
             for target in ways.label_from[label]..ids.len() {
                 let from = target - 1;
                 wanted.push(Wanted {
-                    row: if from < fork { text_row + from - begin } else { own_row + from - fork },
+                    row: if from < fork {
+                        text_row + from - begin
+                    } else {
+                        own_row + from - fork
+                    },
                     id: ids[target],
                     item,
                     label,

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod checkpoint;
+pub mod doctor;
 pub mod during;
 pub mod evaluate;
 pub mod export;
@@ -13,7 +14,10 @@ pub mod guard;
 pub mod hf;
 pub mod inspect;
 pub mod measure;
+pub mod memory;
 pub mod model;
+pub mod parts;
+pub mod planned;
 pub mod random;
 pub mod scratch;
 pub mod step;

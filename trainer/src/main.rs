@@ -93,8 +93,18 @@ enum Command {
         #[arg(long)]
         adapter: PathBuf,
     },
+    /// Time all-reduces among the ranks.
+    Doctor {
+        #[arg(long)]
+        plan: PathBuf,
+    },
     /// Compare this machine's GPU with its CPU: every kernel, attention, training steps.
     GpuCheck,
+    /// Measure each part of a training step by itself, against what this machine's GEMMs or memory allow.
+    BenchParts {
+        #[command(flatten)]
+        settings: trainer::parts::Settings,
+    },
     /// Measure training on this machine's GPU, against `transformers` and PEFT where --python names them.
     BenchGpu {
         #[command(flatten)]
@@ -127,6 +137,10 @@ fn start(command: Command) -> Result<i32> {
             set_threads(cores())?;
             return trainer::gpu::check().map(|()| exit::FINISHED);
         }
+        Command::BenchParts { settings } => {
+            set_threads(cores())?;
+            return trainer::parts::bench(settings).map(|()| exit::FINISHED);
+        }
         Command::BenchGpu { settings } => {
             set_threads(cores())?;
             return trainer::gpu::bench(settings).map(|()| exit::FINISHED);
@@ -139,10 +153,12 @@ fn start(command: Command) -> Result<i32> {
         | Command::Inspect { .. }
         | Command::Measure { .. }
         | Command::GpuCheck
+        | Command::BenchParts { .. }
         | Command::BenchGpu { .. } => None,
         Command::InitModel { plan }
         | Command::Train { plan, .. }
         | Command::DayZero { plan, .. }
+        | Command::Doctor { plan }
         | Command::Export { plan, .. } => Some(read_plan(plan)?),
     };
     let order: Option<Order> = match &command {
@@ -155,7 +171,7 @@ fn start(command: Command) -> Result<i32> {
     };
     // Before the first tensor, and before ranks meet: libtorch asks once whether CUDA is there.
     let device = match (&command, &plan) {
-        (Command::Train { .. } | Command::DayZero { .. }, Some(plan)) => {
+        (Command::Train { .. } | Command::DayZero { .. } | Command::Doctor { .. }, Some(plan)) => {
             device_of(plan.train.device, &place)?
         }
         (Command::Measure { .. }, _) => device_of(order.as_ref().expect("read above").device, &place)?,
@@ -453,13 +469,7 @@ fn device_of(named: configs::Device, place: &Place) -> Result<Device> {
     })
 }
 
-fn run(
-    command: Command,
-    plan: Option<&Plan>,
-    order: Option<&Order>,
-    comm: &dyn Comm,
-    device: Device,
-) -> Result<i32> {
+fn run(command: Command, plan: Option<&Plan>, order: Option<&Order>, comm: &dyn Comm, device: Device) -> Result<i32> {
     let plan = || plan.expect("every command but import-gguf and inspect reads a plan");
     let progress = &mut |done: u64, total: u64| {
         Event::Progress {
@@ -522,7 +532,10 @@ fn run(
             let order = order.expect("read before ranks meet");
             done(trainer::measure::measure(order, comm, device)?)
         }
-        Command::GpuCheck | Command::BenchGpu { .. } => unreachable!("run before ranks meet"),
+        Command::GpuCheck | Command::BenchParts { .. } | Command::BenchGpu { .. } => {
+            unreachable!("run before ranks meet")
+        }
+        Command::Doctor { .. } => done(trainer::doctor::all_reduces(comm, device)?),
         Command::Export { merged, adapter, .. } => {
             done(trainer::export::export_newest(plan(), comm, &merged, &adapter)?)
         }
@@ -575,6 +588,8 @@ fn code_of(error: &anyhow::Error) -> i32 {
         error.code()
     } else if has(|cause| cause.is::<sharding::Error>()) {
         exit::PEER
+    } else if has(|cause| cause.is::<trainer::checkpoint::WritesFailed>()) {
+        exit::IO
     } else if has(|cause| {
         cause
             .downcast_ref::<std::io::Error>()

@@ -12,8 +12,8 @@ use sharding::Comm;
 use tch::Device;
 
 use crate::generate::{News, generate};
-use crate::{evaluate, fewshot};
 use crate::subject::Subject;
+use crate::{evaluate, fewshot};
 
 /// What `panglot` prints if nothing else is known of the result.
 pub fn measure(order: &Order, comm: &dyn Comm, device: Device) -> Result<Value> {
@@ -80,13 +80,23 @@ fn texts(order: &Order, task: &Generate, subject: &Subject, comm: &dyn Comm) -> 
                     written[index] = Some(generated);
                     if task.stream && comm.rank() == 0 {
                         let text = String::new();
-                        Event::Text { index: first + index, text, ended: true }.emit();
+                        Event::Text {
+                            index: first + index,
+                            text,
+                            ended: true,
+                        }
+                        .emit();
                     }
                 }
             }
             if comm.rank() == 0 && !task.stream {
                 let unit = "tokens at most".to_owned();
-                Event::Progress { done: done + tokens, total, unit }.emit();
+                Event::Progress {
+                    done: done + tokens,
+                    total,
+                    unit,
+                }
+                .emit();
             }
             Ok(())
         })?;

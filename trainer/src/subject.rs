@@ -68,21 +68,21 @@ impl Subject {
         // What the slices hold is f32, whatever the run computed in.
         plan.train.precision = precision;
         let (mut trainer, _) = train::build(&plan, comm, device, (Stage::OptimizerState, false))?;
-        let folder = plan.folders.run.join("checkpoints");
+        let folder = plan.folders.run.join(launcher::checkpoint::FOLDER);
         let (path, manifest) = match step {
             Some(step) => {
                 let path = folder.join(format!("step-{step:08}"));
-                let manifest = checkpoint::read_manifest(&path)?;
+                let manifest = launcher::checkpoint::verify(&path)?;
                 (path, manifest)
             }
             None => {
-                let found = checkpoint::newest(&folder)?
+                let found = checkpoint::choose(&folder, comm)?
                     .with_context(|| format!("{} holds no checkpoint to measure; train first", folder.display()))?;
                 (found.folder, found.manifest)
             }
         };
         checkpoint::load(&path, &manifest, comm, &mut trainer.zero)?;
-        trainer.zero.arrived()?;
+        trainer.zero.arrived(comm)?;
         let Trainer { mut model, .. } = trainer;
         for linear in model.layers.iter_mut().flat_map(Layer::linears_mut) {
             if linear.lora.is_some() {

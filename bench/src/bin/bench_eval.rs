@@ -101,7 +101,9 @@ impl Bench {
 
     fn panglot(&self, arguments: &[&str]) -> Result<()> {
         let mut command = Command::new(std::env::current_exe()?.with_file_name("panglot"));
-        command.args(arguments).args(["--threads", &self.threads, "--precision", "f32"]);
+        command
+            .args(arguments)
+            .args(["--threads", &self.threads, "--precision", "f32"]);
         let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
         ensure!(status.success(), "{command:?} failed");
         Ok(())
@@ -131,16 +133,41 @@ impl Bench {
         let (model, names) = (text_of(&self.model)?, languages.join(","));
         let (mut ours, mut peers) = (Vec::new(), Vec::new());
         for _ in 0..self.arguments.rounds {
-            let own = ["eval", "nll", model, "--corpus", text_of(&self.corpus)?, "--out", text_of(&out)?, "--languages", &names];
-            self.panglot(&[&own[..], &["--window", "1024", "--stride", "512", "--start", "<|endoftext|>"]].concat())?;
+            let own = [
+                "eval",
+                "nll",
+                model,
+                "--corpus",
+                text_of(&self.corpus)?,
+                "--out",
+                text_of(&out)?,
+                "--languages",
+                &names,
+            ];
+            self.panglot(
+                &[
+                    &own[..],
+                    &["--window", "1024", "--stride", "512", "--start", "<|endoftext|>"],
+                ]
+                .concat(),
+            )?;
             ours.push(result(&out)?);
             peers.push(self.peer(&["nll", model, text_of(&texts)?, &self.threads], None)?);
         }
-        let nats: f64 = ours[0].more["languages"].as_array().context("languages")?.iter().filter_map(|l| l["nats"].as_f64()).sum();
+        let nats: f64 = ours[0].more["languages"]
+            .as_array()
+            .context("languages")?
+            .iter()
+            .filter_map(|l| l["nats"].as_f64())
+            .sum();
         let speed = |side: &[Report]| median(side, |report| number(report, "tokens") / report.seconds);
         let entry = Entry::of("nll_tokens_per_s", speed(&ours), speed(&peers), "tokens/s")
             .peer_is("transformers, SDPA, length-sorted batches of 4096 tokens, cross-entropy of whole logits")
-            .note(format!("{} languages; nats {nats:.2} and {:.2}", languages.len(), number(&peers[0], "nats")));
+            .note(format!(
+                "{} languages; nats {nats:.2} and {:.2}",
+                languages.len(),
+                number(&peers[0], "nats")
+            ));
         results.put(entry)
     }
 
@@ -161,31 +188,56 @@ impl Bench {
         }
         let input = self.folder.join("prompts.jsonl");
         fs::write(&input, lines)?;
-        let (model, new, order) = (text_of(&self.model)?, NEW_TOKENS.to_string(), self.folder.join("order.json"));
+        let (model, new, order) = (
+            text_of(&self.model)?,
+            NEW_TOKENS.to_string(),
+            self.folder.join("order.json"),
+        );
         let out = self.folder.join("generated.json");
-        let requests: Vec<Value> =
-            prompts.iter().enumerate().map(|(id, prompt)| json!({ "id": id, "prompt": prompt })).collect();
+        let requests: Vec<Value> = prompts
+            .iter()
+            .enumerate()
+            .map(|(id, prompt)| json!({ "id": id, "prompt": prompt }))
+            .collect();
         // The worker's own order: its result has the seconds without loading.
         let sampling = json!({ "max_new_tokens": NEW_TOKENS, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
             "repetition_penalty": 1.0, "stop": [], "seed": 1, "special_tokens": true, "ignore_end": true });
         let task = json!({ "generate": { "requests": requests, "sampling": sampling, "batch": prompts.len(), "stream": false } });
         let threads: usize = self.threads.parse()?;
-        fs::write(&order, serde_json::to_vec(&json!({ "model": { "folder": model }, "precision": "f32", "device": "cpu",
-            "threads_per_rank": threads, "logs": null, "task": task, "out": out }))?)?;
+        fs::write(
+            &order,
+            serde_json::to_vec(
+                &json!({ "model": { "folder": model }, "precision": "f32", "device": "cpu",
+            "threads_per_rank": threads, "logs": null, "task": task, "out": out }),
+            )?,
+        )?;
         let (mut ours, mut peers) = (Vec::new(), Vec::new());
         for _ in 0..self.arguments.rounds {
             let mut worker = Command::new(std::env::current_exe()?.with_file_name("panglot-worker"));
-            worker.args(["measure", "--order", text_of(&order)?]).stdout(Stdio::null());
+            worker
+                .args(["measure", "--order", text_of(&order)?])
+                .stdout(Stdio::null());
             // As the launcher sets them.
-            worker.envs([("MALLOC_MMAP_MAX_", "0"), ("MALLOC_TRIM_THRESHOLD_", "17179869184"), ("OMP_WAIT_POLICY", "PASSIVE")]);
+            worker.envs([
+                ("MALLOC_MMAP_MAX_", "0"),
+                ("MALLOC_TRIM_THRESHOLD_", "17179869184"),
+                ("OMP_WAIT_POLICY", "PASSIVE"),
+            ]);
             ensure!(worker.status()?.success(), "{worker:?} failed");
             ours.push(result(&out)?);
             peers.push(self.peer(&["generate", model, text_of(&input)?, &self.threads, &new], None)?);
         }
         let speed = |side: &[Report], key: &str| median(side, |report| number(report, key) / report.seconds);
-        let entry = Entry::of("generate_tokens_per_s", speed(&ours, "new_tokens"), speed(&peers, "tokens"), "tokens/s")
-            .peer_is("transformers.generate, greedy, batch 8, its own cache")
-            .note(format!("8 prompts of unequal length, {NEW_TOKENS} new tokens each, f32"));
+        let entry = Entry::of(
+            "generate_tokens_per_s",
+            speed(&ours, "new_tokens"),
+            speed(&peers, "tokens"),
+            "tokens/s",
+        )
+        .peer_is("transformers.generate, greedy, batch 8, its own cache")
+        .note(format!(
+            "8 prompts of unequal length, {NEW_TOKENS} new tokens each, f32"
+        ));
         results.put(entry)
     }
 
@@ -200,8 +252,12 @@ impl Bench {
             let mut articles = Vec::new();
             for split in ["train", "held_out"] {
                 for document in self.documents(language, split)? {
-                    let number = document["key"].as_str().and_then(|key| key.strip_prefix("article-")?.parse::<usize>().ok());
-                    let text = document["text"].as_str().map(|text| text.replace(['\t', '\n', '"'], " "));
+                    let number = document["key"]
+                        .as_str()
+                        .and_then(|key| key.strip_prefix("article-")?.parse::<usize>().ok());
+                    let text = document["text"]
+                        .as_str()
+                        .map(|text| text.replace(['\t', '\n', '"'], " "));
                     articles.extend(number.zip(text));
                 }
             }
@@ -211,7 +267,10 @@ impl Bench {
                 let mut tsv = "index_id\tcategory\ttext\n".to_owned();
                 let mut jsonl = String::new();
                 for (number, text) in &articles {
-                    let middle = text.char_indices().nth(text.chars().count() / 2).map_or(0, |(at, _)| at);
+                    let middle = text
+                        .char_indices()
+                        .nth(text.chars().count() / 2)
+                        .map_or(0, |(at, _)| at);
                     let half = if second { &text[middle..] } else { &text[..middle] }.trim();
                     let label = number % LABELS;
                     tsv += &format!("{number}\t{}\t{half}\n", labels[label]);
@@ -230,21 +289,42 @@ impl Bench {
                 "fewshot_config": { "sampler": "first_n" },
                 "metric_list": [{ "metric": "acc", "aggregation": "mean", "higher_is_better": true }],
             });
-            fs::write(tasks.join(format!("articles_{language}.yaml")), serde_json::to_vec(&yaml)?)?;
+            fs::write(
+                tasks.join(format!("articles_{language}.yaml")),
+                serde_json::to_vec(&yaml)?,
+            )?;
         }
         let task = self.folder.join("task.yaml");
         let fields = json!({ "text": ["text"], "label": ["category"] });
-        fs::write(&task, serde_json::to_vec(&json!({ "name": "articles", "files": ["{language}/{split}.tsv"], "fields": fields,
-            "template": "The text \"{text}\" is of {label}", "labels": labels }))?)?;
+        fs::write(
+            &task,
+            serde_json::to_vec(
+                &json!({ "name": "articles", "files": ["{language}/{split}.tsv"], "fields": fields,
+            "template": "The text \"{text}\" is of {label}", "labels": labels }),
+            )?,
+        )?;
         let (model, out) = (text_of(&self.model)?, self.folder.join("fewshot.json"));
         let (mut ours, mut peers) = (Vec::new(), Vec::new());
         for _ in 0..self.arguments.rounds.min(2) {
-            self.panglot(&["eval", "fewshot", model, "--task", text_of(&task)?, "--data", text_of(&data)?, "--out", text_of(&out)?])?;
+            self.panglot(&[
+                "eval",
+                "fewshot",
+                model,
+                "--task",
+                text_of(&task)?,
+                "--data",
+                text_of(&data)?,
+                "--out",
+                text_of(&out)?,
+            ])?;
             ours.push(result(&out)?);
             peers.push(self.peer(&["fewshot", model, text_of(&tasks)?, &self.threads], Some(lm_eval))?);
         }
         let items = |side: &[Report]| median(side, |report| number(report, "items") / report.seconds);
-        ensure!(number(&ours[0], "items") == number(&peers[0], "items"), "both sides have the same items");
+        ensure!(
+            number(&ours[0], "items") == number(&peers[0], "items"),
+            "both sides have the same items"
+        );
         let accuracy = ours[0].more["all"]["accuracy"].as_f64().unwrap_or(f64::NAN);
         let entry = Entry::of("fewshot_items_per_s", items(&ours), items(&peers), "items/s")
             .peer_is("lm-eval, its HFLM on the CPU, batches of 16, a local multiple-choice task of the same items")
@@ -266,5 +346,6 @@ fn result(file: &Path) -> Result<Report> {
 }
 
 fn text_of(path: &Path) -> Result<&str> {
-    path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))
+    path.to_str()
+        .with_context(|| format!("{} is not UTF-8", path.display()))
 }

@@ -181,16 +181,26 @@ fn nll(app: &App, args: &NllArgs) -> anyhow::Result<()> {
     };
     carry_out(app, "evaluation", &order, &chosen, &mut |_| {})?;
     let result = Evaluation::read(&out).context("the worker finished, but its result cannot be read")?;
-    let before = chosen.plan.as_ref().map(|plan| RunFolder(&plan.folders.run).evaluation("before"));
+    let before = chosen
+        .plan
+        .as_ref()
+        .map(|plan| RunFolder(&plan.folders.run).evaluation("before"));
     if let Some(baseline) = &args.baseline {
-        let among = chosen.plan.as_ref().map(|plan| RunFolder(&plan.folders.run).evaluation(baseline));
-        let baseline = among.filter(|file| file.is_file()).unwrap_or_else(|| PathBuf::from(baseline));
+        let among = chosen
+            .plan
+            .as_ref()
+            .map(|plan| RunFolder(&plan.folders.run).evaluation(baseline));
+        let baseline = among
+            .filter(|file| file.is_file())
+            .unwrap_or_else(|| PathBuf::from(baseline));
         let paired = Paired::of(&baseline, &out)?;
         files::write_json(&out.with_extension("compared.json"), &paired)?;
         return app.print(&paired, || paired.table());
     }
     app.print(&result, || {
-        let before = before.filter(|_| name != "before").and_then(|before| Evaluation::read(&before).ok());
+        let before = before
+            .filter(|_| name != "before")
+            .and_then(|before| Evaluation::read(&before).ok());
         before
             .and_then(|before| Some(Comparison::of(&before, &result)?.table()))
             .unwrap_or_else(|| result.table())
@@ -207,7 +217,9 @@ impl NllArgs {
         let settings = &mut task.settings;
         settings.documents_per_language = self.documents.or(settings.documents_per_language);
         settings.window = self.window.unwrap_or(settings.window);
-        settings.stride = self.stride.unwrap_or(settings.stride.min(settings.window.saturating_sub(1)));
+        settings.stride = self
+            .stride
+            .unwrap_or(settings.stride.min(settings.window.saturating_sub(1)));
         settings.tokens_per_batch = settings.tokens_per_batch.max(settings.window);
         ensure!(
             settings.window >= 2 && (1..settings.window).contains(&settings.stride),

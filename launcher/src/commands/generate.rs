@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
-use super::measured::{ModelArgs, carry_out};
 use super::App;
+use super::measured::{ModelArgs, carry_out};
 use launcher::events::Event;
 use launcher::files;
 use launcher::measurement::{Generate, GenerationResult, Order, Request, Sampling, Task};
@@ -76,7 +76,12 @@ impl SamplingArgs {
             special_tokens: !self.plain,
             ignore_end: self.ignore_end,
         };
-        let Sampling { temperature, top_p, repetition_penalty, .. } = sampling;
+        let Sampling {
+            temperature,
+            top_p,
+            repetition_penalty,
+            ..
+        } = sampling;
         ensure!(
             temperature.is_finite() && temperature >= 0.0,
             "--temperature {temperature} is not 0 or above; 0 takes the likeliest token, 1 draws as the model says"
@@ -126,9 +131,17 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     if let Some(file) = &args.out {
         write_lines(file, &result)?;
         std::fs::remove_file(&out).with_context(|| format!("cannot remove {}", out.display()))?;
-        return app.print(&serde_json::json!({ "written": file, "new_tokens": result.new_tokens }), || {
-            format!("{} tokens in {:.1} s, written to {}", result.new_tokens, result.seconds, files::shown(file))
-        });
+        return app.print(
+            &serde_json::json!({ "written": file, "new_tokens": result.new_tokens }),
+            || {
+                format!(
+                    "{} tokens in {:.1} s, written to {}",
+                    result.new_tokens,
+                    result.seconds,
+                    files::shown(file)
+                )
+            },
+        );
     }
     if app.json {
         app.print(&result, String::new)?;
@@ -158,7 +171,11 @@ fn requests(args: &Args) -> anyhow::Result<Vec<Request>> {
                 continue;
             }
             let object: Line = serde_json::from_str(&line).with_context(|| {
-                format!("{}, line {}: not an object such as {{\"prompt\": \"…\"}}", input.display(), number + 1)
+                format!(
+                    "{}, line {}: not an object such as {{\"prompt\": \"…\"}}",
+                    input.display(),
+                    number + 1
+                )
             })?;
             requests.push(Request {
                 id: object.id.unwrap_or_else(|| requests.len().into()),
@@ -167,7 +184,10 @@ fn requests(args: &Args) -> anyhow::Result<Vec<Request>> {
             });
         }
     }
-    ensure!(!requests.is_empty(), "there is no prompt; give --prompt TEXT or --input FILE.jsonl");
+    ensure!(
+        !requests.is_empty(),
+        "there is no prompt; give --prompt TEXT or --input FILE.jsonl"
+    );
     Ok(requests)
 }
 

@@ -103,7 +103,9 @@ impl ModelArgs {
             }
             other => match other.strip_prefix("checkpoint:") {
                 Some(step) => {
-                    let step = step.parse().with_context(|| format!("--model {other}: {step:?} is not a step"))?;
+                    let step = step
+                        .parse()
+                        .with_context(|| format!("--model {other}: {step:?} is not a step"))?;
                     (checkpoint(Some(step)), format!("checkpoint-{step}"))
                 }
                 None => {
@@ -153,7 +155,10 @@ impl Chosen {
         Order {
             model: self.model.clone(),
             precision: self.precision,
-            device: self.plan.as_ref().map_or(configs::Device::Cpu, |plan| plan.train.device),
+            device: self
+                .plan
+                .as_ref()
+                .map_or(configs::Device::Cpu, |plan| plan.train.device),
             threads_per_rank: self.threads,
             logs: run.map(|run| run.join("logs")),
             task: Task::Generate(nothing),

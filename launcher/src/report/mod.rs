@@ -13,6 +13,7 @@ use configs::Plan;
 use crate::evaluation::{Comparison, Evaluation};
 use crate::events::StepMetrics;
 
+pub use chart::scaling;
 pub use page::page;
 
 /// What a page is drawn from. Parts that the run does not have yet are left out of the page.

@@ -39,7 +39,11 @@ fn penalise(logits: &mut [f32], seen: &[u32], penalty: f32) {
     seen.dedup();
     for id in seen {
         if let Some(logit) = logits.get_mut(id as usize) {
-            *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
+            *logit = if *logit < 0.0 {
+                *logit * penalty
+            } else {
+                *logit / penalty
+            };
         }
     }
 }
@@ -99,7 +103,10 @@ mod tests {
         let logits = [0.5f32, 0.25, 0.15, 0.1].map(f32::ln);
         let near = |how: &Sampling, seen: &[u32], expected: [usize; 4]| {
             let counts = drawn(how, &logits, seen);
-            let off = counts.iter().zip(expected).all(|(count, expected)| count.abs_diff(expected) <= 2);
+            let off = counts
+                .iter()
+                .zip(expected)
+                .all(|(count, expected)| count.abs_diff(expected) <= 2);
             assert!(off, "{how:?}: {counts:?} for {expected:?}");
         };
         near(&how(), &[], [500, 250, 150, 100]);
@@ -110,13 +117,26 @@ mod tests {
         let least = Sampling { top_p: 0.01, ..how() };
         near(&least, &[], [1000, 0, 0, 0]);
         // Squares: 0.25, 0.0625, 0.0225, 0.01.
-        let cold = Sampling { temperature: 0.5, ..how() };
+        let cold = Sampling {
+            temperature: 0.5,
+            ..how()
+        };
         near(&cold, &[], [725, 181, 65, 29]);
         // ln p is negative: the penalty 2 squares p, for what was seen only.
-        let penalised = Sampling { repetition_penalty: 2.0, ..how() };
+        let penalised = Sampling {
+            repetition_penalty: 2.0,
+            ..how()
+        };
         near(&penalised, &[0, 0], [333, 333, 200, 133]);
         let greedy = Sampling::default();
         near(&greedy, &[], [1000, 0, 0, 0]);
-        near(&Sampling { repetition_penalty: 3.0, ..greedy }, &[0], [0, 1000, 0, 0]);
+        near(
+            &Sampling {
+                repetition_penalty: 3.0,
+                ..greedy
+            },
+            &[0],
+            [0, 1000, 0, 0],
+        );
     }
 }

@@ -25,10 +25,16 @@ const FEW: usize = 24;
 /// What happens while text is written.
 pub enum News<'a> {
     /// More of the text of request `index`.
-    Text { index: usize, text: &'a str },
+    Text {
+        index: usize,
+        text: &'a str,
+    },
     /// A step has made so many tokens.
     Tokens(usize),
-    Finished { index: usize, generated: Generated },
+    Finished {
+        index: usize,
+        generated: Generated,
+    },
 }
 
 /// A sequence under way.
@@ -80,7 +86,11 @@ pub fn generate(
         waiting.push_back((index, ids, most));
     }
     let slots_of = |ids: &[u32], most: usize| ids.len() + most;
-    let widest = waiting.iter().map(|(_, ids, most)| slots_of(ids, *most)).max().unwrap_or(0);
+    let widest = waiting
+        .iter()
+        .map(|(_, ids, most)| slots_of(ids, *most))
+        .max()
+        .unwrap_or(0);
     let lanes_at_once = task.batch.max(1).min(requests.len());
     let mut cache = Cache::new(&subject.model, widest * lanes_at_once);
     let mut free: Vec<usize> = (0..lanes_at_once).rev().map(|lane| lane * widest).collect();
@@ -137,7 +147,10 @@ fn read(subject: &Subject, cache: &mut Cache, lanes: &mut [Lane], first_new: usi
     let unread = |lane: &mut Lane| {
         let segment = Segment {
             ids: lane.ids[lane.slots..].to_vec(),
-            sees: (lane.slots > 0).then(|| lane.at..lane.at + lane.slots).into_iter().collect(),
+            sees: (lane.slots > 0)
+                .then(|| lane.at..lane.at + lane.slots)
+                .into_iter()
+                .collect(),
             at: lane.at + lane.slots,
         };
         lane.slots = lane.ids.len();
@@ -175,7 +188,12 @@ fn read(subject: &Subject, cache: &mut Cache, lanes: &mut [Lane], first_new: usi
 fn step(lanes: &mut [Lane], logits: &mut [Vec<f32>], sampling: &Sampling) {
     let histories: Vec<(&[u32], f64)> = lanes
         .iter()
-        .map(|lane| (lane.ids.as_slice(), lane.random.uniform((lane.ids.len() - lane.prompt) as u64)))
+        .map(|lane| {
+            (
+                lane.ids.as_slice(),
+                lane.random.uniform((lane.ids.len() - lane.prompt) as u64),
+            )
+        })
         .collect();
     let chosen: Vec<u32> = logits
         .par_iter_mut()
@@ -221,7 +239,11 @@ impl Lane<'_> {
             let starts = (1..=most).rev().filter(|n| stop.is_char_boundary(*n));
             starts.into_iter().find(|n| text.ends_with(&stop[..*n])).unwrap_or(0)
         };
-        let held = if all { 0 } else { sampling.stop.iter().map(begun).max().unwrap_or(0) };
+        let held = if all {
+            0
+        } else {
+            sampling.stop.iter().map(begun).max().unwrap_or(0)
+        };
         let sure = text.len() - held;
         if sure > self.told {
             news(News::Text {

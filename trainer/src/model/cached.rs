@@ -81,11 +81,7 @@ impl Model {
             x_nd += positions_td.value.index_select(0, &positions_n);
         }
         let angles = self.rotary.as_ref().map(|rotary| rotary.at(&positions_n));
-        let reading = Reading {
-            segments,
-            angles,
-            rows,
-        };
+        let reading = Reading { segments, angles, rows };
         for (layer, kept) in self.layers.iter().zip(&mut cache.layers) {
             x_nd = layer.read(x_nd, kept, &reading);
         }
@@ -194,7 +190,10 @@ fn by_tensors(q_nhd: &Tensor, kept: &[Tensor; 2], segments: &[Segment]) -> Tenso
         let spans = segment.sees.iter().cloned().chain([segment.at..segment.at + length]);
         let spans: Vec<(i64, i64)> = spans.map(|span| (span.start as i64, span.len() as i64)).collect();
         let [k, v] = kept.each_ref().map(|kept| {
-            let parts: Vec<Tensor> = spans.iter().map(|(start, length)| kept.narrow(0, *start, *length)).collect();
+            let parts: Vec<Tensor> = spans
+                .iter()
+                .map(|(start, length)| kept.narrow(0, *start, *length))
+                .collect();
             Tensor::cat(&parts, 0).transpose(0, 1).unsqueeze(0)
         });
         let keys = k.size()[2];
@@ -251,7 +250,11 @@ fn on_cpu<E: Element>(q_nhd: &Tensor, new: &[Tensor; 2], kept: &mut [Tensor; 2],
             // The heads that share these keys, as rows: query by query.
             room.q.clear();
             for q in q.chunks_exact(heads * dim) {
-                room.q.extend(q[group * shared * dim..][..shared * dim].iter().map(|x| x.widen() * scale));
+                room.q.extend(
+                    q[group * shared * dim..][..shared * dim]
+                        .iter()
+                        .map(|x| x.widen() * scale),
+                );
             }
             room.scores.resize(rows * keys, 0.0);
             room.out.clear();
@@ -289,7 +292,13 @@ struct Part<'a> {
 impl Part<'_> {
     /// The last position: it sees all keys. Read once, in order, for all the heads that share them.
     fn of_one<E: Element>(&self, k: &[E], v: &[E], room: &mut Room) {
-        let Part { groups, group, dim, keys, spans } = *self;
+        let Part {
+            groups,
+            group,
+            dim,
+            keys,
+            spans,
+        } = *self;
         let width = groups * dim;
         let Room { q, scores, out, .. } = room;
         Arch::new().dispatch(

@@ -214,11 +214,7 @@ impl Weights for half::bf16 {
     }
 
     #[inline(always)]
-    fn dots<S: Simd, const W: usize, const X: usize>(
-        simd: S,
-        w: [&[half::bf16]; W],
-        x: [&[f32]; X],
-    ) -> [[f32; X]; W] {
+    fn dots<S: Simd, const W: usize, const X: usize>(simd: S, w: [&[half::bf16]; W], x: [&[f32]; X]) -> [[f32; X]; W] {
         let width = w[0].len();
         let mut out = [[0.0; X]; W];
         if !width.is_multiple_of(2) {
