@@ -13,7 +13,7 @@ use whole_program_tests::{panglot, prepared, program, root, succeed};
 
 /// Nats of a document, relative: f32 in another order.
 const NATS: f64 = 1e-4;
-const LANGUAGES: [&str; 3] = ["eng_Latn", "hin_Deva", "cmn_Hans"];
+const LANGUAGES: [&str; 3] = ["eng_Latn", "hin_Deva", "jpn_Jpan"];
 
 #[test]
 fn likelihoods_are_those_of_transformers_in_windows_too() {
@@ -438,6 +438,8 @@ fn articles(language: &str, labels: &[&str]) -> [Vec<Value>; 2] {
         let item = |(number, text): &(usize, String)| {
             let middle = text.char_indices().nth(text.chars().count() / 2).unwrap().0;
             let text = if second { &text[middle..] } else { &text[..middle] };
+            // Short: a byte is a token in some scripts, and four texts make a prompt.
+            let text: String = text.chars().take(80).collect();
             json!({ "text": text.trim(), "label": labels[number % labels.len()] })
         };
         articles.iter().map(item).collect()

@@ -160,7 +160,11 @@ fn language_part(
             let label = |(label, nats): (usize, f64)| LabelScore {
                 nats,
                 tokens: way.ids[label].len() - way.label_from[label],
-                bytes: task.task.labels[label].shown().len(),
+                bytes: match task.protocol {
+                    Protocol::Mala => task.task.labels[label].shown().len(),
+                    // Of a label only one token is scored: there is no length to divide by.
+                    Protocol::Emma => 1,
+                },
             };
             scored.push(ItemScores {
                 item: first + offset,
