@@ -105,9 +105,9 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// The ratio is above 1 where ours is better: more of what is per second, less of anything else.
+    /// The ratio is above 1 where ours is better: more of what is per second and of a share, less of anything else.
     pub fn of(name: &str, ours: f64, peer: f64, unit: &str) -> Entry {
-        let less_is_better = !unit.ends_with("/s");
+        let less_is_better = !unit.ends_with("/s") && !unit.starts_with("share");
         Entry {
             name: name.to_owned(),
             ours,

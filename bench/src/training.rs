@@ -53,6 +53,29 @@ impl Panglot {
     pub fn train(&self, through: &[String], overrides: &[String]) -> Result<Side> {
         let run = self.folder.join("run");
         let _ = fs::remove_dir_all(&run);
+        let peak_bytes = watch(self.start(through, overrides)?)?;
+        Side::of_run(&run, peak_bytes)
+    }
+
+    /// So many runs at the same time, each alone in a folder of its own.
+    pub fn train_at_once(&self, runs: usize, overrides: &[String]) -> Result<Vec<Side>> {
+        let folders: Vec<PathBuf> = (0..runs)
+            .map(|index| self.folder.join(format!("run-{index}")))
+            .collect();
+        let start = |folder: &PathBuf| {
+            let _ = fs::remove_dir_all(folder);
+            // The last of two overrides holds.
+            let own = [overrides, &[format!("folders.run={}", text_of(folder)?)]].concat();
+            self.start(&[], &own)
+        };
+        let started: Vec<Child> = folders.iter().map(start).collect::<Result<_>>()?;
+        let sides = started.into_iter().zip(&folders);
+        sides
+            .map(|(child, folder)| Side::of_run(folder, watch(child)?))
+            .collect()
+    }
+
+    fn start(&self, through: &[String], overrides: &[String]) -> Result<Child> {
         let mut command = match through.split_first() {
             None => Command::new(self.program()?),
             Some((first, words)) => {
@@ -61,19 +84,7 @@ impl Panglot {
                 command
             }
         };
-        let peak_bytes = watch(spawn(command.args(self.words("train", overrides)?))?)?;
-        let metrics = fs::read_to_string(run.join("metrics.jsonl")).context("the worker wrote no metrics")?;
-        let lines: Vec<Value> = metrics.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-        let last = |key: &str| lines.last().and_then(|line| line[key].as_f64()).unwrap_or(f64::NAN);
-        let seconds = lines.iter().skip(1).filter_map(|line| line["seconds"].as_f64());
-        let side = Side {
-            seconds: seconds.collect(),
-            loss: last("loss"),
-            peak_bytes: peak_bytes as f64,
-            bytes_sent: last("bytes_sent"),
-        };
-        eprintln!("  ours {:?} s", side.seconds);
-        Ok(side)
+        spawn(command.args(self.words("train", overrides)?))
     }
 
     fn program(&self) -> Result<PathBuf> {
@@ -112,6 +123,21 @@ pub struct Side {
 }
 
 impl Side {
+    fn of_run(run: &Path, peak_bytes: u64) -> Result<Side> {
+        let metrics = fs::read_to_string(run.join("metrics.jsonl")).context("the worker wrote no metrics")?;
+        let lines: Vec<Value> = metrics.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        let last = |key: &str| lines.last().and_then(|line| line[key].as_f64()).unwrap_or(f64::NAN);
+        let seconds = lines.iter().skip(1).filter_map(|line| line["seconds"].as_f64());
+        let side = Side {
+            seconds: seconds.collect(),
+            loss: last("loss"),
+            peak_bytes: peak_bytes as f64,
+            bytes_sent: last("bytes_sent"),
+        };
+        eprintln!("  ours {:?} s", side.seconds);
+        Ok(side)
+    }
+
     /// Of a peer whose first step warms up.
     pub fn of_training(report: &Report) -> Side {
         let mut seconds = numbers(report, "steps");

@@ -83,6 +83,8 @@ pub struct Surroundings {
     pub beats: bool,
     /// Its socket, where it listens for losses.
     pub ear: Option<PathBuf>,
+    /// Whether all ranks are on this host; `None` where nobody tells.
+    pub one_host: Option<bool>,
 }
 
 /// The job's secret, 64 hexadecimal digits; or a file of mode 0600 that holds them.
@@ -102,6 +104,15 @@ impl Surroundings {
             (None, Some(file)) => Some(Secret::from_file(Path::new(&file))?),
             (None, None) => None,
         };
+        // What is wrong with the variables of a rank was said when its place was looked for.
+        let told = families(&Variables(&variable)).unwrap_or_default();
+        let one_host = match &told[..] {
+            [] => Some(true),
+            [first, ..] => told
+                .iter()
+                .find_map(|told| told.local_world)
+                .map(|local| local == first.world),
+        };
         let jobs = ["SLURM_JOB_ID", "PBS_JOBID", "FLUX_JOB_ID", "LSB_JOBID"];
         Ok(Surroundings {
             job: jobs
@@ -113,6 +124,7 @@ impl Surroundings {
             launch_node: variable("SLURM_LAUNCH_NODE_IPADDR").and_then(|address| address.parse().ok()),
             beats: variable(BEATS).is_some(),
             ear: variable(EAR).map(PathBuf::from),
+            one_host,
         })
     }
 }
@@ -161,10 +173,7 @@ impl Place {
     /// `detect` over any source of variables.
     pub fn from_variables(variable: impl Fn(&str) -> Option<String>, host: &str) -> Result<Place, PlaceError> {
         let variables = Variables(&variable);
-        let found: Vec<Told> = [explicit, open_mpi, slurm, pmi, pals, flux]
-            .iter()
-            .filter_map(|family| family(&variables).transpose())
-            .collect::<Result<_, _>>()?;
+        let found = families(&variables)?;
         let Some(first) = found.first() else {
             return alone(&variables, host);
         };
@@ -248,6 +257,12 @@ impl fmt::Display for Place {
             "rank {rank} of {world}, {local_rank} of {local_world} on {node}, told by {family}"
         )
     }
+}
+
+/// Every family that says something, in the order in which they are believed.
+fn families(variables: &Variables) -> Result<Vec<Told>, PlaceError> {
+    let all = [explicit, open_mpi, slurm, pmi, pals, flux];
+    all.iter().filter_map(|family| family(variables).transpose()).collect()
 }
 
 /// What one family of variables says.
@@ -475,6 +490,28 @@ mod tests {
             4,
         );
         check("", Family::Alone, (0, 1, 0), 1);
+    }
+
+    #[test]
+    fn whether_all_ranks_are_here_is_not_guessed() {
+        let one_host = |variables: &str| {
+            let table: Vec<_> = variables
+                .split_whitespace()
+                .map(|pair| pair.split_once('=').unwrap())
+                .collect();
+            let value = |name: &str| {
+                table
+                    .iter()
+                    .find(|(known, _)| *known == name)
+                    .map(|(_, value)| (*value).to_owned())
+            };
+            Surroundings::from_variables(value).unwrap().one_host
+        };
+        assert_eq!(one_host(OPEN_MPI), Some(false));
+        assert_eq!(one_host(EXPLICIT), None);
+        assert_eq!(one_host(&format!("{EXPLICIT} LOCAL_WORLD_SIZE=4")), Some(true));
+        assert_eq!(one_host(&format!("{STEP} {EXPLICIT}")), Some(false));
+        assert_eq!(one_host(""), Some(true));
     }
 
     #[test]

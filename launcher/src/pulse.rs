@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 /// What a rank works at. `stage` in [`State`] says where in the model, where that is meant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +73,14 @@ impl Phase {
             Phase::Start | Phase::Load | Phase::Restore | Phase::Save | Phase::Report => 1800,
             Phase::Evaluate | Phase::Export | Phase::End => 7200,
         })
+    }
+
+    /// Not part of every step.
+    fn is_rare(self) -> bool {
+        !matches!(
+            self,
+            Phase::Batch | Phase::Forward | Phase::Backward | Phase::Update | Phase::Report
+        )
     }
 
     /// Whether `step` says anything in this phase.
@@ -154,6 +163,8 @@ pub struct Pulse {
     waits: AtomicU64,
     marks: AtomicU64,
     ending: AtomicBool,
+    /// A phase has begun that is told at once.
+    news: Notify,
 }
 
 impl Pulse {
@@ -161,6 +172,14 @@ impl Pulse {
         let stage = (stage as u64) & 0xff_ffff;
         self.place.store(phase as u64 | stage << 8, Ordering::Relaxed);
         self.mark();
+        if phase.is_rare() {
+            self.news.notify_one();
+        }
+    }
+
+    /// Returns when the rank has begun something that is rare, such as saving.
+    pub async fn news(&self) {
+        self.news.notified().await;
     }
 
     pub fn step(&self, step: u64) {

@@ -65,7 +65,10 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut user = signal(SignalKind::user_defined1())?;
     let (tell, mut news) = mpsc::unbounded_channel();
-    let ear = Ear::open()?;
+    // Without one, ranks say their losses by themselves.
+    let ear = [std::env::temp_dir(), "/tmp".into()]
+        .iter()
+        .find_map(|folder| Ear::open(folder).ok());
     let alone = [Vec::new()];
     let ranks = if job.ranks.is_empty() { &alone[..] } else { &job.ranks };
     let mut group = Group {
@@ -73,7 +76,7 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
         asked_to_end: None,
     };
     for (index, env) in ranks.iter().enumerate() {
-        match spawn(job, env, &ear.path) {
+        match spawn(job, env, ear.as_ref()) {
             Ok(child) => {
                 group.members.push(Member {
                     id: child.id(),
@@ -92,6 +95,7 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
     let mut first: Option<ExitStatus> = None;
     let mut grace: Option<Instant> = None;
     let mut looks = tokio::time::interval(LOOK_EVERY);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut last_look = Instant::now();
     while group.members.iter().any(|member| member.alive) {
         tokio::select! {
@@ -116,11 +120,7 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
                     }
                 }
             },
-            text = ear.listen() => {
-                if let Ok(Event::Lost { code, text }) = serde_json::from_str(&text) {
-                    heard.lost(code, text);
-                }
-            }
+            text = Ear::listen(ear.as_ref()) => heard.told(&text),
             _ = looks.tick() => {
                 let now = Instant::now();
                 // Where this process itself was stopped meanwhile, the beats are still in the pipe.
@@ -145,6 +145,9 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
             _ = interrupt.recv() => group.forward(Signal::SIGINT),
             _ = user.recv() => group.send(Some(Signal::SIGUSR1)),
         }
+    }
+    while let Some(text) = ear.as_ref().and_then(Ear::rest) {
+        heard.told(&text);
     }
     // Whatever of the groups still holds a pipe must go before its end can be read.
     group.end();
@@ -174,7 +177,7 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
 /// As `Event::Beat` is written. There are many; none is parsed.
 const BEAT: &str = r#"{"event":"beat"}"#;
 
-fn spawn(job: &Job, rank: &[(&'static str, String)], ear: &Path) -> io::Result<Child> {
+fn spawn(job: &Job, rank: &[(&'static str, String)], ear: Option<&Ear>) -> io::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg(TETHER)
@@ -182,7 +185,7 @@ fn spawn(job: &Job, rank: &[(&'static str, String)], ear: &Path) -> io::Result<C
         .arg(&job.program)
         .args(&job.args);
     command.envs(job.env.iter().chain(rank).map(|(name, value)| (name, value)));
-    command.env(EAR, ear);
+    command.envs(ear.map(|ear| (EAR, &ear.path)));
     // Its own group: Ctrl-C reaches it through us only, once.
     command
         .process_group(0)
@@ -216,6 +219,8 @@ struct Heard {
     result: Option<serde_json::Value>,
     lost: Option<String>,
     code: Option<i32>,
+    /// A loss was said here, and not by the rank that found it.
+    said: bool,
 }
 
 impl Heard {
@@ -242,11 +247,15 @@ impl Heard {
     }
 
     /// Told past mpirun, by a rank that leaves the saying to us.
-    fn lost(&mut self, code: i32, text: String) {
-        if self.lost.is_none() {
+    fn told(&mut self, event: &str) {
+        let Ok(Event::Lost { code, text }) = serde_json::from_str(event) else {
+            return;
+        };
+        if !std::mem::replace(&mut self.said, true) {
             eprintln!("panglot: {text}");
-            (self.code, self.lost) = (Some(code), Some(text));
         }
+        self.code.get_or_insert(code);
+        self.lost.get_or_insert(text);
     }
 
     /// The first of several ranks to fail has ended like this.
@@ -280,6 +289,8 @@ impl Heard {
     }
 }
 
+const MOST_TOLD: usize = 16 << 10;
+
 /// A socket in a folder that only this user can enter, gone with this.
 struct Ear {
     path: PathBuf,
@@ -287,19 +298,33 @@ struct Ear {
 }
 
 impl Ear {
-    fn open() -> io::Result<Ear> {
+    /// # Errors
+    /// When the folder cannot be written, or its name is longer than a socket's may be.
+    fn open(folder: &Path) -> io::Result<Ear> {
         let nonce: [u8; 8] = rendezvous::secret::random()?;
-        let folder = std::env::temp_dir().join(format!("panglot-{:016x}", u64::from_le_bytes(nonce)));
+        let folder = folder.join(format!("panglot-{:016x}", u64::from_le_bytes(nonce)));
         std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
         let path = folder.join("ear");
-        let socket = UnixDatagram::bind(&path)?;
+        let socket = UnixDatagram::bind(&path).inspect_err(|_| drop(std::fs::remove_dir(&folder)))?;
         Ok(Ear { path, socket })
     }
 
-    async fn listen(&self) -> String {
-        let mut text = vec![0; 16 << 10];
-        let length = self.socket.recv(&mut text).await.unwrap_or(0);
-        String::from_utf8_lossy(&text[..length]).into_owned()
+    async fn listen(ear: Option<&Ear>) -> String {
+        let Some(ear) = ear else {
+            return std::future::pending().await;
+        };
+        let mut text = vec![0; MOST_TOLD];
+        match ear.socket.recv(&mut text).await {
+            Ok(length) => String::from_utf8_lossy(&text[..length]).into_owned(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// What was told and not yet heard.
+    fn rest(&self) -> Option<String> {
+        let mut text = vec![0; MOST_TOLD];
+        let length = self.socket.try_recv(&mut text).ok()?;
+        Some(String::from_utf8_lossy(&text[..length]).into_owned())
     }
 }
 

@@ -33,7 +33,7 @@ fn settings(rank: usize, world: usize) -> Settings {
     Settings {
         rank,
         world,
-        one_host: true,
+        one_host: Some(true),
         job: "job 7".into(),
         secret: None,
         report: report(rank),
@@ -206,7 +206,7 @@ fn a_rank_that_is_gone_is_named_at_once_with_what_it_did() {
     assert_eq!(
         first.text,
         "rank 2 on n1 (process 102) is gone: killed, crashed, or out of memory; it was last in backward of stage 9 in step 1200; \
-         of the others rank 0 wait in reduce-scatter 31, rank 1 work at its start"
+         of the others rank 0 waits in reduce-scatter 31 (the update), rank 1 works at its start"
     );
     assert_eq!((first.code, first.told), (exit::PEER, false));
     assert_eq!(
@@ -370,7 +370,7 @@ fn who_does_not_come_is_listed_and_who_has_no_hub_says_what_it_tried() {
 #[test]
 fn loopback_is_refused_between_hosts() {
     let wide = |rank| Settings {
-        one_host: false,
+        one_host: Some(false),
         interface: Some("lo".into()),
         timing: Timing {
             arrive: Duration::from_millis(500),

@@ -288,7 +288,10 @@ fn of_several_ranks_the_one_that_is_killed_is_named_and_the_others_end() {
     let output = on_gpus(&scene);
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(76), "{said}");
-    assert!(said.contains("panglot: rank 1 (process ") && said.contains("was ended by SIGKILL"), "{said}");
+    assert!(
+        said.contains("panglot: rank 1 (process ") && said.contains("was ended by SIGKILL"),
+        "{said}"
+    );
     assert!(is_gone(scene.number("worker-0")));
     assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
 }
@@ -300,7 +303,10 @@ fn a_rank_that_gave_signs_and_is_stopped_is_named_and_killed() {
     let output = on_gpus(&scene);
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(76), "{said}");
-    let named = format!("the rank in process {} (1 of this launcher's) gave no sign for 6 s: it is stopped by a signal", scene.number("worker-1"));
+    let named = format!(
+        "the rank in process {} (1 of this launcher's) gave no sign for 6 s: it is stopped by a signal",
+        scene.number("worker-1")
+    );
     assert!(said.contains(&named), "{said}");
     assert!(is_gone(scene.number("worker-0")) && is_gone(scene.number("worker-1")));
     assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());

@@ -289,7 +289,8 @@ pub fn load(checkpoint: &Path, manifest: &Manifest, comm: &dyn Comm, zero: &mut 
         }
     }
     zero.updates = manifest.updates;
-    zero.publish(comm)?;
+    zero.publish();
+    zero.arrived(comm)?;
     Ok(Progress {
         step: manifest.step,
         targets_so_far: manifest.targets_so_far,

@@ -31,7 +31,7 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
         different.join("\n  ")
     );
     let progress = checkpoint::load(&found.folder, &found.manifest, comm, &mut trainer.zero)?;
-    trainer.zero.arrived()?;
+    trainer.zero.arrived(comm)?;
     let mut result = json!({
         "checkpoint": found.folder,
         "step": progress.step,

@@ -164,6 +164,9 @@ fn start(command: Command) -> Result<i32> {
     if let Some(plan) = &plan {
         log_to(&plan.folders.run.join("logs").join(format!("rank-{}.log", place.rank)))?;
     }
+    if plan.as_ref().is_some_and(|plan| plan.debug.deterministic) {
+        sharding::cuda::use_deterministic_algorithms();
+    }
     let digest = match &command {
         Command::Train { config_digest, .. } => config_digest.clone(),
         _ => None,
@@ -205,19 +208,8 @@ fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: Optio
         (Some(plan), Device::Cuda(index)) if place.world > 1 && !is_wired_for_mpi() => {
             let engine = nccl::library()?;
             let meeting = meet(engine, By::File, place, plan, config_digest, &pulse)?;
-            let none = UniqueId::from([0; UniqueId::BYTES]);
-            let id = if place.rank == 0 { UniqueId::new()? } else { none };
-            let told = meeting.broadcast(id.bytes())?;
-            let told: [u8; UniqueId::BYTES] = told
-                .try_into()
-                .ok()
-                .context("rank 0 told another thing than NCCL's id")?;
-            let host = Box::new(NoHost::new(place.rank, place.world));
-            let nccl = Nccl::join_with(&UniqueId::from(told), host, index, ordered)?;
-            (
-                Box::new(Staged::new(Box::new(nccl), device)) as Box<dyn Comm>,
-                Some(meeting),
-            )
+            let comm = or_tell(Some(&meeting), nccl_alone(&meeting, place, index, ordered))?;
+            (comm, Some(meeting))
         }
         _ => {
             let host = sharding::join(place.world)?;
@@ -236,7 +228,17 @@ fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: Optio
                 _ => None,
             };
             let comm: Box<dyn Comm> = match device {
-                Device::Cuda(index) if place.world > 1 => Box::new(Nccl::join(host, index, ordered)?),
+                Device::Cuda(index) if place.world > 1 => match Nccl::join(host, index, ordered) {
+                    Ok(nccl) => Box::new(nccl),
+                    Err(refused) => {
+                        // The others may wait for this rank already, in NCCL or in MPI.
+                        eprintln!("panglot-worker: {place}: {}", refused.error);
+                        if let Some(meeting) = &meeting {
+                            meeting.fail(exit::PEER, &refused.error.to_string());
+                        }
+                        refused.abort(exit::PEER)
+                    }
+                },
                 _ => host,
             };
             (comm, meeting)
@@ -263,6 +265,31 @@ fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: Optio
         _ => None,
     };
     Ok(Watched::new(comm, pulse, meeting, timeline))
+}
+
+/// Collectives by NCCL only; its id travels where the ranks have met.
+fn nccl_alone(meeting: &Meeting, place: &Place, index: usize, ordered: bool) -> Result<Box<dyn Comm>> {
+    let id = match place.rank {
+        0 => UniqueId::new()?,
+        _ => UniqueId::from([0; UniqueId::BYTES]),
+    };
+    let told = meeting.broadcast(id.bytes())?;
+    let told: [u8; UniqueId::BYTES] = told
+        .try_into()
+        .ok()
+        .context("rank 0 told another thing than NCCL's id")?;
+    let host = Box::new(NoHost::new(place.rank, place.world));
+    let nccl = Nccl::join_with(&UniqueId::from(told), host, index, ordered).map_err(|refused| refused.error)?;
+    Ok(Box::new(Staged::new(Box::new(nccl), Device::Cuda(index))))
+}
+
+/// The others wait for what failed here: they are told.
+fn or_tell<T>(meeting: Option<&Meeting>, made: Result<T>) -> Result<T> {
+    made.inspect_err(|error| {
+        if let Some(meeting) = meeting {
+            meeting.fail(code_of(error), &format!("{error:#}"));
+        }
+    })
 }
 
 /// The ranks are in MPI's world and wait there for this one.
@@ -313,7 +340,7 @@ fn meet(
     let settings = Settings {
         rank: place.rank,
         world: place.world,
-        one_host: place.world == place.local_world,
+        one_host: around.one_host,
         job: around.job,
         secret: around.secret,
         report: Report {
@@ -382,7 +409,10 @@ fn hooks(place: &Place, beats: bool, ear: Option<PathBuf>) -> Hooks {
         lost: Box::new(move |Loss { code, text, told }| {
             tracing::info!("ends with code {code}: {text}");
             if says && !told {
-                let lost = Event::Lost { code, text: text.clone() };
+                let lost = Event::Lost {
+                    code,
+                    text: text.clone(),
+                };
                 // mpirun passes nothing on while it ends the ranks, a second long: the launcher is told past it.
                 if !ear.is_some_and(|ear| lost.tell(&ear)) {
                     eprintln!("panglot-worker: {text}");

@@ -74,7 +74,7 @@ impl<'a> Trainer<'a> {
 
         self.zero.clear_gradients();
         let ids: Vec<&Tensor> = batch.micro_batches.iter().map(|micro| &micro.ids_bt).collect();
-        self.zero.choose_rows(self.comm, &self.model.embedding.name, &ids)?;
+        self.zero.begin_step(self.comm, &self.model.embedding.name, &ids)?;
         let last = batch.micro_batches.len() - 1;
         for (index, micro) in batch.micro_batches.iter().enumerate() {
             nll += self.forward_backward(micro, divisor, index == last)?;
@@ -87,7 +87,7 @@ impl<'a> Trainer<'a> {
         let skipped = self.guard.judge(loss, verdict.grad_norm, verdict.finite);
         if skipped.is_none() {
             self.zero.update(&self.groups(&verdict))?;
-            self.zero.publish(self.comm)?;
+            self.zero.publish();
         }
         self.step += 1;
         let limbs = std::array::from_fn(|limb| verdict.sums[2 + limb]);
@@ -126,7 +126,7 @@ impl<'a> Trainer<'a> {
             forward,
             embedding_weights(&mut model.embedding, &mut model.positions_td),
         )?;
-        let mut hidden_btd = model.embed(&micro.ids_bt);
+        let mut hidden_btd = model.embed(&zero.embedding_ids(&micro.ids_bt));
         zero.leave(
             comm,
             0,
@@ -160,7 +160,7 @@ impl<'a> Trainer<'a> {
             backward,
             embedding_weights(&mut model.embedding, &mut model.positions_td),
         )?;
-        model.embed_backward(&micro.ids_bt, &d_btd);
+        model.embed_backward(&zero.embedding_ids(&micro.ids_bt), &d_btd);
         zero.leave(
             comm,
             0,

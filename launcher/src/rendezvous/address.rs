@@ -77,13 +77,13 @@ pub fn choose(
     interfaces: &[Interface],
     host: &str,
     wanted: Option<&str>,
-    one_host: bool,
+    one_host: Option<bool>,
     near: Option<IpAddr>,
 ) -> Result<Interface, AddressError> {
     if let Some(wanted) = wanted {
         let named = interfaces.iter().find(|interface| interface.name == wanted);
         return match named {
-            Some(interface) if !one_host && interface.is_loopback() => {
+            Some(interface) if one_host == Some(false) && interface.is_loopback() => {
                 Err(AddressError::LoopbackOnly { host: host.into() })
             }
             Some(interface) => Ok(interface.clone()),
@@ -94,7 +94,8 @@ pub fn choose(
             }),
         };
     }
-    if let Some(loopback) = interfaces.iter().find(|interface| one_host && interface.is_loopback()) {
+    let loopback = interfaces.iter().find(|interface| interface.is_loopback());
+    if let Some(loopback) = loopback.filter(|_| one_host == Some(true)) {
         return Ok(loopback.clone());
     }
     let on_the_way = near.and_then(|near| {
@@ -108,7 +109,9 @@ pub fn choose(
             .filter(|i| !i.is_loopback())
             .min_by_key(|i| i.preference())
     };
-    let chosen = on_the_way.or_else(likeliest).cloned();
+    // Where nobody says how many hosts there are, it may be one without a network.
+    let alone = || loopback.filter(|_| one_host.is_none());
+    let chosen = on_the_way.or_else(likeliest).or_else(alone).cloned();
     chosen.ok_or_else(|| AddressError::LoopbackOnly { host: host.into() })
 }
 
@@ -142,8 +145,15 @@ mod tests {
             interface("eth0", "10.0.0.1"),
             interface("hsn0", "10.1.0.1"),
         ];
-        let name = |wanted, one_host, near: Option<&str>| {
-            choose(&all, "n1", wanted, one_host, near.map(|near| near.parse().unwrap())).map(|found| found.name)
+        let name = |wanted, one_host: bool, near: Option<&str>| {
+            choose(
+                &all,
+                "n1",
+                wanted,
+                Some(one_host),
+                near.map(|near| near.parse().unwrap()),
+            )
+            .map(|found| found.name)
         };
         assert_eq!(name(None, true, None).unwrap(), "lo");
         assert_eq!(name(None, false, None).unwrap(), "hsn0");
@@ -155,14 +165,16 @@ mod tests {
         );
         let refused = AddressError::LoopbackOnly { host: "n1".into() };
         assert_eq!(name(Some("lo"), false, None), Err(refused));
-        assert!(choose(&all[..1], "n1", None, false, None).is_err());
+        assert!(choose(&all[..1], "n1", None, Some(false), None).is_err());
+        assert_eq!(choose(&all, "n1", None, None, None).unwrap().name, "hsn0");
+        assert_eq!(choose(&all[..1], "n1", None, None, None).unwrap().name, "lo");
     }
 
     #[test]
     fn this_machine_has_its_loopback() {
         let found = interfaces().unwrap();
         assert!(
-            choose(&found, "here", None, true, None).unwrap().is_loopback(),
+            choose(&found, "here", None, Some(true), None).unwrap().is_loopback(),
             "{found:?}"
         );
         assert_eq!(towards([127, 0, 0, 1].into()), Some([127, 0, 0, 1].into()));

@@ -15,8 +15,8 @@ use tokio::task::{AbortHandle, JoinHandle};
 use super::watch::{Finding, Watch};
 use super::wire::{self, Attempt, Message, Receiver, Sender, WireError};
 use super::{
-    Command, Hooks, Invitation, Loss, MeetError, Meeting, Report, Secret, Settings, Suspicion, Terminate, address,
-    runtime, sameness, secret, set_up,
+    Command, Hooks, Invitation, Loss, MeetError, Meeting, Report, Secret, Settings, Suspicion, Terminate, Timing,
+    address, every, runtime, sameness, secret, set_up,
 };
 use crate::exit;
 use crate::pulse::{Phase, Pulse};
@@ -356,8 +356,6 @@ impl Gathering {
     }
 }
 
-use super::Timing;
-
 async fn accept(listener: TcpListener, tell: UnboundedSender<News>) {
     loop {
         match listener.accept().await {
@@ -451,7 +449,7 @@ impl Watching {
         let Ok(mut terminate) = Terminate::new(hooks.takes_sigterm) else {
             return Over::Lost(lost("rank 0 cannot listen for SIGTERM".into()));
         };
-        let mut beats = tokio::time::interval(self.timing.beat);
+        let mut beats = every(self.timing.beat);
         let mut suspicion: Option<Suspicion> = None;
         let mut leaving: Option<blocking::Sender<()>> = None;
         loop {

@@ -12,8 +12,8 @@ use super::sameness::printable;
 use super::watch::{Finding, Watch};
 use super::wire::{self, Message, Receiver, Sender, WireError};
 use super::{
-    Command, Hooks, Invitation, Invited, Loss, MeetError, Meeting, Secret, Settings, Suspicion, Terminate, runtime,
-    set_up,
+    Command, Hooks, Invitation, Invited, Loss, MeetError, Meeting, Secret, Settings, Suspicion, Terminate, Timing,
+    every, runtime, set_up,
 };
 use crate::exit;
 use crate::pulse::{Phase, Pulse};
@@ -97,7 +97,7 @@ async fn try_once(settings: &Settings, invited: &Invited) -> Result<(String, Sen
     let elsewhere = invitation.host != settings.report.host;
     let mut tried = Vec::new();
     for address in &invitation.addresses {
-        if address.ip().is_loopback() && elsewhere && !settings.one_host {
+        if address.ip().is_loopback() && elsewhere && settings.one_host != Some(true) {
             tried.push(format!("{address} is the loopback of {}", printable(&invitation.host)));
             continue;
         }
@@ -125,8 +125,6 @@ async fn try_once(settings: &Settings, invited: &Invited) -> Result<(String, Sen
         tried.join("; ")
     )))
 }
-
-use super::Timing;
 
 /// The environment's, else the one in the invitation's file, which must be of the same attempt.
 fn secret_for(settings: &Settings, invited: &Invited, invitation: &Invitation) -> Result<Secret, Trouble> {
@@ -200,7 +198,7 @@ async fn watch(
     let Ok(mut terminate) = Terminate::new(hooks.takes_sigterm) else {
         return;
     };
-    let mut beats = tokio::time::interval(beat);
+    let mut beats = every(beat);
     let mut suspicion: Option<Suspicion> = None;
     let lost = |text: String| Loss {
         code: exit::PEER,
@@ -241,6 +239,9 @@ async fn watch(
                 if let Some(Finding::Over(text)) = watch.tick(Instant::now()) {
                     break lost(text);
                 }
+            }
+            () = pulse.news() => {
+                let _ = tokio::time::timeout(silence, sender.send(&Message::Beat(pulse.state()))).await;
             }
             Some(command) = commands.recv() => match command {
                 // The hub's to send.

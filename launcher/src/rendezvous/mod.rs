@@ -38,8 +38,8 @@ use crate::pulse::Pulse;
 pub struct Settings {
     pub rank: usize,
     pub world: usize,
-    /// Every rank is on this host: loopback will do, and nobody else can reach it.
-    pub one_host: bool,
+    /// Whether every rank is on this host, if it is known: loopback will do then, and nobody else can reach it.
+    pub one_host: Option<bool>,
     /// Which job; part of every proof.
     pub job: String,
     /// From the environment or a file; without one the hub makes one, and it travels in the invitation's file.
@@ -270,6 +270,13 @@ fn set_up(stream: &TcpStream, silence: Duration) -> io::Result<()> {
 
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+/// Beats; those that were missed while this process was away are not made up for.
+fn every(beat: Duration) -> tokio::time::Interval {
+    let mut beats = tokio::time::interval(beat);
+    beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    beats
 }
 
 /// SIGTERM, where it is ours to take.

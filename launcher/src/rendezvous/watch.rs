@@ -170,24 +170,32 @@ impl Watch {
     }
 
     fn others(&self, but: Option<usize>) -> String {
-        let mut where_: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        let mut doing: BTreeMap<(bool, String), Vec<usize>> = BTreeMap::new();
         for (place, seen) in self.seen.iter().enumerate() {
             if Some(place) == but || seen.left {
                 continue;
             }
-            let doing = match seen.state.waits {
-                Some((collective, number)) => format!("wait in {} {number}", collective.name()),
-                None => format!("work at {}", seen.state),
+            let what = match seen.state.waits {
+                Some((collective, number)) => (
+                    true,
+                    format!("in {} {number} ({})", collective.name(), seen.state.phase.name()),
+                ),
+                None => (false, format!("at {}", seen.state)),
             };
-            where_.entry(doing).or_default().push(seen.rank);
+            doing.entry(what).or_default().push(seen.rank);
         }
-        let mut groups: Vec<_> = where_.into_iter().collect();
+        let mut groups: Vec<_> = doing.into_iter().collect();
         groups.sort_by_key(|(_, ranks)| std::cmp::Reverse(ranks.len()));
-        let shown: Vec<String> = groups
-            .iter()
-            .take(3)
-            .map(|(doing, ranks)| format!("{} {doing}", super::sameness::ranks(ranks)))
-            .collect();
+        let said = |((waits, what), ranks): &((bool, String), Vec<usize>)| {
+            let verb = match (waits, ranks.len()) {
+                (true, 1) => "waits",
+                (true, _) => "wait",
+                (false, 1) => "works",
+                (false, _) => "work",
+            };
+            format!("{} {verb} {what}", super::sameness::ranks(ranks))
+        };
+        let shown: Vec<String> = groups.iter().take(3).map(said).collect();
         match (shown.is_empty(), but) {
             (true, _) => String::new(),
             (false, Some(_)) => format!("; of the others {}", shown.join(", ")),
@@ -256,7 +264,7 @@ mod tests {
         assert!(text.starts_with("rank 1 on n1 gave no sign for 4."), "{text}");
         assert!(
             text.ends_with(
-                "it was last in backward of stage 9 in step 1200; of the others ranks 0 and 2 wait in reduce-scatter 31"
+                "it was last in backward of stage 9 in step 1200; of the others ranks 0 and 2 wait in reduce-scatter 31 (the update)"
             ),
             "{text}"
         );
@@ -291,7 +299,10 @@ mod tests {
             panic!("{found:?}")
         };
         assert!((10.0..11.0).contains(notice) && (300.0..301.0).contains(over));
-        assert!(text.starts_with("rank 1 on n1 is stuck: it has not moved for 300 s; it was last in backward"), "{text}");
+        assert!(
+            text.starts_with("rank 1 on n1 is stuck: it has not moved for 300 s; it was last in backward"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -303,7 +314,9 @@ mod tests {
             panic!("{found:?}")
         };
         assert!(
-            text.contains("ranks 0 and 1 wait in all-gather 30, rank 2 wait in all-gather 31"),
+            text.contains(
+                "ranks 0 and 1 wait in all-gather 30 (the update), rank 2 waits in all-gather 31 (the update)"
+            ),
             "{text}"
         );
     }

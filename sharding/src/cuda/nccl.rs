@@ -184,54 +184,43 @@ impl Communicator {
 
 /// Collectives between the GPUs of a run, one a rank.
 pub struct Nccl {
-    functions: Arc<Functions>,
-    communicator: Arc<Mutex<Communicator>>,
+    connection: Connection,
     index: usize,
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
     /// Every f32 sum is made in rank order, as bf16's always are.
     ordered: bool,
     engine: String,
     host: Box<dyn Comm>,
+}
+
+/// Why this rank did not meet the others through NCCL, and the engine through which it had met them before.
+pub struct Refused {
+    pub error: Error,
+    host: Box<dyn Comm>,
+}
+
+impl Refused {
+    /// Ends all ranks at once.
+    pub fn abort(self, code: i32) -> ! {
+        self.host.abort(code)
+    }
+}
+
+/// NCCL's part of a rank: library, communicator, stream, and the thread that watches them.
+struct Connection {
+    functions: Arc<Functions>,
+    communicator: Arc<Mutex<Communicator>>,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    version: String,
     watching: Arc<AtomicBool>,
     watch: Option<JoinHandle<()>>,
 }
 
-impl Nccl {
-    /// Joins the ranks of `host` through NCCL, this one with GPU `index`; rank 0's id reaches the others through `host`.
-    /// `ordered`: sums are made in rank order, whatever algorithm NCCL would choose, for as many bytes and a slice's memory a
-    /// rank more.
-    ///
-    /// # Errors
-    /// When rank 0 has no NCCL, which all ranks then say; else as [`Nccl::join_with`]'s.
-    pub fn join(host: Box<dyn Comm>, index: usize, ordered: bool) -> Result<Nccl> {
-        // What rank 0 cannot make the others must not wait for.
-        let made = (host.rank() == 0).then(UniqueId::new);
-        let none = UniqueId::from([0; UniqueId::BYTES]);
-        let told = match &made {
-            Some(Ok(id)) => *id,
-            _ => none,
-        };
-        let told = host.broadcast_bytes(told.bytes())?;
-        if let Some(made) = made {
-            made?;
-        }
-        let told = UniqueId::from(<[u8; UniqueId::BYTES]>::try_from(told).expect("as many as were sent"));
-        match told == none {
-            true => Err(Error::NoNccl(
-                "rank 0 could not load it or make an id; see its log".into(),
-            )),
-            false => Nccl::join_with(&told, host, index, ordered),
-        }
-    }
-
-    /// As [`Nccl::join`], with an id that all ranks have already. Returns when all have come.
-    ///
-    /// # Errors
-    /// When there is no driver, no such GPU or no NCCL, or when a rank cannot be reached.
-    pub fn join_with(id: &UniqueId, host: Box<dyn Comm>, index: usize, ordered: bool) -> Result<Nccl> {
+impl Connection {
+    fn new(id: &UniqueId, host: &dyn Comm, index: usize) -> Result<Connection> {
         let context = context(index)?;
         let functions = Arc::new(Functions::load()?);
+        let version = functions.version()?;
         let stream = context.new_stream().map_err(driver("cuStreamCreate"))?;
         let mut handle = std::ptr::null_mut();
         context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
@@ -249,23 +238,81 @@ impl Nccl {
                 .spawn(move || watch(&functions, &communicator, &watching))
                 .map_err(|_| Error::NoThread)?
         };
-        let version = functions.version()?;
+        Ok(Connection {
+            functions,
+            communicator,
+            context,
+            stream,
+            version,
+            watching,
+            watch: Some(watch),
+        })
+    }
+}
+
+/// Rank 0's new id, on every rank of `host`.
+fn told_id(host: &dyn Comm) -> Result<UniqueId> {
+    // What rank 0 cannot make the others must not wait for: they are told zeros.
+    let made = (host.rank() == 0).then(UniqueId::new);
+    let none = UniqueId::from([0; UniqueId::BYTES]);
+    let told = match &made {
+        Some(Ok(id)) => *id,
+        _ => none,
+    };
+    let told = host.broadcast_bytes(told.bytes())?;
+    if let Some(made) = made {
+        return made;
+    }
+    let told = UniqueId::from(<[u8; UniqueId::BYTES]>::try_from(told).expect("as many as were sent"));
+    match told == none {
+        true => Err(Error::NoNccl(
+            "rank 0 could not load it or make an id; see its log".into(),
+        )),
+        false => Ok(told),
+    }
+}
+
+impl Nccl {
+    /// Joins the ranks of `host` through NCCL, this one with GPU `index`; rank 0's id reaches the others through `host`.
+    /// `ordered`: sums are made in rank order, whatever algorithm NCCL would choose, for as many bytes and a slice's memory a
+    /// rank more.
+    ///
+    /// # Errors
+    /// When rank 0 has no NCCL, which all ranks then say; else as [`Nccl::join_with`]'s.
+    pub fn join(host: Box<dyn Comm>, index: usize, ordered: bool) -> std::result::Result<Nccl, Refused> {
+        match told_id(host.as_ref()) {
+            Ok(id) => Nccl::join_with(&id, host, index, ordered),
+            Err(error) => Err(Refused { error, host }),
+        }
+    }
+
+    /// As [`Nccl::join`], with an id that all ranks have already. Returns when all have come.
+    ///
+    /// # Errors
+    /// When there is no driver, no such GPU or no NCCL, or when a rank cannot be reached. The others may be waiting for this
+    /// one: end them with [`Refused::abort`].
+    pub fn join_with(
+        id: &UniqueId,
+        host: Box<dyn Comm>,
+        index: usize,
+        ordered: bool,
+    ) -> std::result::Result<Nccl, Refused> {
+        let connection = match Connection::new(id, host.as_ref(), index) {
+            Ok(connection) => connection,
+            Err(error) => return Err(Refused { error, host }),
+        };
         let engine = format!(
-            "NCCL {version}, {}; {} on the host",
+            "NCCL {}, {}; {} on the host",
+            connection.version,
             file_of("libnccl.so"),
             host.engine()
         );
         Ok(Nccl {
-            functions,
-            communicator,
+            connection,
             index,
-            context,
-            stream,
             ordered,
             engine,
             host,
-            watching,
-            watch: Some(watch),
         })
     }
 
@@ -275,7 +322,7 @@ impl Nccl {
     /// When the communicator was aborted: what the GPU holds since is no sum of anything, and the host may not agree on it.
     fn is_ours(&self, tensor: &Tensor) -> Result<bool> {
         assert!(tensor.is_contiguous());
-        self.communicator.lock().map_err(|_| Error::Gone)?.alive()?;
+        self.connection.communicator.lock().map_err(|_| Error::Gone)?.alive()?;
         let index = index_of(tensor);
         assert!(
             index.is_none_or(|index| index == self.index),
@@ -295,15 +342,28 @@ impl Nccl {
     ) -> Result<Pending> {
         let torch = self.torch_stream()?;
         let given = torch.record_event(None).map_err(driver("cuEventRecord"))?;
-        self.stream.wait(&given).map_err(driver("cuStreamWaitEvent"))?;
-        let communicator = self.communicator.lock().map_err(|_| Error::Gone)?;
+        self.connection
+            .stream
+            .wait(&given)
+            .map_err(driver("cuStreamWaitEvent"))?;
+        let communicator = self.connection.communicator.lock().map_err(|_| Error::Gone)?;
         let handle = communicator.alive()?;
-        self.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
-        self.functions
-            .check(name, call(&self.functions, handle, self.stream.cu_stream()))?;
+        self.connection
+            .context
+            .bind_to_thread()
+            .map_err(driver("cuCtxSetCurrent"))?;
+        self.connection.functions.check(
+            name,
+            call(&self.connection.functions, handle, self.connection.stream.cu_stream()),
+        )?;
         drop(communicator);
         let flags = Some(CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        let done = Arc::new(self.stream.record_event(flags).map_err(driver("cuEventRecord"))?);
+        let done = Arc::new(
+            self.connection
+                .stream
+                .record_event(flags)
+                .map_err(driver("cuEventRecord"))?,
+        );
         let asked = Arc::clone(&done);
         Ok(Pending::until(
             move || asked.is_complete(),
@@ -319,7 +379,7 @@ impl Nccl {
     fn torch_stream(&self) -> Result<Arc<CudaStream>> {
         let torch = stream(self.index)?;
         // SAFETY: libtorch's streams belong to the device's one primary context and are never destroyed.
-        Ok(unsafe { self.context.wrap_borrowed_stream(torch.cast()) })
+        Ok(unsafe { self.connection.context.wrap_borrowed_stream(torch.cast()) })
     }
 
     /// Every rank's share of this rank's slice, one after the other in rank order, as it travelled.
@@ -412,7 +472,7 @@ fn watch(functions: &Functions, communicator: &Mutex<Communicator>, watching: &A
     }
 }
 
-impl Drop for Nccl {
+impl Drop for Connection {
     fn drop(&mut self) {
         self.watching.store(false, Ordering::Release);
         if let Some(watch) = self.watch.take() {
@@ -581,13 +641,14 @@ impl Comm for Nccl {
 
     fn abort(&self, code: i32) -> ! {
         let handle = self
+            .connection
             .communicator
             .lock()
             .ok()
             .and_then(|mut communicator| communicator.0.take());
         if let Some(handle) = handle {
             // SAFETY: nobody else has the handle any more.
-            unsafe { (self.functions.comm_abort)(handle) };
+            unsafe { (self.connection.functions.comm_abort)(handle) };
         }
         self.host.abort(code)
     }

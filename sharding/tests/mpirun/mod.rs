@@ -48,3 +48,14 @@ pub fn end_all_on_panic() {
         std::process::abort();
     }));
 }
+
+/// A line of /proc/self/status, bytes.
+pub fn memory(line: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux says it");
+    let found = status
+        .lines()
+        .find_map(|text| text.strip_prefix(line))
+        .expect("a line of it");
+    let kib: u64 = found.trim().trim_end_matches(" kB").parse().expect("a number");
+    kib * 1024
+}

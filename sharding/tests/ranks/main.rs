@@ -33,7 +33,10 @@ fn main() {
             // What goes through another memory and back; that it goes on beside other work is not asked of it.
             if world == 3 {
                 let staged = Staged::of_everything(comm, tch::Device::Cpu);
-                let cases: Vec<Case> = collectives::CASES.into_iter().filter(|(name, _)| !name.contains("goes_on")).collect();
+                let cases: Vec<Case> = collectives::CASES
+                    .into_iter()
+                    .filter(|(name, _)| !name.contains("goes_on"))
+                    .collect();
                 mpirun::run(&cases, &staged, "staged MPI", Path::new(shared));
             }
         }
@@ -50,7 +53,7 @@ fn main() {
             // One node: ranks and GPUs have the same numbers.
             let gpu = host.rank();
             collectives::on(cuda::device(gpu).expect("a GPU a rank"));
-            let comm = Nccl::join(host, gpu, true).expect("the GPUs meet");
+            let comm = Nccl::join(host, gpu, true).unwrap_or_else(|refused| panic!("{}", refused.error));
             println!("{}", comm.engine());
             mpirun::run(&cases(), &comm, "NCCL", Path::new(shared));
         }
@@ -75,9 +78,7 @@ fn main() {
 fn no_gpu(world: usize) {
     let id = UniqueId::from([7; UniqueId::BYTES]);
     let host = sharding::join(1).expect("one rank");
-    let said = Nccl::join_with(&id, host, 0, false)
-        .err()
-        .expect("no driver")
-        .to_string();
+    let refused = Nccl::join_with(&id, host, 0, false).err().expect("no driver");
+    let said = refused.error.to_string();
     assert!(said.contains("no CUDA driver here"), "{world} ranks: {said}");
 }
