@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test test-cluster soak fuzz soak-corpus bench-corpus bench-model bench-sharding gpu-check bench-gpu clean distclean
+.PHONY: help setup setup-test build demo test test-cluster soak fuzz soak-corpus bench-corpus bench-model bench-sharding bench-cluster gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -50,6 +50,9 @@ bench-corpus: setup-test build  ## the corpus crate side by side with its peers,
 bench-model: setup-test build  ## training steps side by side with transformers + PEFT, into bench/results/model.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_model"
+
+bench-cluster: setup-test build  ## how soon dead and hung ranks are noticed, and what a rendezvous takes, into bench/results/cluster.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_cluster"
 
 bench-sharding: setup-test build  ## four ranks side by side with DDP and FSDP, into bench/results/sharding.json; root, for the slow link
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml

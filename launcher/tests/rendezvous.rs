@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -185,11 +186,9 @@ fn a_rank_that_is_gone_is_named_at_once_with_what_it_did() {
         pulse.at(Phase::Backward, 9);
         pulse.state()
     };
-    block(async {
-        sender.send(&Message::Report(report(2))).await.unwrap();
-        sender.send(&Message::Beat(state)).await.unwrap();
-    });
+    block(async { sender.send(&Message::Report(report(2))).await.unwrap() });
     let meetings: Vec<_> = started.into_iter().map(|rank| rank.join().unwrap().unwrap()).collect();
+    block(async { sender.send(&Message::Beat(state)).await.unwrap() });
     // All have said where they are.
     std::thread::sleep(Duration::from_millis(300));
     let gone = Instant::now();
@@ -273,6 +272,75 @@ fn a_silent_rank_and_a_silent_hub_are_named_by_the_other() {
         "{loss:?}"
     );
     drop((held, meeting));
+}
+
+/// Passes bytes on to `hub` until it is cut; then both connections stay open, and nothing comes through any more.
+fn cuttable(hub: SocketAddr) -> (SocketAddr, Arc<AtomicBool>) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let cut = Arc::new(AtomicBool::new(false));
+    let is_cut = Arc::clone(&cut);
+    std::thread::spawn(move || {
+        let (member, _) = listener.accept().unwrap();
+        let hub = TcpStream::connect(hub).unwrap();
+        let pass = |mut from: TcpStream, mut to: TcpStream, is_cut: Arc<AtomicBool>| {
+            std::thread::spawn(move || {
+                let mut buffer = [0; 4096];
+                while let Ok(n @ 1..) = from.read(&mut buffer) {
+                    while is_cut.load(Ordering::Relaxed) {
+                        std::thread::park_timeout(Duration::from_secs(1));
+                    }
+                    to.write_all(&buffer[..n]).unwrap();
+                }
+            })
+        };
+        let there = pass(
+            member.try_clone().unwrap(),
+            hub.try_clone().unwrap(),
+            Arc::clone(&is_cut),
+        );
+        let back = pass(hub, member, is_cut);
+        let _ = (there.join(), back.join());
+    });
+    (address, cut)
+}
+
+#[test]
+fn of_a_cut_link_both_sides_learn_in_time() {
+    let scene = Scene::new();
+    let pulses = pulses(2);
+    let secret = Some(Secret::new().unwrap());
+    let with_secret = |rank| Settings {
+        secret: secret.clone(),
+        ..settings(rank, 2)
+    };
+    let hub = scene.start(with_secret(0), &pulses[0]);
+    let mut told = scene.invitation();
+    assert_eq!(told.secret, None, "the environment's secret is not written down");
+    let (through, cut) = cuttable(told.addresses[0]);
+    told.addresses = vec![through];
+    let invited = Invited::Told(told, scene.file());
+    let member = Meeting::attend(with_secret(1), invited, Arc::clone(&pulses[1]), hooks(&scene.tell, 1)).unwrap();
+    let hub = hub.join().unwrap().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(scene.losses.try_recv().is_err());
+    let at = Instant::now();
+    cut.store(true, Ordering::Relaxed);
+    for _ in 0..2 {
+        let (rank, loss) = scene.losses.recv_timeout(Duration::from_secs(5)).unwrap();
+        let other = if rank == 0 { "rank 1 on n0" } else { "rank 0 on n0" };
+        assert!(
+            loss.text.starts_with(other) && loss.text.contains("gave no sign for 1."),
+            "{loss:?}"
+        );
+        assert_eq!((loss.code, loss.told), (exit::PEER, false));
+    }
+    assert!(
+        at.elapsed() < TIMING.silence + Duration::from_secs(1),
+        "{:?}",
+        at.elapsed()
+    );
+    drop((hub, member));
 }
 
 #[test]

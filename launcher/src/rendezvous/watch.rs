@@ -185,7 +185,8 @@ impl Watch {
             doing.entry(what).or_default().push(seen.rank);
         }
         let mut groups: Vec<_> = doing.into_iter().collect();
-        groups.sort_by_key(|(_, ranks)| std::cmp::Reverse(ranks.len()));
+        // Those who wait tell most.
+        groups.sort_by_key(|((waits, _), ranks)| std::cmp::Reverse((*waits, ranks.len())));
         let said = |((waits, what), ranks): &((bool, String), Vec<usize>)| {
             let verb = match (waits, ranks.len()) {
                 (true, 1) => "waits",
