@@ -313,7 +313,11 @@ fn environment(job: &Submission) -> String {
     }
     if let Some(file) = &job.environment_file {
         // Without a slash bash would look for it on the PATH.
-        let file = if file.contains('/') { file.clone() } else { format!("./{file}") };
+        let file = if file.contains('/') {
+            file.clone()
+        } else {
+            format!("./{file}")
+        };
         out += &format!("set -a; . {}; set +a\n", quoted(&file));
     }
     out

@@ -58,13 +58,19 @@ fn inject(cluster: &Cluster, job: u32, fault: Fault, chance: &mut Chance) -> Str
     };
     match fault {
         Fault::RankKilled | Fault::RankFrozen => {
-            let how = if fault == Fault::RankKilled { Signal::SIGKILL } else { Signal::SIGSTOP };
+            let how = if fault == Fault::RankKilled {
+                Signal::SIGKILL
+            } else {
+                Signal::SIGSTOP
+            };
             for rank in cluster.ranks(node) {
                 signal(rank.id, how);
             }
         }
         Fault::SrunKilled => kill_all("srun", &NODES, &|_| true),
-        Fault::StepDaemonKilled => kill_all("slurmstepd", &[node], &|line| !line.contains("batch") && !line.contains("extern")),
+        Fault::StepDaemonKilled => kill_all("slurmstepd", &[node], &|line| {
+            !line.contains("batch") && !line.contains("extern")
+        }),
         Fault::CableOut => {
             cluster.link(node, false);
             std::thread::sleep(OUTAGE);
@@ -85,7 +91,11 @@ fn soak(minutes: u64, steps: u64, seed: u64) {
     let Some(cluster) = Cluster::up() else { return };
     let (steps_word, nodes) = (format!("train.steps={steps}"), ["nodes=4", "ranks_per_node=1"]);
     // 48 rows: steps long enough to be hit in each of their parts.
-    let settings = [steps_word.as_str(), "train.rows_per_step=48", "checkpoint.every_steps=10"];
+    let settings = [
+        steps_word.as_str(),
+        "train.rows_per_step=48",
+        "checkpoint.every_steps=10",
+    ];
     let whole = Training::new(&cluster, &settings);
     let began = Instant::now();
     let job = whole.submit(&nodes);
@@ -99,7 +109,9 @@ fn soak(minutes: u64, steps: u64, seed: u64) {
     let began = Instant::now();
     let mut job = training.submit(&nodes);
     let mut submissions = 1;
-    let is_over = |job: u32| !["PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"].contains(&cluster.job(job).state.as_str());
+    let is_over = |job: u32| {
+        !["PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"].contains(&cluster.job(job).state.as_str())
+    };
     training.wait_for_step(0);
     loop {
         let pause = Duration::from_secs(30 + chance.below(31));
@@ -114,17 +126,30 @@ fn soak(minutes: u64, steps: u64, seed: u64) {
             }
             // A user who finds his job ended by Slurm itself (a killed srun's job may be) submits the same line again.
             submissions += 1;
-            eprintln!("{:.0} s: job ended as {} ({}); submitted again", began.elapsed().as_secs_f64(), ended.state, ended.code);
+            eprintln!(
+                "{:.0} s: job ended as {} ({}); submitted again",
+                began.elapsed().as_secs_f64(),
+                ended.state,
+                ended.code
+            );
             assert!(submissions < 20, "{}", training.said());
             job = training.submit(&nodes);
             continue;
         }
-        assert!(began.elapsed() < Duration::from_secs(60 * minutes * 4), "{}", training.said());
+        assert!(
+            began.elapsed() < Duration::from_secs(60 * minutes * 4),
+            "{}",
+            training.said()
+        );
         if began.elapsed() < Duration::from_secs(60 * minutes) {
             let fault = FAULTS[chance.below(FAULTS.len() as u64) as usize];
             let what = inject(&cluster, job, fault, &mut chance);
             *counts.entry(fault).or_default() += 1;
-            eprintln!("{:.0} s: {what}, at step {}", began.elapsed().as_secs_f64(), training.run.metrics().len());
+            eprintln!(
+                "{:.0} s: {what}, at step {}",
+                began.elapsed().as_secs_f64(),
+                training.run.metrics().len()
+            );
         }
     }
     let disturbed = began.elapsed().as_secs_f64();
@@ -172,7 +197,9 @@ fn figures() {
         }
         // Recovered: the first step that had not been taken before.
         let taken = training.run.metrics().len();
-        cluster.wait_until("the loss is noticed", MINUTE, || training.said().contains("rank 2 on n3"));
+        cluster.wait_until("the loss is noticed", MINUTE, || {
+            training.said().contains("rank 2 on n3")
+        });
         cluster.wait_until("new steps", MINUTE, || {
             training.said().contains("resumed from step ") && training.run.metrics().len() > taken + 1
         });

@@ -301,14 +301,20 @@ fn clocks_and_speeds(seen: &Seen) -> Vec<Finding> {
         }
     }
     // Each host by the median of its ways in, or out where that is less: a slow one spoils its peers' slowest, not their medians.
-    let names: BTreeSet<&str> = measured().flat_map(|(link, _)| [link.from.as_str(), link.to.as_str()]).collect();
+    let names: BTreeSet<&str> = measured()
+        .flat_map(|(link, _)| [link.from.as_str(), link.to.as_str()])
+        .collect();
     let speed_of = |name: &str| {
         let side = |end: fn(&Link) -> &str| -> Vec<f64> {
             let own = measured().filter(|(link, _)| end(link) == name);
             own.map(|(_, measured)| measured.bytes_per_second).collect()
         };
         let sides = [side(|link| &link.from), side(|link| &link.to)];
-        sides.into_iter().filter(|side| !side.is_empty()).map(median).fold(f64::INFINITY, f64::min)
+        sides
+            .into_iter()
+            .filter(|side| !side.is_empty())
+            .map(median)
+            .fold(f64::INFINITY, f64::min)
     };
     let speeds: Vec<(&str, f64)> = names.iter().map(|name| (*name, speed_of(name))).collect();
     let typical = median(speeds.iter().map(|(_, speed)| *speed).collect());
