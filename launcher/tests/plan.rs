@@ -52,6 +52,13 @@ fn the_recipes_plans_are_those_that_were_read() {
         }
     }
     assert!(different.is_empty(), "{}", different.join("\n"));
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let page = std::fs::read_to_string(repository.join("docs/scaling.md")).expect("the page on scaling");
+    let table = printed(&["configs/mala500-7b.yaml", NOWHERE, "--scaling"]);
+    assert!(
+        page.contains(table.trim_end()),
+        "docs/scaling.md shows another table than:\n{table}"
+    );
 }
 
 #[test]

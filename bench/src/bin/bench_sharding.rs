@@ -179,8 +179,7 @@ impl Bench {
         }
         let hidden = |side: usize| {
             let longer = shaped[side].seconds() - free[side].seconds();
-            // Nothing, or less, is said as a hundredth: there is no ratio to nothing.
-            (1.0 - longer / (bytes / rate)).max(0.01)
+            (1.0 - longer / (bytes / rate)).max(0.0)
         };
         let note = format!(
             "ZeRO-1, tied; {:.0} Mbit/s, so {:.2} s of communication a step; ours {:.2} s unshaped and {:.2} s shaped, the peer \

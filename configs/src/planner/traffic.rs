@@ -53,8 +53,13 @@ impl Traffic {
             usize::from(shard_frozen) * visits * slice_len(*numel, world) * division.width
         });
         let rows_may_travel = rows_may_travel(sizes, train, division);
-        // Of each reduction, each rank's rows and elements to each.
-        let counts = usize::from(rows_may_travel) * if division.zero >= 2 { micro_batches } else { 1 } * world * 2;
+        // Of each reduction of the embedding, each rank's rows and elements to each.
+        let reductions = match (rows_may_travel, division.zero) {
+            (false, _) => 0,
+            (true, 2..) => micro_batches,
+            (true, _) => 1,
+        };
+        let counts = reductions * world * 2;
         let others = |elements: usize| (elements * (world - 1)) as u64;
         Traffic {
             gradients: others(gradients),
