@@ -30,6 +30,7 @@ find_missing() {
     have mpirun || missing+=(openmpi-bin)
     has_libclang || missing+=(libclang-dev)     # bindgen reads mpi.h with it
     have npm || missing+=(npm)
+    have strace || missing+=(strace)            # the tests kill writers with it, call by call
     have python3 || missing+=(python3)
     python_has pip || missing+=(python3-pip)
     python_has ensurepip || missing+=(python3-venv)

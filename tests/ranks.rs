@@ -152,3 +152,36 @@ fn an_outlier_is_skipped_and_said() {
     assert!(said.contains("was skipped on every rank: the "), "{said}");
     assert!(said.contains("; its rows: "), "{said}");
 }
+
+#[test]
+fn a_run_says_what_was_planned_and_what_was_measured() {
+    let run = Run::new();
+    // At stage 0 nothing travels as rows, so that the bytes are known to the byte.
+    let said = train(&run, 2, &["train.recompute=auto", "train.zero=0"]);
+    for sentence in [
+        "planned for each rank: memory ",
+        "recomputed: none in all 2 layers; sent in a step: ",
+        "measured after 3 steps: memory ",
+        "measured after 6 steps: memory ",
+        "(+0.0 %)",
+    ] {
+        assert!(said.contains(sentence), "{sentence:?} is not in:\n{said}");
+    }
+    // The same bits, whatever the layers recompute.
+    let mixed = self::run(2, &["train.recompute={full: 1, selective: 1}", "train.zero=0"]);
+    assert_eq!(run.losses(), mixed.losses());
+}
+
+#[test]
+fn a_run_that_cannot_fit_is_refused_before_its_first_step() {
+    let run = Run::new();
+    let mut command = run.train(&["train.recompute=auto", "hardware={name: cpu, memory: 20e6}"]);
+    let output = command.output().expect("the program starts");
+    assert_eq!(output.status.code(), Some(2));
+    let said = text(&output);
+    assert!(
+        said.contains("train.recompute = auto finds nothing that fits: with every layer recomputed a rank needs "),
+        "{said}"
+    );
+    assert!(said.contains("raise train.zero") && run.metrics().is_empty(), "{said}");
+}

@@ -2,8 +2,8 @@
 
 mod check;
 mod error;
-pub mod memory;
 mod plan;
+pub mod planner;
 mod raw;
 
 use std::path::Path;
@@ -12,6 +12,7 @@ use serde::Serialize;
 
 pub use error::ConfigError;
 pub use plan::*;
+pub use planner::memory;
 
 /// Reads `file`, puts `overrides` (`train.steps=5`) over it, checks everything and derives the plan.
 /// Relative paths in a config are relative to the working directory, which recipes take to be the repository's root.

@@ -8,6 +8,8 @@ use std::str::FromStr;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::planner::Hardware;
+
 /// Everything a run needs to know, complete: no field is left to a later default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -26,6 +28,9 @@ pub struct Plan {
     pub evaluation: Evaluation,
     pub launch: Launch,
     pub debug: Debug,
+    /// What the planner counts with; `None`: what is usual for `train.device`, and in a run the memory that the device has.
+    #[serde(default)]
+    pub hardware: Option<Hardware>,
 }
 
 /// Where each stage of the road leaves its result. All absolute.
@@ -202,7 +207,11 @@ impl SourceKind {
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Model {
     /// It is there already, as `transformers` saves it.
-    Folder,
+    Folder {
+        /// Which model it will be: for plans before it is there.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        published: Option<String>,
+    },
     /// Made from a GGUF file: weights dequantised, tokenizer from the file's own tables.
     Gguf { path: PathBuf },
     /// Random weights, N(0, `init_std`²), from the plan's seed.
@@ -566,7 +575,7 @@ pub struct Train {
     /// Where the ranks compute.
     #[serde(default)]
     pub device: Device,
-    pub recompute: Recompute,
+    pub recompute: Recomputation,
     /// In what the sums between blocks are kept.
     #[serde(default)]
     pub residual: Residual,
@@ -631,6 +640,16 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// Of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        }
+    }
+}
+
 /// What plans of before the key said.
 fn f32() -> Precision {
     Precision::F32
@@ -657,6 +676,126 @@ pub enum Recompute {
     Selective,
     /// The layer's input only.
     Full,
+}
+
+/// Which layers recompute what. In a config: a mode for all (`full`), the first layers of each mode
+/// (`{full: 12, selective: 8}`, the others keep everything), or `auto`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recomputation {
+    All(Recompute),
+    First(Mix),
+    /// What costs least of what fits the device's memory, by the planner's arithmetic, chosen where the run starts.
+    Auto,
+}
+
+/// The first `full` layers keep their input only, the next `selective` what GEMMs and attention made, the others everything.
+/// In this order, since the fullest moment is the last layer's backward: what is made again there adds to all that is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Mix {
+    pub full: usize,
+    pub selective: usize,
+}
+
+impl Mix {
+    pub fn of_layer(&self, layer: usize) -> Recompute {
+        if layer < self.full {
+            Recompute::Full
+        } else if layer < self.full + self.selective {
+            Recompute::Selective
+        } else {
+            Recompute::None
+        }
+    }
+
+    /// "12 layers full, 8 selective, 4 none".
+    pub fn sentence(&self, layers: usize) -> String {
+        let none = layers.saturating_sub(self.full + self.selective);
+        let modes = [(self.full, "full"), (self.selective, "selective"), (none, "none")];
+        let named: Vec<_> = modes.iter().filter(|(layers, _)| *layers > 0).collect();
+        match &named[..] {
+            [(_, mode)] => format!("{mode} in all {layers} layers"),
+            _ => {
+                let each: Vec<String> = named.iter().map(|(layers, mode)| format!("{layers} {mode}")).collect();
+                format!("of {layers} layers {}", each.join(", "))
+            }
+        }
+    }
+}
+
+impl From<Recompute> for Recomputation {
+    fn from(mode: Recompute) -> Recomputation {
+        Recomputation::All(mode)
+    }
+}
+
+impl Recomputation {
+    /// `None` for `auto`, which is the planner's to choose.
+    pub fn mix(&self, layers: usize) -> Option<Mix> {
+        match self {
+            Recomputation::All(Recompute::None) => Some(Mix::default()),
+            Recomputation::All(Recompute::Selective) => Some(Mix {
+                full: 0,
+                selective: layers,
+            }),
+            Recomputation::All(Recompute::Full) => Some(Mix {
+                full: layers,
+                selective: 0,
+            }),
+            Recomputation::First(mix) => Some(*mix),
+            Recomputation::Auto => None,
+        }
+    }
+
+    /// # Errors
+    /// When more layers are named than there are.
+    pub fn check(&self, layers: usize) -> Result<(), String> {
+        match self {
+            Recomputation::First(Mix { full, selective }) if full.saturating_add(*selective) > layers => Err(format!(
+                "train.recompute = {{full: {full}, selective: {selective}}} names more layers than the model's {layers}; \
+                 name at most {layers} in all"
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Serialize for Recomputation {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Recomputation::All(mode) => mode.serialize(to),
+            Recomputation::First(mix) => mix.serialize(to),
+            Recomputation::Auto => to.serialize_str("auto"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Recomputation {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Recomputation, D::Error> {
+        struct Typed;
+        impl<'de> serde::de::Visitor<'de> for Typed {
+            type Value = Recomputation;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("none, selective, full, auto, or the first layers of each as {full: 12, selective: 8}")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Recomputation, E> {
+                match text {
+                    "none" => Ok(Recompute::None.into()),
+                    "selective" => Ok(Recompute::Selective.into()),
+                    "full" => Ok(Recompute::Full.into()),
+                    "auto" => Ok(Recomputation::Auto),
+                    _ => Err(E::unknown_variant(text, &["none", "selective", "full", "auto"])),
+                }
+            }
+
+            fn visit_map<M: serde::de::MapAccess<'de>>(self, map: M) -> Result<Recomputation, M::Error> {
+                Mix::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(Recomputation::First)
+            }
+        }
+        from.deserialize_any(Typed)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -891,8 +1030,18 @@ impl Optimizer {
 #[serde(deny_unknown_fields)]
 pub struct Checkpoint {
     pub every_steps: u64,
+    /// Besides, when so many minutes have passed since the last one began.
+    pub every_minutes: Option<f64>,
     /// The newest this many are kept; at least 2.
     pub keep: usize,
+    /// Besides, those whose step is a multiple of this, for good.
+    pub keep_every: Option<u64>,
+    /// So many saves in a row that could not be written end the run; until then it goes on from memory.
+    pub failures_in_a_row: u32,
+    /// Before a wall-time limit the run saves and ends when `safety_seconds` and twice its longest step and save are left.
+    pub safety_seconds: f64,
+    /// Settings in which a run may differ from the checkpoint that it goes on from, as `panglot plan --json` names them.
+    pub allow_changed: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -906,6 +1055,30 @@ pub struct Evaluation {
     pub stride: usize,
     /// Tokens in one forward pass.
     pub tokens_per_batch: usize,
+    /// Steps of training between measurements on a fixed sample of held-out text; `None`: none are made. The checkpoint that
+    /// was best on it is kept.
+    #[serde(default)]
+    pub every_steps: Option<u64>,
+    /// Bytes of one held-out document a language in that sample.
+    #[serde(default = "sample_bytes")]
+    pub sample_bytes: usize,
+}
+
+fn sample_bytes() -> usize {
+    256
+}
+
+impl Default for Evaluation {
+    fn default() -> Evaluation {
+        Evaluation {
+            documents_per_language: None,
+            window: 2048,
+            stride: 1024,
+            tokens_per_batch: 4096,
+            every_steps: None,
+            sample_bytes: sample_bytes(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -930,4 +1103,11 @@ pub struct Debug {
     /// config and number of ranks. On CPUs they do not anyway.
     #[serde(default)]
     pub deterministic: bool,
+    /// `panglot train` takes this many steps, kills itself, resumes, takes as many again, and compares all with a run that was
+    /// left alone.
+    pub verify_resume: Option<u64>,
+    /// The run saves and ends after this many steps, as if it had been asked to.
+    pub stop_after: Option<u64>,
+    /// Every rank kills itself after this many steps, with nothing written but what was before.
+    pub die_after: Option<u64>,
 }

@@ -9,9 +9,10 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Gelu, Group, Guard, Launch, Lora, OnUnreadable,
-    OneDocument, Precision, Recompute, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
+    Algorithm, Device, Evaluation, FrozenPrecision, Gelu, Group, Guard, Launch, Lora, OnUnreadable, OneDocument,
+    Precision, Recomputation, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
 };
+use crate::planner::hardware;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -31,6 +32,8 @@ pub struct Raw {
     pub launch: Launch,
     /// None: everything in it is off.
     pub debug: Option<Debug>,
+    /// None: `h100` where train.device is cuda, else `cpu`; in a run, the memory that the device has.
+    pub hardware: Option<hardware::Choice>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -118,6 +121,8 @@ pub enum SourceKind {
 pub struct Model {
     pub kind: ModelKind,
     pub path: Option<PathBuf>,
+    /// None: sizes are known once the folder is there. With kind: folder only.
+    pub published: Option<String>,
     pub shape: Option<Shape>,
     pub init_std: Option<f64>,
     pub tokenizer: Option<Pieces>,
@@ -200,7 +205,7 @@ pub struct Train {
     pub frozen_precision: Option<FrozenPrecision>,
     /// None: `cpu`.
     pub device: Option<Device>,
-    pub recompute: Recompute,
+    pub recompute: Recomputation,
     /// None: `compute`.
     pub residual: Option<Residual>,
     pub zero: u8,
@@ -243,6 +248,23 @@ pub struct Optimizer {
     pub final_lr_share: Option<f64>,
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Checkpoint {
+    pub every_steps: u64,
+    /// None: by steps alone.
+    pub every_minutes: Option<f64>,
+    pub keep: usize,
+    /// None: only the newest are kept.
+    pub keep_every: Option<u64>,
+    /// None: 3.
+    pub failures_in_a_row: Option<u32>,
+    /// None: 60.
+    pub safety_seconds: Option<f64>,
+    /// None: a run goes on with the settings that it began with.
+    pub allow_changed: Option<Vec<String>>,
+}
+
 /// What one group has of its own.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -258,6 +280,10 @@ pub struct Debug {
     pub overfit_one_batch: Option<bool>,
     pub timeline: Option<bool>,
     pub deterministic: Option<bool>,
+    /// None: training is training. So with the two below.
+    pub verify_resume: Option<u64>,
+    pub stop_after: Option<u64>,
+    pub die_after: Option<u64>,
 }
 
 pub fn read(file: &Path, overrides: &[String]) -> Result<Raw, ConfigError> {

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use configs::{
-    Algorithm, FullModule, Group, LanguageOf, Model, NewRows, OnUnreadable, Optimizer, Pieces, Plan, Residual,
-    Schedule, Sides, SourceKind, WordRules, load,
+    Algorithm, FullModule, Group, LanguageOf, Mix, Model, NewRows, OnUnreadable, Optimizer, Pieces, Plan,
+    Recomputation, Recompute, Residual, Schedule, Sides, SourceKind, WordRules, load,
 };
 use proptest::prelude::*;
 
@@ -255,7 +255,9 @@ fn the_mala_recipe_has_the_released_sizes() {
         (32_000 + vocabulary.new_pieces).next_multiple_of(vocabulary.multiple_of),
         260_224
     );
-    assert_eq!((vocabulary.new_rows, plan.model), (NewRows::Normal, Model::Folder));
+    assert_eq!(vocabulary.new_rows, NewRows::Normal);
+    let published = Some("llama-2-7b".to_owned());
+    assert_eq!(plan.model, Model::Folder { published });
     assert_eq!(
         plan.train.rows_per_step / plan.launch.ranks,
         8,
@@ -470,4 +472,39 @@ fn every_kind_of_source_becomes_a_plan() {
     );
     let said = tiny(&["corpus.sources.7.path=elsewhere"]).unwrap_err();
     assert!(said.contains("`7` is no place in a list of 1; count from 0"), "{said}");
+}
+
+#[test]
+fn recomputation_is_one_mode_or_the_first_layers_or_left_to_the_planner() {
+    let typed = |value: &str| tiny(&[&format!("train.recompute={value}")]).map(|plan| plan.train.recompute);
+    let first = |full, selective| Recomputation::First(Mix { full, selective });
+    assert_eq!(typed("selective").unwrap(), Recompute::Selective.into());
+    assert_eq!(typed("auto").unwrap(), Recomputation::Auto);
+    assert_eq!(typed("{full: 1, selective: 1}").unwrap(), first(1, 1));
+    assert_eq!(typed("{selective: 1}").unwrap(), first(0, 1));
+    for recompute in ["full", "auto", "{full: 1}"] {
+        let json = serde_json::to_string(&tiny(&[&format!("train.recompute={recompute}")]).unwrap()).unwrap();
+        let plan: Plan = serde_json::from_str(&json).unwrap();
+        assert_eq!(plan.train.recompute, typed(recompute).unwrap(), "{json}");
+    }
+    for (wrong, sentence) in [
+        ("all", "nearest known"),
+        ("{full: 1, some: 2}", "unknown key `some`"),
+        (
+            "{full: 2, selective: 1}",
+            "names more layers than the model's 2; name at most 2 in all",
+        ),
+        (
+            "3",
+            "none, selective, full, auto, or the first layers of each as {full: 12, selective: 8}",
+        ),
+    ] {
+        let said = typed(wrong).unwrap_err();
+        assert!(said.contains(sentence), "{wrong}: {said}");
+    }
+    let modes: Vec<Recompute> = (0..4)
+        .map(|layer| Mix { full: 1, selective: 2 }.of_layer(layer))
+        .collect();
+    use Recompute::{Full, None, Selective};
+    assert_eq!(modes, [Full, Selective, Selective, None]);
 }

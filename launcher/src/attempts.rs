@@ -28,8 +28,15 @@ pub struct Attempt {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Finished,
-    Again { why: String },
-    Stop { code: i32, why: String },
+    /// Worth another attempt: at once on the same nodes, or by way of the queue.
+    Again {
+        here: bool,
+        why: String,
+    },
+    Stop {
+        code: i32,
+        why: String,
+    },
 }
 
 /// What the job script should do after `now`, which came after `earlier`.
@@ -52,11 +59,13 @@ pub fn decide(earlier: &[Attempt], now: &Attempt) -> Verdict {
         return Verdict::Stop { code: now.code, why };
     }
     let left = MOST_WITHOUT_PROGRESS - in_vain;
+    // Who wants more time has used this job's up. Who failed twice on these nodes may be better off on others.
+    let here = now.code != exit::MORE_TIME && in_vain < 2;
     let why = format!(
         "{why}; the next attempt goes on from step {} ({left} left without progress)",
         now.step
     );
-    Verdict::Again { why }
+    Verdict::Again { here, why }
 }
 
 /// The shell's own codes for a program that cannot be started or is not there.
@@ -216,7 +225,8 @@ mod tests {
         let (now, earlier) = all.split_last().unwrap();
         let said = match decide(earlier, now) {
             Verdict::Finished => "finished".to_owned(),
-            Verdict::Again { .. } => "again".to_owned(),
+            Verdict::Again { here: true, .. } => "again here".to_owned(),
+            Verdict::Again { here: false, .. } => "requeue".to_owned(),
             Verdict::Stop { code, .. } => format!("stop {code}"),
         };
         assert_eq!(said, expected, "{attempts:?}");
@@ -225,15 +235,16 @@ mod tests {
     #[test]
     fn an_attempt_is_repeated_while_it_helps() {
         check(&[(0, 20)], "finished");
-        check(&[(75, 5)], "again");
-        check(&[(137, 0)], "again");
-        check(&[(137, 0), (137, 0)], "again");
+        check(&[(75, 5)], "requeue");
+        check(&[(137, 0)], "again here");
+        check(&[(137, 0), (137, 0)], "requeue");
         check(&[(137, 0), (137, 0), (137, 0)], "stop 137");
-        check(&[(137, 0), (76, 0), (75, 5)], "again");
-        check(&[(76, 5), (76, 5), (76, 5)], "again");
+        check(&[(137, 0), (76, 0), (75, 5)], "requeue");
+        check(&[(76, 5), (76, 5)], "again here");
+        check(&[(76, 5), (76, 5), (76, 5)], "requeue");
         check(&[(76, 5), (76, 5), (76, 5), (76, 5)], "stop 76");
-        check(&[(76, 5), (76, 5), (76, 5), (76, 10)], "again");
-        check(&[(75, 5), (75, 10), (75, 15), (75, 20)], "again");
+        check(&[(76, 5), (76, 5), (76, 5), (76, 10)], "again here");
+        check(&[(75, 5), (75, 10), (75, 15), (75, 20)], "requeue");
     }
 
     #[test]

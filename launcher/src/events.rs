@@ -18,6 +18,8 @@ pub enum Event {
     Progress { done: u64, total: u64, unit: String },
     /// One optimizer step was taken (or skipped).
     Step(StepMetrics),
+    /// More of the text that is written behind prompt `index`, and whether it was the last of it.
+    Text { index: usize, text: String, ended: bool },
     /// A sentence the user should see, such as what was resumed from where.
     Note { text: String },
     /// The job cannot go on: who is at fault, and the code that its ranks leave with. From whichever rank noticed.
@@ -45,6 +47,9 @@ pub struct StepMetrics {
     /// Why, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skip_reason: Option<String>,
+    /// Held-out text, where it was measured after this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<HeldOut>,
     /// Learning rate by parameter group, of those that train.
     pub lr: BTreeMap<Group, f64>,
     /// Target tokens of the global batch.
@@ -75,6 +80,17 @@ pub struct StepMetrics {
 /// JSON has no NaN and no infinity: they are written as null, and a step that was skipped because of one must still be read.
 fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
+/// A fixed sample of held-out text, measured while training.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HeldOut {
+    /// Mean over languages, each counting once.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub macro_bits_per_byte: f64,
+    pub languages: usize,
+    pub tokens: u64,
+    pub seconds: f64,
 }
 
 impl Event {
@@ -109,6 +125,7 @@ mod tests {
             grad_norm: 0.1 + 0.2,
             skipped: !loss.is_finite(),
             skip_reason: None,
+            held_out: None,
             lr: [(Group::Lora, 1e-3), (Group::Embeddings, 2e-3)].into(),
             targets: 4080,
             targets_so_far: 16_320,

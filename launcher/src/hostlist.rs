@@ -20,6 +20,7 @@ pub enum HostlistError {
 }
 
 /// The names in order, doubles kept. Zero padding is the lower bound's; several brackets multiply, the last runs fastest.
+/// A name may go on behind its bracket, which Slurm 22.05 itself refuses.
 pub fn parse(list: &str) -> Result<Vec<String>, HostlistError> {
     let mut reader = Reader { list, at: 0 };
     let mut hosts = Vec::new();

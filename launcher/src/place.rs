@@ -38,6 +38,23 @@ pub enum Family {
     Alone,
 }
 
+/// What Slurm's variables say of the job that this process belongs to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SlurmJob {
+    pub id: Option<String>,
+    /// Seconds since 1970; newer Slurms set it.
+    pub end_time: Option<String>,
+}
+
+impl SlurmJob {
+    pub fn detect() -> SlurmJob {
+        SlurmJob {
+            id: std::env::var("SLURM_JOB_ID").ok(),
+            end_time: std::env::var("SLURM_JOB_END_TIME").ok(),
+        }
+    }
+}
+
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlaceError {
     #[error("{name} = {value:?} is not a whole number; a launcher sets it, so unset it or start through the launcher")]
@@ -127,6 +144,34 @@ impl Surroundings {
             one_host,
         })
     }
+}
+
+/// What all ranks of one launch have in common and no other launch has; fit for a file's name.
+pub fn launch_id() -> String {
+    let names = [
+        "SLURM_JOB_ID",
+        "SLURM_RESTART_COUNT",
+        "SLURM_STEP_ID",
+        "PMIX_NAMESPACE",
+        "PALS_APID",
+        "FLUX_JOB_ID",
+    ];
+    let parts: Vec<String> = names.iter().filter_map(|name| std::env::var(name).ok()).collect();
+    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' };
+    let id: String = parts.join(".").chars().map(plain).take(100).collect();
+    if id.is_empty() { "local".to_owned() } else { id }
+}
+
+/// The host of each rank of this step, where Slurm tells; in its usual order, node after node.
+pub fn step_hosts() -> Vec<String> {
+    let told = |name: &str| std::env::var(name).ok();
+    let placed = || {
+        let hosts = crate::hostlist::parse(&told("SLURM_STEP_NODELIST")?).ok()?;
+        let tasks = told("SLURM_STEP_TASKS_PER_NODE")?;
+        let of_host = |(node, host)| Some(vec![host; tasks_on_node(&tasks, node)?]);
+        hosts.into_iter().enumerate().map(of_host).collect::<Option<Vec<_>>>()
+    };
+    placed().unwrap_or_default().concat()
 }
 
 /// Whether this process was started so that MPI finds its peers.

@@ -51,7 +51,7 @@ impl Maker<'_> {
     /// Makes `stage` unless it is there and fresh; the stages before it must be.
     pub fn make(&mut self, stage: Stage) -> anyhow::Result<Outcome> {
         let folder = stage.folder(self.plan);
-        if stage == Stage::Model && self.plan.model == Model::Folder {
+        if stage == Stage::Model && matches!(self.plan.model, Model::Folder { .. }) {
             check_model_folder(&folder)?;
             return Ok(Outcome::Kept);
         }
@@ -127,7 +127,7 @@ impl Maker<'_> {
     fn build_model(&mut self, out: &Path) -> anyhow::Result<()> {
         let worker = (self.worker)()?;
         let args: Vec<OsString> = match &self.plan.model {
-            Model::Folder => unreachable!("a folder is used as it is"),
+            Model::Folder { .. } => unreachable!("a folder is used as it is"),
             Model::Gguf { path } => {
                 vec![
                     "import-gguf".into(),
@@ -175,7 +175,7 @@ impl Stage {
     /// Fails with the command to type unless the stage is there and made from what it would be made from now.
     pub fn require(self, plan: &Plan) -> anyhow::Result<()> {
         let folder = self.folder(plan);
-        if self == Stage::Model && plan.model == Model::Folder {
+        if self == Stage::Model && matches!(plan.model, Model::Folder { .. }) {
             return check_model_folder(&folder);
         }
         let Some(stamp) = Stamp::read(&folder) else {
@@ -207,7 +207,7 @@ impl Stage {
                 json!([sources, settings, files])
             }
             Stage::Model => match &plan.model {
-                Model::Folder => json!(null),
+                Model::Folder { .. } => json!(null),
                 Model::Gguf { path } => json!([fingerprint(path)?]),
                 Model::Scratch {
                     shape,

@@ -124,6 +124,21 @@ impl Settings {
         Ok((settings, rest))
     }
 
+    /// One more, or another, setting.
+    pub fn with(mut self, word: &str) -> Result<Settings, SubmitError> {
+        let (key, value) = word.split_once('=').unwrap_or((word, ""));
+        match KEYS.iter().find(|(known, ..)| *known == key) {
+            Some((key, option, kind)) => self.set(key, option, kind, value)?,
+            None => {
+                return Err(SubmitError::Unknown {
+                    key: key.to_owned(),
+                    nearest: nearest(key),
+                });
+            }
+        }
+        Ok(self)
+    }
+
     pub fn ranks(&self) -> usize {
         self.nodes * self.ranks_per_node
     }
@@ -297,7 +312,13 @@ fn environment(job: &Submission) -> String {
         out += &format!("module load {}\n", quoted(module));
     }
     if let Some(file) = &job.environment_file {
-        out += &format!("set -a; . {}; set +a\n", quoted(file));
+        // Without a slash bash would look for it on the PATH.
+        let file = if file.contains('/') {
+            file.clone()
+        } else {
+            format!("./{file}")
+        };
+        out += &format!("set -a; . {}; set +a\n", quoted(&file));
     }
     out
 }
@@ -339,19 +360,21 @@ fn series(job: &Submission) -> String {
     }
 }
 
-/// What follows an attempt. `job ended` says 75 where another is due.
+/// What follows the last attempt of this job. `job ended` says 4 where another job is due.
 fn again(job: &Submission) -> String {
-    match (job.array, job.chain) {
-        (Some(_), _) => "# The array's next job goes on; where nothing would be won by it, none does.\n\
-                         if [ \"$code\" -ne 75 ]; then\n    scancel --state=PENDING \"$SLURM_ARRAY_JOB_ID\"\nfi"
-            .to_owned(),
-        (_, Some(_)) => "# The chain's next job goes on; where nothing would be won by it, none does.\n\
-                         if [ \"$code\" -ne 75 ]; then\n    scancel --state=PENDING --user=\"$(id -un)\" --name=\"$SLURM_JOB_NAME\"\nfi"
-            .to_owned(),
-        _ => "# --requeue answers a lost node and pre-emption, not a lost rank. Slurm ends this script once it has taken the job back.\n\
-              if [ \"$code\" -eq 75 ] && scontrol requeue \"$SLURM_JOB_ID\"; then\n    sleep 120\nfi"
-            .to_owned(),
-    }
+    let cancel = match (job.array, job.chain) {
+        (Some(_), _) => "scancel --state=PENDING \"$SLURM_ARRAY_JOB_ID\"",
+        (_, Some(_)) => "scancel --state=PENDING --user=\"$(id -un)\" --name=\"$SLURM_JOB_NAME\"",
+        _ => {
+            return "# --requeue answers a lost node and pre-emption, not this. Slurm ends the script once it has taken the job back.\n\
+                    if [ \"$code\" -eq 4 ]; then\n    code=75\n    scontrol requeue \"$SLURM_JOB_ID\" && sleep 120\nfi"
+                .to_owned();
+        }
+    };
+    format!(
+        "# The next job goes on; where nothing would be won by it, none does.\n\
+         if [ \"$code\" -eq 4 ]; then\n    code=75\nelse\n    {cancel}\nfi"
+    )
 }
 
 fn one_line(what: &str, value: &str) -> Result<(), SubmitError> {

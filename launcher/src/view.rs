@@ -46,6 +46,8 @@ impl View {
             Event::Note { text } => self.say(text),
             // The worker has said it on standard error, at once.
             Event::Lost { .. } | Event::Beat => {}
+            // Whoever asked for text shows it on standard output.
+            Event::Text { .. } => {}
             Event::Done { .. } => self.finish(),
         }
     }

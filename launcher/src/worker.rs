@@ -45,6 +45,10 @@ impl Worker {
         }
     }
 
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// `ranks` processes: one needs no mpirun. Without `threads`, the cores are shared among them.
     pub fn job(&self, ranks: usize, threads: Option<usize>, args: Vec<OsString>) -> Job {
         match ranks {

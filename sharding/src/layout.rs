@@ -4,8 +4,7 @@
 
 use std::ops::Range;
 
-/// Slices are multiples of this many elements, so that every slice starts on a cache line in f32.
-const ALIGNMENT: usize = 16;
+pub use configs::planner::memory::slice_len;
 
 /// A trainable parameter as its module registers it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,11 +68,6 @@ impl Layout {
     pub fn describe(&self) -> String {
         self.buckets.iter().map(Bucket::describe).collect()
     }
-}
-
-/// The length of each of `n_slices` slices of `numel` elements, the padding of the last ones counted.
-pub fn slice_len(numel: usize, n_slices: usize) -> usize {
-    numel.div_ceil(n_slices).next_multiple_of(ALIGNMENT)
 }
 
 impl Bucket {
@@ -147,6 +141,7 @@ pub fn most_gradients(stages: &[Vec<usize>], sizes: &[usize]) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use configs::planner::memory::ALIGNMENT;
     use proptest::prelude::*;
 
     use super::*;

@@ -18,6 +18,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use configs::planner::memory::STAGING_BYTES;
 use half::bf16;
 use mpi::ffi;
 use mpi::topology::{AsCommunicator, SimpleCommunicator};
@@ -28,9 +29,6 @@ use crate::comm::{Sent, Wire};
 use crate::memory::{f32s, f32s_mut};
 use crate::{Comm, Error, Pending, Result};
 
-/// Elements of one all-to-all take at most about this much memory on each side; two are under way at a time. Large enough
-/// that a message's latency does not count, small enough that staging is nothing beside a bucket.
-const STAGING_BYTES: usize = 8 << 20;
 /// What is small does not queue behind buckets: it has a communicator of its own.
 const SMALL_BYTES: usize = 64 << 10;
 /// Polls without a result before the thread begins to sleep in between. A rank's cores are busy computing.

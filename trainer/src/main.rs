@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 use configs::{FullModule, NewRows, Plan};
 use launcher::events::Event;
 use launcher::exit;
+use launcher::measurement::Order;
 use launcher::place::{Place, Surroundings, is_wired_for_mpi};
 use launcher::pulse::Pulse;
 use launcher::rendezvous::{
@@ -65,15 +66,6 @@ enum Command {
         #[arg(long)]
         config_digest: Option<String>,
     },
-    /// Score the held-out documents with the model in a Hugging Face folder.
-    Eval {
-        #[arg(long)]
-        plan: PathBuf,
-        #[arg(long)]
-        model: PathBuf,
-        #[arg(long)]
-        out: PathBuf,
-    },
     /// Score a sample of the held-out documents with the base, and with the extended model that no step has trained.
     DayZero {
         #[arg(long)]
@@ -87,6 +79,11 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Carry out an evaluation or write text, as the order in a file says.
+    Measure {
+        #[arg(long)]
+        order: PathBuf,
+    },
     /// Write the newest checkpoint as a merged model and as a PEFT adapter.
     Export {
         #[arg(long)]
@@ -96,8 +93,18 @@ enum Command {
         #[arg(long)]
         adapter: PathBuf,
     },
+    /// Time all-reduces among the ranks.
+    Doctor {
+        #[arg(long)]
+        plan: PathBuf,
+    },
     /// Compare this machine's GPU with its CPU: every kernel, attention, training steps.
     GpuCheck,
+    /// Measure each part of a training step by itself, against what this machine's GEMMs or memory allow.
+    BenchParts {
+        #[command(flatten)]
+        settings: trainer::parts::Settings,
+    },
     /// Measure training on this machine's GPU, against `transformers` and PEFT where --python names them.
     BenchGpu {
         #[command(flatten)]
@@ -130,6 +137,10 @@ fn start(command: Command) -> Result<i32> {
             set_threads(cores())?;
             return trainer::gpu::check().map(|()| exit::FINISHED);
         }
+        Command::BenchParts { settings } => {
+            set_threads(cores())?;
+            return trainer::parts::bench(settings).map(|()| exit::FINISHED);
+        }
         Command::BenchGpu { settings } => {
             set_threads(cores())?;
             return trainer::gpu::bench(settings).map(|()| exit::FINISHED);
@@ -138,24 +149,40 @@ fn start(command: Command) -> Result<i32> {
     }
     let place = Place::detect()?;
     let plan = match &command {
-        Command::ImportGguf { .. } | Command::Inspect { .. } | Command::GpuCheck | Command::BenchGpu { .. } => None,
+        Command::ImportGguf { .. }
+        | Command::Inspect { .. }
+        | Command::Measure { .. }
+        | Command::GpuCheck
+        | Command::BenchParts { .. }
+        | Command::BenchGpu { .. } => None,
         Command::InitModel { plan }
         | Command::Train { plan, .. }
-        | Command::Eval { plan, .. }
         | Command::DayZero { plan, .. }
+        | Command::Doctor { plan }
         | Command::Export { plan, .. } => Some(read_plan(plan)?),
     };
-    let threads = plan.as_ref().and_then(|plan| plan.launch.threads_per_rank);
+    let order: Option<Order> = match &command {
+        Command::Measure { order } => Some(launcher::files::read_json(order)?),
+        _ => None,
+    };
+    let threads = match (&order, &plan) {
+        (Some(order), _) => order.threads_per_rank,
+        (None, plan) => plan.as_ref().and_then(|plan| plan.launch.threads_per_rank),
+    };
     // Before the first tensor, and before ranks meet: libtorch asks once whether CUDA is there.
     let device = match (&command, &plan) {
-        (Command::Train { .. } | Command::Eval { .. } | Command::DayZero { .. }, Some(plan)) => {
-            device_of(plan, &place)?
+        (Command::Train { .. } | Command::DayZero { .. } | Command::Doctor { .. }, Some(plan)) => {
+            device_of(plan.train.device, &place)?
         }
+        (Command::Measure { .. }, _) => device_of(order.as_ref().expect("read above").device, &place)?,
         _ => Device::Cpu,
     };
     set_threads(threads.unwrap_or_else(|| cores().div_ceil(place.local_world).max(1)))?;
     if let Some(plan) = &plan {
         log_to(&plan.folders.run.join("logs").join(format!("rank-{}.log", place.rank)))?;
+    }
+    if let Some(logs) = order.as_ref().and_then(|order| order.logs.as_ref()) {
+        log_to(&logs.join(format!("rank-{}.log", place.rank)))?;
     }
     if plan.as_ref().is_some_and(|plan| plan.debug.deterministic) {
         sharding::cuda::use_deterministic_algorithms();
@@ -165,7 +192,7 @@ fn start(command: Command) -> Result<i32> {
         _ => None,
     };
     let mut comm = join(&place, plan.as_ref(), device, digest)?;
-    match run(command, plan.as_ref(), &comm, device) {
+    match run(command, plan.as_ref(), order.as_ref(), &comm, device) {
         Ok(code) => {
             comm.leave();
             Ok(code)
@@ -435,14 +462,14 @@ fn hooks(place: &Place, beats: bool, ear: Option<PathBuf>) -> Hooks {
 }
 
 /// The device that the plan names, this rank's own where it is a GPU.
-fn device_of(plan: &Plan, place: &Place) -> Result<Device> {
-    Ok(match plan.train.device {
+fn device_of(named: configs::Device, place: &Place) -> Result<Device> {
+    Ok(match named {
         configs::Device::Cpu => Device::Cpu,
         configs::Device::Cuda => sharding::cuda::device(place.local_rank)?,
     })
 }
 
-fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -> Result<i32> {
+fn run(command: Command, plan: Option<&Plan>, order: Option<&Order>, comm: &dyn Comm, device: Device) -> Result<i32> {
     let plan = || plan.expect("every command but import-gguf and inspect reads a plan");
     let progress = &mut |done: u64, total: u64| {
         Event::Progress {
@@ -459,7 +486,7 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -
         Ok(exit::FINISHED)
     };
     match &command {
-        Command::Eval { .. } | Command::DayZero { .. } => comm.at(Mark::Evaluate),
+        Command::Measure { .. } | Command::DayZero { .. } => comm.at(Mark::Evaluate),
         Command::Export { .. } => comm.at(Mark::Export),
         _ => {}
     }
@@ -489,13 +516,6 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -
             End::Finished => done(serde_json::json!({ "run": plan().folders.run, "steps": plan().train.steps })),
             End::WantsMoreTime => Ok(exit::MORE_TIME),
         },
-        Command::Eval { model, out, .. } => {
-            let report = serde_json::to_value(trainer::evaluate::evaluate(plan(), &model, comm, device)?)?;
-            if comm.rank() == 0 {
-                launcher::files::write_json(&out, &report)?;
-            }
-            done(report)
-        }
         Command::DayZero {
             new_rows,
             most_bytes,
@@ -508,7 +528,14 @@ fn run(command: Command, plan: Option<&Plan>, comm: &dyn Comm, device: Device) -
             }
             done(serde_json::json!({ "written": out }))
         }
-        Command::GpuCheck | Command::BenchGpu { .. } => unreachable!("run before ranks meet"),
+        Command::Measure { .. } => {
+            let order = order.expect("read before ranks meet");
+            done(trainer::measure::measure(order, comm, device)?)
+        }
+        Command::GpuCheck | Command::BenchParts { .. } | Command::BenchGpu { .. } => {
+            unreachable!("run before ranks meet")
+        }
+        Command::Doctor { .. } => done(trainer::doctor::all_reduces(comm, device)?),
         Command::Export { merged, adapter, .. } => {
             done(trainer::export::export_newest(plan(), comm, &merged, &adapter)?)
         }
@@ -561,6 +588,8 @@ fn code_of(error: &anyhow::Error) -> i32 {
         error.code()
     } else if has(|cause| cause.is::<sharding::Error>()) {
         exit::PEER
+    } else if has(|cause| cause.is::<trainer::checkpoint::WritesFailed>()) {
+        exit::IO
     } else if has(|cause| {
         cause
             .downcast_ref::<std::io::Error>()

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use configs::{Group, Plan, Rates};
+use configs::{Group, Mix, Plan, Rates, Recompute};
 use corpus::RowsDigest;
 use sharding::Pass::{Backward, Forward};
 use sharding::adamw::AdamW;
@@ -23,6 +23,8 @@ pub struct Trainer<'a> {
     pub comm: &'a dyn Comm,
     pub model: Model,
     pub zero: Zero,
+    /// What each layer keeps between its forward and its backward; changes no bit.
+    pub recompute: Mix,
     /// Steps taken.
     pub step: u64,
     pub guard: Guard,
@@ -43,10 +45,16 @@ pub struct StepReport {
 }
 
 impl<'a> Trainer<'a> {
-    /// Before the first step; `model` is bound to the memory that `zero` allocated for what it registered.
+    /// Before the first step; `model` is bound to the memory that `zero` allocated for what it registered. Where the plan
+    /// leaves recomputation to the planner, everything is recomputed until it has chosen.
     pub fn new(plan: &'a Plan, comm: &'a dyn Comm, mut model: Model, mut zero: Zero) -> Trainer<'a> {
         model.bind(&mut zero);
+        let all = Mix {
+            full: model.layers.len(),
+            selective: 0,
+        };
         Trainer {
+            recompute: plan.train.recompute.mix(model.layers.len()).unwrap_or(all),
             plan,
             comm,
             model,
@@ -107,11 +115,12 @@ impl<'a> Trainer<'a> {
     /// parameters there in between, and those of the next stage on their way; leaving a backward starts the reduction.
     pub fn forward_backward(&mut self, micro: &MicroBatch, n_targets: f64, last: bool) -> Result<f64> {
         let dropout = self.dropout(micro);
-        let train = &self.plan.train;
+        let recompute = self.recompute;
         let model = &mut self.model;
         let pass = Pass {
             rotary: &model.rotary,
-            recompute: train.recompute,
+            // Each layer's own in forward; backward goes by what was kept.
+            recompute: Recompute::Full,
             dropout: dropout.as_ref(),
             documents: micro.documents.as_ref(),
         };
@@ -136,6 +145,10 @@ impl<'a> Trainer<'a> {
         let mut trace = Vec::with_capacity(model.layers.len());
         for (layer, stage) in model.layers.iter_mut().zip(1..head_stage) {
             zero.enter(comm, stage, forward, layer.weights_mut())?;
+            let pass = Pass {
+                recompute: recompute.of_layer(stage - 1),
+                ..pass
+            };
             let (out_btd, saved) = layer.forward(hidden_btd, &pass);
             zero.leave(comm, stage, forward, layer.weights_mut())?;
             hidden_btd = out_btd;

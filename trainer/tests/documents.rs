@@ -198,7 +198,7 @@ fn plan(root: &Path, recompute: Recompute) -> Plan {
         init_std: 0.3,
         tokenizer: Pieces::Folder { path: pieces },
     };
-    plan.train.recompute = recompute;
+    plan.train.recompute = recompute.into();
     plan.folders.base_model = root.join("base");
     if !plan.folders.base_model.exists() {
         trainer::scratch::init(&plan, &plan.folders.base_model).unwrap();

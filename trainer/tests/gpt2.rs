@@ -47,8 +47,8 @@ fn an_f32_stream_changes_no_bit_in_f32_and_is_nearer_to_it_in_bf16() {
     for (name, family) in [("gpt2", gpt2()), ("llama", llama())] {
         // Deep, so that what is rounded away in the stream adds up.
         let mut plan = plan(&root.path().join(name), family, 16);
-        let mut gradients = |precision, residual, recompute| {
-            (plan.train.precision, plan.train.residual, plan.train.recompute) = (precision, residual, recompute);
+        let mut gradients = |precision, residual, recompute: Recompute| {
+            (plan.train.precision, plan.train.residual, plan.train.recompute) = (precision, residual, recompute.into());
             let comm = sharding::join(1).unwrap();
             let mut trainer = trainer(&plan, comm.as_ref());
             let batch = batch();

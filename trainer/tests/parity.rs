@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use common::write_tokenizer;
-use configs::{FullModule, Group, Lora, NewRows, Plan, Precision, Rates, Recompute, Schedule};
+use configs::{FullModule, Group, Lora, Mix, NewRows, Plan, Precision, Rates, Recomputation, Recompute, Schedule};
 use corpus::{NewPiece, RowsDigest, Vocabulary};
 use serde::Deserialize;
 use sharding::{Comm, Stage, Zero};
@@ -133,7 +133,7 @@ fn recomputation_changes_no_bit_and_accumulation_only_the_order_of_sums() {
     for case in reference.cases.iter().filter(|case| case.name.starts_with("tiny")) {
         let file = case.file(reference);
         let ids = file.tensor("ids").unwrap().get(0);
-        let gradients = |recompute: Recompute, micro_rows: i64| -> Vec<(String, Tensor)> {
+        let gradients = |recompute: Recomputation, micro_rows: i64| -> Vec<(String, Tensor)> {
             let mut plan = reference.plan(case);
             plan.train.recompute = recompute;
             let comm = sharding::join(1).unwrap();
@@ -144,19 +144,20 @@ fn recomputation_changes_no_bit_and_accumulation_only_the_order_of_sums() {
             }
             named(&trainer).map(|(name, _, grad)| (name, grad.copy())).collect()
         };
-        let plain = gradients(Recompute::None, 2);
-        assert!(
-            gradients(Recompute::Selective, 2) == plain,
-            "{}: selective recomputation",
-            case.name
-        );
-        assert!(
-            gradients(Recompute::Full, 2) == plain,
-            "{}: full recomputation",
-            case.name
-        );
+        let plain = gradients(Recompute::None.into(), 2);
+        let first = |full, selective| Recomputation::First(Mix { full, selective });
+        // These models have three layers.
+        for recompute in [
+            Recompute::Selective.into(),
+            Recompute::Full.into(),
+            first(1, 0),
+            first(0, 1),
+            first(1, 1),
+        ] {
+            assert!(gradients(recompute, 2) == plain, "{}: {recompute:?}", case.name);
+        }
         let mut worst = Worst::of("accumulated gradients", case, ACCUMULATED);
-        for ((name, accumulated), (_, whole)) in gradients(Recompute::Selective, 1).iter().zip(&plain) {
+        for ((name, accumulated), (_, whole)) in gradients(Recompute::Selective.into(), 1).iter().zip(&plain) {
             worst.see(name, difference(accumulated, whole));
         }
     }

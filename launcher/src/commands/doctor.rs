@@ -59,7 +59,10 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         None
     } else {
         // Beside the run's own, which a running job reads.
-        let file = RunFolder(&plan.folders.run).0.join("doctor").join(format!("plan-{}.json", place.rank));
+        let file = RunFolder(&plan.folders.run)
+            .0
+            .join("doctor")
+            .join(format!("plan-{}.json", place.rank));
         files::write_json(&file, &plan)?;
         let words = vec!["doctor".into(), "--plan".into(), file.clone().into()];
         let measured = all_reduce(&worker?.alone(plan.launch.threads_per_rank, words));
@@ -108,10 +111,13 @@ fn all_reduce(job: &Job) -> anyhow::Result<Option<Collectives>> {
         bail!("a rank ended with {status}");
     }
     let said = said.join().unwrap_or_default();
-    let done = said.lines().filter_map(|line| serde_json::from_str(line).ok()).find_map(|event| match event {
-        Event::Done { result } => Some(result),
-        _ => None,
-    });
+    let done = said
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .find_map(|event| match event {
+            Event::Done { result } => Some(result),
+            _ => None,
+        });
     Ok(done.map(serde_json::from_value).transpose()?)
 }
 

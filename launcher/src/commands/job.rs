@@ -8,7 +8,8 @@ use launcher::exit;
 pub enum Command {
     /// Succeeds if nothing is left of the run; clears what ranks of an earlier attempt left
     Done(ConfigArgs),
-    /// After srun: exits with 75 where another attempt is due, and else with what the attempt was really about
+    /// After srun: exits with 3 where another attempt is due on the same nodes, with 4 where it is by way of the queue, and else
+    /// with what the attempt was really about
     Ended {
         #[command(flatten)]
         config: ConfigArgs,
@@ -43,9 +44,9 @@ fn ended(config: &ConfigArgs, code: i32, series: &str) -> anyhow::Result<()> {
     let plan = config.load()?;
     match Attempts::of(&plan.folders.run).ended(series, code)? {
         Verdict::Finished => Ok(()),
-        Verdict::Again { why } => {
+        Verdict::Again { here, why } => {
             eprintln!("panglot: {why}");
-            Err(Leave(exit::MORE_TIME).into())
+            Err(Leave(if here { exit::AGAIN_HERE } else { exit::AGAIN_LATER }).into())
         }
         Verdict::Stop { code, why } => {
             eprintln!("panglot: {why}");

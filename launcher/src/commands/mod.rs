@@ -1,16 +1,23 @@
 //! One file a subcommand; here what they share.
 
+pub mod checkpoint;
 pub mod demo;
+pub mod doctor;
 pub mod eval;
 pub mod export;
+pub mod generate;
 pub mod job;
+pub mod measured;
 pub mod model;
 pub mod plan;
 pub mod report;
 pub mod rows;
+pub mod scale;
 pub mod stage;
+pub mod status;
 pub mod submit;
 pub mod train;
+pub mod verify_resume;
 
 use std::path::{Path, PathBuf};
 

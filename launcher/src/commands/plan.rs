@@ -1,23 +1,76 @@
-//! `panglot plan`: the config with every value that a run would use, and what follows from it.
+//! `panglot plan`: the config with every value that a run would use, and what follows from it: parameters, memory, bytes, time,
+//! which ways to divide and to recompute fit. `--scaling` has the same for many numbers of ranks.
 
-use anyhow::Context;
-use configs::{Family, FullModule, Gelu, Model, Pieces, Plan, Shape};
+use anyhow::{Context, bail};
+use configs::planner::sizes::published;
+use configs::planner::{Block, Forecast, Hardware, Parameters, Place, Sizes};
+use configs::{Model, Pieces, Plan};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::stage::tokens_read;
 use super::{App, ConfigArgs};
-use launcher::{files, sampling, text};
+use launcher::{files, planned, sampling, text};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    #[command(flatten)]
-    pub config: ConfigArgs,
+    /// The config, a YAML file
+    pub config: std::path::PathBuf,
+    /// Settings for this time only, such as train.zero=3, hardware=a100, and where the ranks are: nodes=4 gpus=8 (of each node)
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// The forecast for 8 to 1,024 ranks, eight a node, at 200 and 400 Gb/s a rank between nodes
+    #[arg(long)]
+    pub scaling: bool,
+}
+
+/// Where the ranks are, as far as it was said.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Asked {
+    nodes: Option<usize>,
+    gpus: Option<usize>,
 }
 
 pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
-    let plan = args.config.load()?;
-    let derived = Derived::of(&plan);
+    let (asked, overrides) = asked(&args.overrides)?;
+    let config = ConfigArgs {
+        config: args.config.clone(),
+        overrides,
+    };
+    if args.scaling {
+        let plan = config.load()?;
+        let sizes = sizes(&plan).context(UNKNOWN)?;
+        let table = Scaling::of(&plan, &sizes)?;
+        return app.print(&table, || table.page());
+    }
+    // The places decide how many ranks there are, and the config is checked with them.
+    let hardware = |plan: &Plan| {
+        plan.hardware
+            .clone()
+            .unwrap_or_else(|| Hardware::usual(plan.train.device))
+    };
+    let first = config.load();
+    let place = match (asked, &first) {
+        (
+            Asked {
+                nodes: None,
+                gpus: None,
+            },
+            _,
+        ) => None,
+        (Asked { nodes, gpus }, Ok(plan)) => Some(Place {
+            nodes: nodes.unwrap_or(1),
+            ranks_per_node: gpus.unwrap_or(hardware(plan).per_node),
+        }),
+        (_, Err(_)) => None,
+    };
+    let plan = match place {
+        Some(place) => config.load_with(Some(format!("launch.ranks={}", place.world())))?,
+        None => first?,
+    };
+    let hardware = hardware(&plan);
+    let place = place.unwrap_or_else(|| usual_place(plan.launch.ranks, &hardware));
+    let derived = Derived::of(&plan, place, &hardware)?;
     let yaml = serde_saphyr::to_string(&plan).context("the plan does not print")?;
     // Before there are tokens nothing can be said of them; what is wrong with those that are there is said.
     let made = plan.folders.tokens.join("manifest.json").is_file();
@@ -25,12 +78,54 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let parts = stream.as_ref().map(|stream| stream.plan());
     app.print(&json!({ "plan": plan, "derived": derived, "parts": parts }), || {
         let table = stream.map(|stream| sampling::table(&plan, &stream, 10));
-        page(&yaml, &derived, table.as_deref())
+        page(&yaml, &derived.page(&plan), table.as_deref())
     })
 }
 
+/// `nodes=4` and `gpus=8` among the overrides, and the others.
+fn asked(overrides: &[String]) -> anyhow::Result<(Asked, Vec<String>)> {
+    let mut asked = Asked::default();
+    let mut others = Vec::new();
+    for text in overrides {
+        let place = match text.split_once('=') {
+            Some(("nodes", value)) => (&mut asked.nodes, value),
+            Some(("gpus", value)) => (&mut asked.gpus, value),
+            _ => {
+                others.push(text.clone());
+                continue;
+            }
+        };
+        match place.1.parse() {
+            Ok(number) if number > 0 => *place.0 = Some(number),
+            _ => bail!(
+                "`{text}` is no number of them; write a whole number above 0, such as nodes=4 gpus=8, gpus being of each node"
+            ),
+        }
+    }
+    Ok((asked, others))
+}
+
+/// As many to a node as it has devices; on CPUs all on one, since a machine's ranks share it.
+fn usual_place(ranks: usize, hardware: &Hardware) -> Place {
+    let per_node = hardware.per_node;
+    match hardware.device {
+        configs::Device::Cuda if ranks > per_node && ranks.is_multiple_of(per_node) => Place {
+            nodes: ranks / per_node,
+            ranks_per_node: per_node,
+        },
+        configs::Device::Cuda if ranks > per_node => Place {
+            nodes: ranks,
+            ranks_per_node: 1,
+        },
+        _ => Place {
+            nodes: 1,
+            ranks_per_node: ranks,
+        },
+    }
+}
+
 /// What the config says, and as comments what follows from it: all of it is YAML again.
-fn page(yaml: &str, derived: &Derived, table: Option<&str>) -> String {
+fn page(yaml: &str, derived: &str, table: Option<&str>) -> String {
     // An empty line stands before the table, where there is one.
     let lines = table.iter().flat_map(|table| std::iter::once("").chain(table.lines()));
     let table: String = lines
@@ -38,6 +133,9 @@ fn page(yaml: &str, derived: &Derived, table: Option<&str>) -> String {
         .collect();
     format!("{}\n\n{derived}{table}", yaml.trim_end())
 }
+
+const UNKNOWN: &str = "the model's sizes are known once the base model is there (`panglot model prepare`), or its config.json \
+                       alone, or by model.published";
 
 /// What follows from a plan, and from the prepared folders as far as they are there.
 #[derive(Debug, PartialEq, Serialize)]
@@ -50,24 +148,14 @@ struct Derived {
     /// None until `panglot tokenize` has counted.
     tokens_in_corpus: Option<u64>,
     passes_over_corpus: Option<f64>,
-    /// None until the base model is there, or its shape and pieces are known without.
+    /// None until the base model is there, or its sizes are known without.
     parameters: Option<Parameters>,
-}
-
-#[derive(Debug, PartialEq, Serialize)]
-struct Parameters {
-    vocabulary: usize,
-    total: u64,
-    lora: u64,
-    /// Trained in full: the vocabulary matrices, and learned positions.
-    embeddings: u64,
-    /// Trained in full: the layers' matrices and the norms.
-    body: u64,
-    trainable: u64,
+    layers: Option<usize>,
+    forecast: Option<Forecast>,
 }
 
 impl Derived {
-    fn of(plan: &Plan) -> Derived {
+    fn of(plan: &Plan, place: Place, hardware: &Hardware) -> anyhow::Result<Derived> {
         let train = &plan.train;
         let rows_per_rank = train.rows_per_step / plan.launch.ranks;
         let tokens_in_corpus = corpus::TokenShards::open(&plan.folders.tokens).ok().map(|shards| {
@@ -78,7 +166,11 @@ impl Derived {
                 .map(|l| l.tokens.end - l.tokens.start)
                 .sum()
         });
-        Derived {
+        let sizes = sizes(plan);
+        let forecast = sizes
+            .map(|sizes| Forecast::of(plan, &sizes, place, hardware))
+            .transpose();
+        Ok(Derived {
             rows_per_rank,
             micro_batches: rows_per_rank / train.micro_rows,
             tokens_per_step: (train.rows_per_step * train.sequence_length) as u64,
@@ -86,91 +178,45 @@ impl Derived {
             targets: train.targets(),
             tokens_in_corpus,
             passes_over_corpus: tokens_in_corpus.map(|tokens| tokens_read(plan) as f64 / tokens.max(1) as f64),
-            parameters: base(plan).map(|(shape, pieces)| Parameters::of(plan, &shape, pieces)),
-        }
+            parameters: sizes.map(|sizes| sizes.parameters_of(plan)),
+            layers: sizes.map(|sizes| sizes.layers),
+            forecast: forecast.map_err(anyhow::Error::msg)?,
+        })
+    }
+
+    fn page(&self, plan: &Plan) -> String {
+        let forecast = self.forecast.iter().zip(self.layers);
+        let lines = forecast.flat_map(|(forecast, layers)| {
+            let lines = planned::lines(plan, layers, forecast);
+            [String::new(), "What it would take".to_owned()]
+                .into_iter()
+                .chain(lines)
+        });
+        let lines: String = lines
+            .map(|line| format!("\n{}", format!("# {line}").trim_end()))
+            .collect();
+        format!("{self}{lines}")
     }
 }
 
-impl Parameters {
-    fn of(plan: &Plan, shape: &Shape, base_pieces: usize) -> Parameters {
-        let vocabulary = plan.vocabulary.as_ref().map_or(base_pieces, |v| {
-            let tokens = v.special.len() + v.user_defined.len();
-            (base_pieces + v.new_pieces + tokens).next_multiple_of(v.multiple_of)
-        });
-        let (hidden, mlp, layers) = (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers);
-        // (module, inputs, outputs) of each linear of a block; whether linears and norms have biases; rows of positions
-        let (linears, has_biases, positions) = match shape.family {
-            Family::Llama {
-                num_key_value_heads, ..
-            } => {
-                let kv = hidden / shape.num_attention_heads * num_key_value_heads;
-                let linears = vec![
-                    (FullModule::QProj, hidden, hidden),
-                    (FullModule::KProj, hidden, kv),
-                    (FullModule::VProj, hidden, kv),
-                    (FullModule::OProj, hidden, hidden),
-                    (FullModule::GateProj, hidden, mlp),
-                    (FullModule::UpProj, hidden, mlp),
-                    (FullModule::DownProj, mlp, hidden),
-                ];
-                (linears, 0, 0)
-            }
-            Family::Gpt2 { .. } => {
-                let linears = vec![
-                    (FullModule::CAttn, hidden, 3 * hidden),
-                    (FullModule::CProj, hidden, hidden),
-                    (FullModule::CFc, hidden, mlp),
-                    (FullModule::CProj, mlp, hidden),
-                ];
-                (linears, 1, shape.max_position_embeddings)
-            }
-        };
-        let of_body = |modules: &[FullModule]| -> usize {
-            let of_layer = linears.iter().filter(|(module, ..)| modules.contains(module));
-            let of_linears: usize = of_layer.map(|(_, a, b)| a * b + has_biases * b).sum();
-            let norms = usize::from(modules.contains(&FullModule::Norms)) * (2 * layers + 1);
-            layers * of_linears + norms * (1 + has_biases) * hidden
-        };
-        let matrix = vocabulary * hidden;
-        let matrices = if shape.tie_word_embeddings { 1 } else { 2 };
-        let lora = plan.train.lora.as_ref().map_or(0, |lora| {
-            let named = |module: &FullModule| lora.targets.iter().any(|target| target == module.name());
-            let pairs = linears.iter().filter(|(module, ..)| named(module));
-            layers * pairs.map(|(_, a, b)| lora.rank * (a + b)).sum::<usize>()
-        });
-        // A tied matrix trains once, under whichever of its names.
-        let of_vocabulary = |module: &&FullModule| matches!(module, FullModule::EmbedTokens | FullModule::LmHead);
-        let full = &plan.train.full;
-        let trained_positions = usize::from(full.contains(&FullModule::Positions)) * positions * hidden;
-        let embeddings = full.iter().filter(of_vocabulary).count().min(matrices) * matrix + trained_positions;
-        let body = of_body(full);
-        Parameters {
-            vocabulary,
-            total: (of_body(&FullModule::ALL) + matrices * matrix + positions * hidden + lora) as u64,
-            lora: lora as u64,
-            embeddings: embeddings as u64,
-            body: body as u64,
-            trainable: (lora + embeddings + body) as u64,
-        }
-    }
-}
-
-/// Shape and pieces of the base model: from the model's own `config.json`, or from the plan where the model is yet to be made
-/// and both are known.
-fn base(plan: &Plan) -> Option<(Shape, usize)> {
+/// Sizes of the model that will train: from the base's own `config.json`; else from the plan, where the model is yet to be made
+/// and its shape and pieces are known; else by the name under which it was published.
+fn sizes(plan: &Plan) -> Option<Sizes> {
     let config: Option<Config> = files::read_json(&plan.folders.base_model.join("config.json")).ok();
-    match (config, &plan.model) {
-        (Some(config), Model::Scratch { shape, .. }) => Some((shape.clone(), config.vocab_size)),
-        (Some(config), _) => Some((config.shape()?, config.vocab_size)),
+    let base = match (config, &plan.model) {
+        (Some(config), Model::Scratch { shape, .. }) => Sizes::of(shape, config.vocab_size),
+        (Some(config), _) => config.sizes()?,
         (None, Model::Scratch { shape, tokenizer, .. }) => match tokenizer {
-            Pieces::Train { pieces, .. } => Some((shape.clone(), *pieces)),
-            _ => None,
+            Pieces::Train { pieces, .. } => Sizes::of(shape, *pieces),
+            _ => return None,
         },
-        (None, _) => None,
-    }
+        (None, Model::Folder { published: Some(name) }) => published(name)?,
+        (None, _) => return None,
+    };
+    Some(base.extended(plan.vocabulary.as_ref()))
 }
 
-/// `config.json`, as far as parameters hang on it; in the names of both families.
+/// `config.json`, as far as sizes hang on it; in the names of both families.
 #[derive(Deserialize)]
 struct Config {
     vocab_size: usize,
@@ -183,37 +229,34 @@ struct Config {
     #[serde(alias = "n_head")]
     num_attention_heads: usize,
     num_key_value_heads: Option<usize>,
-    n_positions: Option<usize>,
+    head_dim: Option<usize>,
+    #[serde(alias = "n_positions")]
+    max_position_embeddings: Option<usize>,
     model_type: Option<String>,
     tie_word_embeddings: Option<bool>,
 }
 
 impl Config {
-    fn shape(&self) -> Option<Shape> {
+    fn sizes(&self) -> Option<Sizes> {
         let is_gpt2 = self.model_type.as_deref() == Some("gpt2");
-        // No parameters hang on ε, θ and the like.
-        let family = match is_gpt2 {
-            false => Family::Llama {
-                num_key_value_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
-                rms_norm_eps: 0.0,
-                rope_theta: 0.0,
-            },
-            true => Family::Gpt2 {
-                layer_norm_epsilon: 0.0,
-                activation_function: Gelu::Tanh,
-            },
-        };
-        Some(Shape {
-            hidden_size: self.hidden_size,
-            intermediate_size: match self.intermediate_size {
+        let heads = self.num_attention_heads;
+        Some(Sizes {
+            block: if is_gpt2 { Block::Gpt2 } else { Block::Llama },
+            layers: self.num_hidden_layers,
+            hidden: self.hidden_size,
+            feed_forward: match self.intermediate_size {
                 None if is_gpt2 => 4 * self.hidden_size,
                 size => size?,
             },
-            num_hidden_layers: self.num_hidden_layers,
-            num_attention_heads: self.num_attention_heads,
-            max_position_embeddings: if is_gpt2 { self.n_positions.unwrap_or(1024) } else { 0 },
-            tie_word_embeddings: self.tie_word_embeddings.unwrap_or(is_gpt2),
-            family,
+            heads,
+            kv_heads: self.num_key_value_heads.unwrap_or(heads),
+            head_dim: self.head_dim.unwrap_or(self.hidden_size / heads.max(1)),
+            positions: self
+                .max_position_embeddings
+                .unwrap_or(if is_gpt2 { 1024 } else { 2048 }),
+            tied: self.tie_word_embeddings.unwrap_or(is_gpt2),
+            pieces: self.vocab_size,
+            rows: self.vocab_size,
         })
     }
 }
@@ -257,17 +300,147 @@ impl std::fmt::Display for Derived {
     }
 }
 
+/// Links between nodes that the table compares, Gb/s a rank.
+const LINKS: [u32; 2] = [200, 400];
+
+/// The forecast over numbers of ranks: with the config's rows a step, as long as they can be dealt, and with its rows a rank.
+#[derive(Debug, Serialize)]
+struct Scaling {
+    hardware: String,
+    what: String,
+    rows_per_rank: usize,
+    rows_per_step: usize,
+    lines: Vec<Line>,
+}
+
+#[derive(Debug, Serialize)]
+struct Line {
+    ranks: usize,
+    link_gbit: u32,
+    /// More ranks read more rows a step.
+    weak: Option<Forecast>,
+    /// The config's rows a step.
+    strong: Option<Forecast>,
+    layers: usize,
+}
+
+impl Scaling {
+    fn of(plan: &Plan, sizes: &Sizes) -> anyhow::Result<Scaling> {
+        let hardware = plan
+            .hardware
+            .clone()
+            .unwrap_or_else(|| Hardware::usual(plan.train.device));
+        let rows_per_rank = plan.train.rows_per_step / plan.launch.ranks;
+        let mut lines = Vec::new();
+        for doubled in 3..=10 {
+            let ranks: usize = 1 << doubled;
+            for link_gbit in LINKS {
+                let hardware = Hardware {
+                    link_between: f64::from(link_gbit) * 1e9 / 8.0,
+                    per_node: 8,
+                    ..hardware.clone()
+                };
+                let place = Place {
+                    nodes: ranks / 8,
+                    ranks_per_node: 8,
+                };
+                let mut weak = plan.clone();
+                weak.train.rows_per_step = rows_per_rank * ranks;
+                lines.push(Line {
+                    ranks,
+                    link_gbit,
+                    weak: Some(Forecast::of(&weak, sizes, place, &hardware).map_err(anyhow::Error::msg)?),
+                    strong: Forecast::of(plan, sizes, place, &hardware).ok(),
+                    layers: sizes.layers,
+                });
+            }
+        }
+        Ok(Scaling {
+            hardware: hardware.name.clone(),
+            what: hardware.what.clone(),
+            rows_per_rank,
+            rows_per_step: plan.train.rows_per_step,
+            lines,
+        })
+    }
+
+    fn page(&self) -> String {
+        let header = [
+            ">ranks",
+            ">Gb/s",
+            ">memory",
+            ">sent",
+            ">step, s",
+            ">waiting, s",
+            ">tokens/s",
+            ">efficiency",
+            ">days",
+            ">node-hours",
+        ];
+        let table = |of: fn(&Line) -> &Option<Forecast>| {
+            // Of a rank among the first line's.
+            let first = |gbit: u32| {
+                let line = self.lines.iter().find(|line| line.link_gbit == gbit);
+                line.and_then(|line| Some((of(line).as_ref()?.tokens_per_second, line.ranks)))
+            };
+            let rows = self.lines.iter().filter_map(|line| {
+                let forecast = of(line).as_ref()?;
+                let efficiency = first(line.link_gbit).map(|(speed, ranks)| {
+                    100.0 * forecast.tokens_per_second / line.ranks as f64 / (speed / ranks as f64)
+                });
+                Some(vec![
+                    text::count(line.ranks),
+                    line.link_gbit.to_string(),
+                    text::bytes(forecast.memory.total()),
+                    text::bytes(forecast.traffic.total()),
+                    format!("{:.3}", forecast.step.total),
+                    format!("{:.3}", forecast.step.exposed),
+                    text::count(forecast.tokens_per_second as u64),
+                    efficiency.map_or(String::new(), |share| format!("{share:.1} %")),
+                    format!("{:.2}", forecast.days),
+                    text::count(forecast.node_hours.ceil() as u64),
+                ])
+            });
+            text::table(&header, rows)
+        };
+        format!(
+            "Predicted, not measured: {} ({}), eight ranks a node\n\n\
+             {} rows a rank, so that more ranks read more rows a step:\n\n{}\n\n\
+             {} rows a step, whatever the number of ranks:\n\n{}",
+            self.hardware,
+            self.what,
+            self.rows_per_rank,
+            table(|line| &line.weak),
+            self.rows_per_step,
+            table(|line| &line.strong),
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
     use super::*;
 
+    fn recipe(name: &str, overrides: &[&str]) -> Plan {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.yaml"));
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        configs::load(&file, &overrides).unwrap()
+    }
+
+    fn derived(plan: &Plan) -> Derived {
+        let hardware = plan
+            .hardware
+            .clone()
+            .unwrap_or_else(|| Hardware::usual(plan.train.device));
+        Derived::of(plan, usual_place(plan.launch.ranks, &hardware), &hardware).unwrap()
+    }
+
     #[test]
     fn an_empty_line_stands_before_the_table_and_nowhere_else() {
-        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tiny.yaml");
-        let plan = configs::load(&recipe, &["folders.prepared=no/such/folder".to_owned()]).unwrap();
-        let derived = Derived::of(&plan);
+        let plan = recipe("tiny", &["folders.prepared=no/such/folder"]);
+        let derived = derived(&plan).page(&plan);
         let lines = |table: Option<&str>| -> Vec<String> {
             let shown = page("name: tiny\n", &derived, table);
             let lines = shown.lines().skip_while(|line| !line.starts_with("# tokens there are"));
@@ -280,65 +453,11 @@ mod tests {
 
     #[test]
     fn mala_500_has_the_parameters_that_its_paper_counts() {
-        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/mala500-7b.yaml");
         // The released figure counts 260,164 rows; padding is ours.
-        let plan = configs::load(&recipe, &["vocabulary.multiple_of=1".to_owned()]).unwrap();
-        let llama_2_7b = llama(4096, 11_008, 32, 32, 32);
-        let parameters = Parameters::of(&plan, &llama_2_7b, 32_000);
+        let plan = recipe("mala500-7b", &["vocabulary.multiple_of=1"]);
+        let parameters = sizes(&plan).unwrap().parameters_of(&plan);
         assert_eq!((parameters.trainable, parameters.lora), (2_135_457_792, 4_194_304));
         assert_eq!(parameters.total, 8_607_535_104 + parameters.lora);
-
-        let mut whole = plan.clone();
-        (whole.train.lora, whole.train.full) = (None, FullModule::ALL.to_vec());
-        let parameters = Parameters::of(&whole, &llama_2_7b, 32_000);
-        assert_eq!((parameters.trainable, parameters.total), (8_607_535_104, 8_607_535_104));
-    }
-
-    fn llama(hidden: usize, mlp: usize, layers: usize, heads: usize, kv_heads: usize) -> Shape {
-        Shape {
-            hidden_size: hidden,
-            intermediate_size: mlp,
-            num_hidden_layers: layers,
-            num_attention_heads: heads,
-            max_position_embeddings: 4096,
-            tie_word_embeddings: false,
-            family: Family::Llama {
-                num_key_value_heads: kv_heads,
-                rms_norm_eps: 1e-5,
-                rope_theta: 10_000.0,
-            },
-        }
-    }
-
-    #[test]
-    fn llama_2_has_the_parameters_that_are_published() {
-        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/emma500-7b.yaml");
-        let plan = configs::load(&recipe, &[]).unwrap();
-        for (shape, published) in [
-            (llama(4096, 11_008, 32, 32, 32), 6_738_415_616),
-            (llama(5120, 13_824, 40, 40, 40), 13_015_864_320),
-            (llama(8192, 28_672, 80, 64, 8), 68_976_648_192),
-        ] {
-            let parameters = Parameters::of(&plan, &shape, 32_000);
-            assert_eq!((parameters.total, parameters.trainable), (published, published));
-        }
-    }
-
-    #[test]
-    fn polylm_has_the_parameters_of_its_shape() {
-        for (recipe, hidden, layers) in [("polylm-1.7b", 2048u64, 24), ("polylm-13b", 5120, 40)] {
-            let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{recipe}.yaml"));
-            let plan = configs::load(&file, &["folders.prepared=no/such/folder".to_owned()]).unwrap();
-            // Before there is any file: 256,000 pieces and 2,048 positions; a layer of 12 d² + 13 d, the last norm.
-            let expected = (256_000 + 2048) * hidden + layers * (12 * hidden * hidden + 13 * hidden) + 2 * hidden;
-            let parameters = Derived::of(&plan).parameters.unwrap();
-            assert_eq!((parameters.total, parameters.trainable), (expected, expected));
-            let written = match recipe {
-                "polylm-1.7b" => 1_737_084_928,
-                _ => 13_906_790_400,
-            };
-            assert_eq!(parameters.total, written, "{recipe}");
-        }
     }
 
     #[test]
@@ -346,10 +465,36 @@ mod tests {
         let config = serde_json::json!({ "model_type": "gpt2", "vocab_size": 50_257, "n_embd": 768, "n_layer": 12,
             "n_head": 12, "n_positions": 1024, "n_inner": null });
         let config: Config = serde_json::from_value(config).unwrap();
-        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/emma500-7b.yaml");
-        let plan = configs::load(&recipe, &[]).unwrap();
-        let parameters = Parameters::of(&plan, &config.shape().unwrap(), config.vocab_size);
+        let parameters = config.sizes().unwrap().parameters(None, &configs::FullModule::ALL);
         // GPT-2 small, as published.
         assert_eq!((parameters.total, parameters.trainable), (124_439_808, 124_439_808));
+    }
+
+    #[test]
+    fn places_are_asked_for_in_nodes_and_gpus_of_each() {
+        let of = |texts: &[&str]| {
+            let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();
+            asked(&texts)
+        };
+        let (found, others) = of(&["nodes=4", "train.zero=3", "gpus=8"]).unwrap();
+        assert_eq!(
+            (found.nodes, found.gpus, &others[..]),
+            (Some(4), Some(8), &["train.zero=3".to_owned()][..])
+        );
+        let said = of(&["nodes=four"]).unwrap_err().to_string();
+        assert!(
+            said.starts_with("`nodes=four` is no number of them; write a whole number above 0"),
+            "{said}"
+        );
+
+        let h100 = Hardware::usual(configs::Device::Cuda);
+        let place = |ranks| {
+            let Place { nodes, ranks_per_node } = usual_place(ranks, &h100);
+            (nodes, ranks_per_node)
+        };
+        assert_eq!(
+            [place(3), place(8), place(16), place(12)],
+            [(1, 3), (1, 8), (2, 8), (12, 1)]
+        );
     }
 }

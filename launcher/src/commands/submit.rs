@@ -44,7 +44,7 @@ pub struct Args {
     /// What the job calls panglot, if not this program's own path; inside an image it is on the PATH
     #[arg(long, value_name = "PROGRAM")]
     pub program: Option<String>,
-    /// Run `panglot doctor` on the job's nodes before every attempt
+    /// Run `panglot doctor` on the job's nodes first, each time the job starts
     #[arg(long)]
     pub doctor: bool,
 }

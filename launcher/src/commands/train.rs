@@ -5,11 +5,12 @@ use std::path::Path;
 use configs::Plan;
 use nix::sys::signal::Signal;
 
-use super::{App, ConfigArgs, Failed, RunFolder, stage, watch};
+use super::{App, ConfigArgs, Failed, RunFolder, stage, verify_resume, watch};
 use launcher::attempts::{Attempts, Verdict};
 use launcher::events::Event;
 use launcher::place::{Place, PlaceError, is_wired_for_mpi};
 use launcher::stages::STAGES;
+use launcher::status::Sign;
 use launcher::supervise::Ended;
 use launcher::view::View;
 use launcher::{exit, files, sampling, text};
@@ -39,6 +40,10 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             );
             let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
             anyhow::ensure!(
+                plan.debug.verify_resume.is_none(),
+                "debug.verify_resume starts three jobs one after the other and this is one rank of a job; start `panglot` once"
+            );
+            anyhow::ensure!(
                 plan.train.device != configs::Device::Cpu || is_wired_for_mpi(),
                 "this is {place}, and no MPI launcher has wired the ranks together, which ranks on CPUs need (train.device = \
                  cpu): start them with `srun --mpi=pmix`, `mpirun`, or `panglot train -n {}`",
@@ -61,6 +66,9 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
                 place => drop(place?),
             }
             stage::make(app, &plan, &STAGES, false)?;
+            if let Some(steps) = plan.debug.verify_resume {
+                return verify_resume::run(app, &plan, steps);
+            }
             let ended = with_restarts(app, &plan, args.restarts)?;
             (plan, ended)
         }
@@ -89,7 +97,7 @@ fn with_restarts(app: &App, plan: &Plan, restarts: u32) -> anyhow::Result<Ended>
             return Ok(ended);
         }
         match attempts.ended(&series, ended.code)? {
-            Verdict::Again { why } if restart <= restarts => {
+            Verdict::Again { why, .. } if restart <= restarts => {
                 let lost = ended.lost.map_or(String::new(), |lost| format!("{lost}; "));
                 eprintln!("panglot: restart {restart} of {restarts}: {lost}{why}");
             }
@@ -140,6 +148,8 @@ fn as_one_rank(app: &App, plan: &Plan, place: &Place) -> anyhow::Result<Ended> {
         "--config-digest".into(),
         digest.into(),
     ];
+    // One rank a host says for all of them that the host lives, and how.
+    let _sign = (place.local_rank == 0).then(|| Sign::give(&plan.folders.run, place));
     let job = app.worker()?.one_of_many(plan.launch.threads_per_rank, args);
     let mut view = View::new();
     if place.rank == 0 {

@@ -34,7 +34,13 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = if self.refuses { "refused" } else { "warning" };
         let hosts: Vec<String> = self.hosts.iter().map(|host| printable(host)).collect();
-        write!(f, "{kind}: {}: {}; {}", hosts.join(", "), printable(&self.what), self.remedy)
+        write!(
+            f,
+            "{kind}: {}: {}; {}",
+            hosts.join(", "),
+            printable(&self.what),
+            self.remedy
+        )
     }
 }
 
@@ -51,7 +57,7 @@ pub struct Seen<'a> {
 
 /// What refuses first.
 pub fn findings(seen: &Seen) -> Vec<Finding> {
-    let mut found = missing(seen);
+    let mut found: Vec<Finding> = missing(seen).into_iter().collect();
     found.extend(different(seen));
     found.extend(wiring(seen));
     found.extend(of_each_host(seen));
@@ -63,7 +69,12 @@ pub fn findings(seen: &Seen) -> Vec<Finding> {
 
 fn finding(refuses: bool, hosts: impl IntoIterator<Item = String>, what: String, remedy: &str) -> Finding {
     let hosts: BTreeSet<String> = hosts.into_iter().collect();
-    Finding { refuses, hosts: hosts.into_iter().collect(), what, remedy: remedy.to_owned() }
+    Finding {
+        refuses,
+        hosts: hosts.into_iter().collect(),
+        what,
+        remedy: remedy.to_owned(),
+    }
 }
 
 /// Ranks whose report has not appeared.
@@ -72,12 +83,21 @@ fn missing(seen: &Seen) -> Option<Finding> {
     if silent.is_empty() {
         return None;
     }
-    let host = |rank: &usize| seen.placed.get(*rank).cloned().unwrap_or_else(|| format!("the host of rank {rank}"));
+    let host = |rank: &usize| {
+        seen.placed
+            .get(*rank)
+            .cloned()
+            .unwrap_or_else(|| format!("the host of rank {rank}"))
+    };
     let ranks: Vec<String> = silent.iter().map(usize::to_string).collect();
     Some(finding(
         true,
         silent.iter().map(host),
-        format!("no report of rank {} appears in {}", ranks.join(", "), seen.folder.display()),
+        format!(
+            "no report of rank {} appears in {}",
+            ranks.join(", "),
+            seen.folder.display()
+        ),
         "mount the same folder there, writable; lines of that host above say more",
     ))
 }
@@ -85,11 +105,20 @@ fn missing(seen: &Seen) -> Option<Finding> {
 /// Builds and configs: those who differ from the most are accused.
 fn different(seen: &Seen) -> Vec<Finding> {
     let mut found = vec![];
-    let names: BTreeSet<&String> = seen.hosts.values().flat_map(|host| &host.runs).map(|(name, _)| name).collect();
+    let names: BTreeSet<&String> = seen
+        .hosts
+        .values()
+        .flat_map(|host| &host.runs)
+        .map(|(name, _)| name)
+        .collect();
     for name in names {
         let mut kinds: BTreeMap<&str, Vec<&Host>> = BTreeMap::new();
         for host in seen.hosts.values() {
-            let which = host.runs.iter().find(|(known, _)| known == name).map_or("none", |(_, which)| which);
+            let which = host
+                .runs
+                .iter()
+                .find(|(known, _)| known == name)
+                .map_or("none", |(_, which)| which);
             kinds.entry(which).or_default().push(host);
         }
         let mut kinds: Vec<(&str, Vec<&Host>)> = kinds.into_iter().collect();
@@ -114,7 +143,11 @@ fn wiring(seen: &Seen) -> Option<Finding> {
         finding(
             true,
             unwired.iter().map(|host| host.host.clone()),
-            format!("{} were started, but MPI would see {} runs of one rank each", text::counted(seen.world, "rank"), seen.world),
+            format!(
+                "{} were started, but MPI would see {} runs of one rank each",
+                text::counted(seen.world, "rank"),
+                seen.world
+            ),
             "start them by `srun --mpi=pmix` (`srun --mpi=list` shows what this Slurm has), or by one mpirun",
         )
     })
@@ -122,49 +155,97 @@ fn wiring(seen: &Seen) -> Option<Finding> {
 
 /// What a host's own report shows.
 fn of_each_host(seen: &Seen) -> Vec<Finding> {
-    let several = seen.hosts.values().map(|host| &host.host).collect::<BTreeSet<_>>().len() > 1;
+    let several = seen
+        .hosts
+        .values()
+        .map(|host| &host.host)
+        .collect::<BTreeSet<_>>()
+        .len()
+        > 1;
     let mut found: Vec<Finding> = vec![];
     // Hosts of which the same is true share a line.
-    let mut say = |refuses: bool, host: &Host, what: String, remedy: &str| {
-        match found.iter_mut().find(|other| other.what == what && other.remedy == remedy) {
-            Some(other) if other.hosts.contains(&host.host) => {}
-            Some(other) => other.hosts.push(host.host.clone()),
-            None => found.push(finding(refuses, [host.host.clone()], what, remedy)),
-        }
+    let mut say = |refuses: bool, host: &Host, what: String, remedy: &str| match found
+        .iter_mut()
+        .find(|other| other.what == what && other.remedy == remedy)
+    {
+        Some(other) if other.hosts.contains(&host.host) => {}
+        Some(other) => other.hosts.push(host.host.clone()),
+        None => found.push(finding(refuses, [host.host.clone()], what, remedy)),
     };
     let folder = seen.folder.display();
     for host in seen.hosts.values() {
         if host.free_bytes < LEAST_FREE {
             let what = format!("only {} are free for {folder}", text::bytes(host.free_bytes));
-            say(true, host, what, "free space or quota there, or set another folders.run");
+            say(
+                true,
+                host,
+                what,
+                "free space or quota there, or set another folders.run",
+            );
         }
         if host.write_seconds > MOST_WRITE_SECONDS {
             let what = format!("writing and syncing 4 KiB in {folder} took {:.1} s", host.write_seconds);
-            say(false, host, what, "ask whether that file system is ill, or set another folders.run");
+            say(
+                false,
+                host,
+                what,
+                "ask whether that file system is ill, or set another folders.run",
+            );
         }
         if host.shm_free_bytes < LEAST_SHM {
             let what = format!("/dev/shm has {} free", text::bytes(host.shm_free_bytes));
-            say(true, host, what, "remove what is left there, or give it 64 MiB and more (containers: --shm-size)");
+            say(
+                true,
+                host,
+                what,
+                "remove what is left there, or give it 64 MiB and more (containers: --shm-size)",
+            );
         }
         if host.open_files < LEAST_OPEN_FILES {
             let what = format!("a process may open {} files", host.open_files);
-            say(true, host, what, "put `ulimit -n 4096` before srun, or raise the limit of slurmd there");
+            say(
+                true,
+                host,
+                what,
+                "put `ulimit -n 4096` before srun, or raise the limit of slurmd there",
+            );
         }
         if !host.leftovers.is_empty() {
-            let what = format!("ranks of an earlier run are still there (process {})", host.leftovers.join(", "));
+            let what = format!(
+                "ranks of an earlier run are still there (process {})",
+                host.leftovers.join(", ")
+            );
             say(seen.on_gpus, host, what, "end them, or exclude the host (exclude=HOST)");
         }
         if several && host.resolves_to.iter().any(|address| address.is_loopback()) {
             let what = format!("its own name resolves to {}", host.resolves_to[0]);
-            say(false, host, what, "take that line out of its /etc/hosts; libraries would tell peers that address");
+            say(
+                false,
+                host,
+                what,
+                "take that line out of its /etc/hosts; libraries would tell peers that address",
+            );
         }
         if several && host.addresses.iter().all(|address| address.is_loopback()) {
-            say(true, host, "it has no network but its loopback".to_owned(), "bring its interface up, or exclude the host");
+            say(
+                true,
+                host,
+                "it has no network but its loopback".to_owned(),
+                "bring its interface up, or exclude the host",
+            );
         }
         let wanted = host.threads_per_rank.unwrap_or(1) * host.local_world;
         if wanted > host.cores {
-            let what = format!("{wanted} threads ({} ranks) share {} cores", host.local_world, host.cores);
-            say(false, host, what, "ask for more with cpus_per_rank=, or start fewer ranks a node");
+            let what = format!(
+                "{wanted} threads ({} ranks) share {} cores",
+                host.local_world, host.cores
+            );
+            say(
+                false,
+                host,
+                what,
+                "ask for more with cpus_per_rank=, or start fewer ranks a node",
+            );
         }
     }
     found
@@ -181,13 +262,17 @@ fn unreached(seen: &Seen) -> Vec<Finding> {
     let is_cut_off = |host: &str| tried(host) > 1 && failed(host) == tried(host);
     let mut found = vec![];
     for (to, links) in &broken {
-        let fair: Vec<&&Link> = links.iter().filter(|link| !is_cut_off(&link.from) || is_cut_off(to)).collect();
+        let fair: Vec<&&Link> = links
+            .iter()
+            .filter(|link| !is_cut_off(&link.from) || is_cut_off(to))
+            .collect();
         let Some(first) = fair.first() else { continue };
         let from: BTreeSet<&str> = fair.iter().map(|link| link.from.as_str()).collect();
         let from: Vec<&str> = from.into_iter().collect();
         let why = first.measured.as_ref().err().map_or("", String::as_str);
         let what = format!("not reached from {} ({why})", from.join(", "));
-        let remedy = "open the ports between compute nodes, look at its cable and routes, or exclude the host (exclude=HOST)";
+        let remedy =
+            "open the ports between compute nodes, look at its cable and routes, or exclude the host (exclude=HOST)";
         found.push(finding(true, [(*to).to_owned()], what, remedy));
     }
     found
@@ -195,25 +280,48 @@ fn unreached(seen: &Seen) -> Vec<Finding> {
 
 fn clocks_and_speeds(seen: &Seen) -> Vec<Finding> {
     let mut found = vec![];
-    let measured = || seen.links.values().flatten().filter_map(|link| Some((link, link.measured.as_ref().ok()?)));
+    let measured = || {
+        seen.links
+            .values()
+            .flatten()
+            .filter_map(|link| Some((link, link.measured.as_ref().ok()?)))
+    };
     let first = seen.hosts.get(&0).map_or("", |host| &host.host);
     for (link, measured) in measured().filter(|(link, _)| link.from == first) {
         let ahead = measured.clock_ahead_seconds;
         if ahead.abs() > MOST_CLOCK_SECONDS {
             let side = if ahead > 0.0 { "ahead of" } else { "behind" };
             let what = format!("its clock is {:.1} s {side} {first}'s", ahead.abs());
-            found.push(finding(false, [link.to.clone()], what, "start its time service (chrony, ntpd)"));
+            found.push(finding(
+                false,
+                [link.to.clone()],
+                what,
+                "start its time service (chrony, ntpd)",
+            ));
         }
     }
-    // Each host by the median of its ways, in and out; a slow one spoils its peers' slowest, not their median.
-    let names: BTreeSet<&str> = measured().flat_map(|(link, _)| [link.from.as_str(), link.to.as_str()]).collect();
+    // Each host by the median of its ways in, or out where that is less: a slow one spoils its peers' slowest, not their medians.
+    let names: BTreeSet<&str> = measured()
+        .flat_map(|(link, _)| [link.from.as_str(), link.to.as_str()])
+        .collect();
     let speed_of = |name: &str| {
-        let own = measured().filter(|(link, _)| link.from == name || link.to == name);
-        median(own.map(|(_, measured)| measured.bytes_per_second).collect())
+        let side = |end: fn(&Link) -> &str| -> Vec<f64> {
+            let own = measured().filter(|(link, _)| end(link) == name);
+            own.map(|(_, measured)| measured.bytes_per_second).collect()
+        };
+        let sides = [side(|link| &link.from), side(|link| &link.to)];
+        sides
+            .into_iter()
+            .filter(|side| !side.is_empty())
+            .map(median)
+            .fold(f64::INFINITY, f64::min)
     };
     let speeds: Vec<(&str, f64)> = names.iter().map(|name| (*name, speed_of(name))).collect();
     let typical = median(speeds.iter().map(|(_, speed)| *speed).collect());
-    for (name, speed) in speeds.iter().filter(|(_, speed)| speeds.len() > 2 && speed * SLOW < typical) {
+    for (name, speed) in speeds
+        .iter()
+        .filter(|(_, speed)| speeds.len() > 2 && speed * SLOW < typical)
+    {
         let what = format!(
             "its network gives {}/s where the others have {}/s",
             text::bytes(*speed as u64),
@@ -243,7 +351,14 @@ mod tests {
         let mut links: BTreeMap<usize, Vec<Link>> = (0..4).map(|rank| (rank, ways(rank))).collect();
         spoil(&mut hosts, &mut links);
         let placed = (1..=4).map(|n| format!("n{n}")).collect();
-        let seen = Seen { world: 4, placed, hosts: &hosts, links: &links, folder: Path::new("runs/a"), on_gpus: false };
+        let seen = Seen {
+            world: 4,
+            placed,
+            hosts: &hosts,
+            links: &links,
+            folder: Path::new("runs/a"),
+            on_gpus: false,
+        };
         let said: Vec<String> = findings(&seen).iter().map(ToString::to_string).collect();
         assert_eq!(said.len(), expected.len(), "{said:?}");
         for (said, expected) in said.iter().zip(expected) {
@@ -256,7 +371,10 @@ mod tests {
             rank,
             local_world: 1,
             host: format!("n{}", rank + 1),
-            runs: vec![("config".to_owned(), "c".to_owned()), ("panglot".to_owned(), "b".to_owned())],
+            runs: vec![
+                ("config".to_owned(), "c".to_owned()),
+                ("panglot".to_owned(), "b".to_owned()),
+            ],
             addresses: vec![[10, 0, 0, rank as u8 + 1].into()],
             free_bytes: 1 << 40,
             shm_free_bytes: 1 << 30,
@@ -275,11 +393,20 @@ mod tests {
             clock_ahead_seconds: 0.01,
         };
         let to = (0..4).filter(|other| *other != rank);
-        to.map(|to| Link { from: format!("n{}", rank + 1), to: format!("n{}", to + 1), measured: Ok(measured) }).collect()
+        to.map(|to| Link {
+            from: format!("n{}", rank + 1),
+            to: format!("n{}", to + 1),
+            measured: Ok(measured),
+        })
+        .collect()
     }
 
     fn spoil_links(links: &mut BTreeMap<usize, Vec<Link>>, host: &str, spoil: impl Fn(&mut Result<Measured, String>)) {
-        for link in links.values_mut().flatten().filter(|link| link.from == host || link.to == host) {
+        for link in links
+            .values_mut()
+            .flatten()
+            .filter(|link| link.from == host || link.to == host)
+        {
             spoil(&mut link.measured);
         }
     }
@@ -291,21 +418,54 @@ mod tests {
 
     #[test]
     fn each_fault_is_one_line_with_its_host_and_the_remedy() {
-        check(|hosts, links| drop((hosts.remove(&3), links.remove(&3))), &["refused: n4: no report of rank 3 appears in runs/a; mount"]);
-        check(|hosts, _| hosts.get_mut(&1).unwrap().runs[1].1 = "x".into(), &["refused: n2: panglot is x, elsewhere b; install"]);
-        check(|hosts, _| hosts.get_mut(&2).unwrap().runs[0].1 = "x".into(), &["refused: n3: config is x, elsewhere c; give"]);
-        check(|hosts, _| hosts.get_mut(&2).unwrap().free_bytes = 5 << 20, &["refused: n3: only 5.0 MiB are free for runs/a; free"]);
-        check(|hosts, _| hosts.get_mut(&0).unwrap().shm_free_bytes = 0, &["refused: n1: /dev/shm has 0 B free; remove"]);
-        check(|hosts, _| hosts.get_mut(&3).unwrap().open_files = 64, &["refused: n4: a process may open 64 files; put `ulimit"]);
-        check(|hosts, _| hosts.get_mut(&3).unwrap().leftovers.push("711".into()), &["warning: n4: ranks of an earlier run are still there (process 711); end"]);
-        check(|hosts, _| hosts.get_mut(&1).unwrap().resolves_to.push([127, 0, 1, 1].into()), &["warning: n2: its own name resolves to 127.0.1.1; take"]);
-        check(|hosts, _| hosts.values_mut().for_each(|host| host.wired_for_mpi = false), &["refused: n1, n2, n3, n4: 4 ranks were started, but MPI would see 4 runs"]);
-        check(|hosts, _| hosts.get_mut(&1).unwrap().local_world = 3, &["warning: n2: 3 threads (3 ranks) share 2 cores; ask"]);
+        check(
+            |hosts, links| drop((hosts.remove(&3), links.remove(&3))),
+            &["refused: n4: no report of rank 3 appears in runs/a; mount"],
+        );
+        check(
+            |hosts, _| hosts.get_mut(&1).unwrap().runs[1].1 = "x".into(),
+            &["refused: n2: panglot is x, elsewhere b; install"],
+        );
+        check(
+            |hosts, _| hosts.get_mut(&2).unwrap().runs[0].1 = "x".into(),
+            &["refused: n3: config is x, elsewhere c; give"],
+        );
+        check(
+            |hosts, _| hosts.get_mut(&2).unwrap().free_bytes = 5 << 20,
+            &["refused: n3: only 5.0 MiB are free for runs/a; free"],
+        );
+        check(
+            |hosts, _| hosts.get_mut(&0).unwrap().shm_free_bytes = 0,
+            &["refused: n1: /dev/shm has 0 B free; remove"],
+        );
+        check(
+            |hosts, _| hosts.get_mut(&3).unwrap().open_files = 64,
+            &["refused: n4: a process may open 64 files; put `ulimit"],
+        );
+        check(
+            |hosts, _| hosts.get_mut(&3).unwrap().leftovers.push("711".into()),
+            &["warning: n4: ranks of an earlier run are still there (process 711); end"],
+        );
+        check(
+            |hosts, _| hosts.get_mut(&1).unwrap().resolves_to.push([127, 0, 1, 1].into()),
+            &["warning: n2: its own name resolves to 127.0.1.1; take"],
+        );
+        check(
+            |hosts, _| hosts.values_mut().for_each(|host| host.wired_for_mpi = false),
+            &["refused: n1, n2, n3, n4: 4 ranks were started, but MPI would see 4 runs"],
+        );
+        check(
+            |hosts, _| hosts.get_mut(&1).unwrap().local_world = 3,
+            &["warning: n2: 3 threads (3 ranks) share 2 cores; ask"],
+        );
     }
 
     #[test]
     fn who_is_cut_off_is_named_and_not_those_it_cannot_reach() {
-        check(|_, links| spoil_links(links, "n3", |way| *way = Err("timed out".into())), &["refused: n3: not reached from n1, n2, n4 (timed out); open"]);
+        check(
+            |_, links| spoil_links(links, "n3", |way| *way = Err("timed out".into())),
+            &["refused: n3: not reached from n1, n2, n4 (timed out); open"],
+        );
         // One way between two hosts: the one that is not reached is named.
         check(
             |_, links| links.get_mut(&0).unwrap()[0].measured = Err("refused".into()),
@@ -316,9 +476,15 @@ mod tests {
     #[test]
     fn a_slow_link_and_a_wrong_clock_are_named() {
         let slow = |way: &mut Result<Measured, String>| way.as_mut().unwrap().bytes_per_second = FAST / 100.0;
-        check(|_, links| spoil_links(links, "n2", slow), &["warning: n2: its network gives 9.5 MiB/s where the others have 953.7 MiB/s; every"]);
+        check(
+            |_, links| spoil_links(links, "n2", slow),
+            &["warning: n2: its network gives 9.5 MiB/s where the others have 953.7 MiB/s; every"],
+        );
         let ahead = |way: &mut Result<Measured, String>| way.as_mut().unwrap().clock_ahead_seconds = 90.0;
-        check(|_, links| spoil_links(links, "n4", ahead), &["warning: n4: its clock is 90.0 s ahead of n1's; start"]);
+        check(
+            |_, links| spoil_links(links, "n4", ahead),
+            &["warning: n4: its clock is 90.0 s ahead of n1's; start"],
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::reach::Door;
 use crate::files;
 use crate::place::{Place, is_wired_for_mpi};
-use crate::rendezvous::{address, sameness};
+use crate::rendezvous::{interfaces, sameness};
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Host {
@@ -48,7 +48,7 @@ impl Host {
         let write_seconds = try_folder(&plan.folders.run, place)?;
         let (open_files, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((u64::MAX, u64::MAX));
         let mut addresses = Vec::new();
-        for interface in address::interfaces().unwrap_or_default() {
+        for interface in interfaces().unwrap_or_default() {
             addresses.extend(interface.addresses);
         }
         Ok(Host {
@@ -90,11 +90,19 @@ fn try_folder(run: &Path, place: &Place) -> anyhow::Result<f64> {
 /// Build ids by content: two builds of the same source may differ in what they compute.
 fn runs(plan: &Plan, worker: Option<&Path>) -> Vec<(String, String)> {
     let digest = |read: anyhow::Result<String>| read.unwrap_or_else(|error| format!("unreadable ({error:#})"));
-    let plan = serde_json::to_vec(plan).unwrap_or_default();
     vec![
-        ("panglot".to_owned(), digest(sameness::this_program().map_err(Into::into))),
-        ("panglot-worker".to_owned(), digest(worker.context("not found").and_then(digest_of))),
-        ("config".to_owned(), blake3::hash(&plan).to_hex()[..16].to_owned()),
+        (
+            "panglot".to_owned(),
+            digest(sameness::this_program().map_err(Into::into)),
+        ),
+        (
+            "panglot-worker".to_owned(),
+            digest(worker.context("not found").and_then(digest_of)),
+        ),
+        (
+            "config".to_owned(),
+            digest(files::digest_of(plan)).chars().take(16).collect(),
+        ),
     ]
 }
 
@@ -109,8 +117,12 @@ fn resolve(host: &str) -> Vec<IpAddr> {
     let (tell, told) = mpsc::channel();
     let host = host.to_owned();
     std::thread::spawn(move || {
-        let found: Vec<IpAddr> =
-            (host.as_str(), 0).to_socket_addrs().into_iter().flatten().map(|address| address.ip()).collect();
+        let found: Vec<IpAddr> = (host.as_str(), 0)
+            .to_socket_addrs()
+            .into_iter()
+            .flatten()
+            .map(|address| address.ip())
+            .collect();
         let _ = tell.send(found);
     });
     told.recv_timeout(Duration::from_secs(2)).unwrap_or_default()
@@ -123,19 +135,26 @@ fn free(folder: &Path) -> u64 {
 /// Workers of this machine whose launcher is gone. No rank runs while the doctor does, but another job's may, under its own.
 fn leftovers() -> Vec<String> {
     let here = fs::read_link("/proc/self/ns/net").ok();
-    let ids = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
-        let id: u32 = entry.file_name().to_str()?.parse().ok()?;
-        let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
-        // "711 (panglot-worker) S 1 …": state and parent stand behind the name, which may hold anything.
-        let mut behind = stat.rsplit_once(')')?.1.split_whitespace();
-        let (state, parent) = (behind.next()?, behind.next()?);
-        let name = fs::read_to_string(entry.path().join("comm")).ok()?;
-        let is_here = fs::read_link(entry.path().join("ns/net")).ok() == here;
-        (name.trim() == "panglot-worker" && state != "Z" && parent == "1" && is_here).then_some(id.to_string())
-    });
+    let ids = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let id: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+            // "711 (panglot-worker) S 1 …": state and parent stand behind the name, which may hold anything.
+            let mut behind = stat.rsplit_once(')')?.1.split_whitespace();
+            let (state, parent) = (behind.next()?, behind.next()?);
+            let name = fs::read_to_string(entry.path().join("comm")).ok()?;
+            let is_here = fs::read_link(entry.path().join("ns/net")).ok() == here;
+            (name.trim() == "panglot-worker" && state != "Z" && parent == "1" && is_here).then_some(id.to_string())
+        });
     ids.collect()
 }
 
 pub fn unix_time() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
 }

@@ -54,13 +54,17 @@ pub fn examine(plan: &Plan, place: &Place, worker: Option<&Path>) -> anyhow::Res
     let door = reach::Door::open()?;
     let mine = Host::look(plan, place, worker, &door)?;
     files::write_json(&folder.join(format!("host-{}", place.rank)), &mine)?;
-    // How long that took belongs into the report: written again, by rename.
-    let mine = Host { write_seconds: began.elapsed().as_secs_f64().min(mine.write_seconds), ..mine };
     let hosts: BTreeMap<usize, Host> = gather(&folder, "host", place.world, REPORTS);
     let links = reach::try_all(&mine, &hosts);
     let _ = files::write_json(&folder.join(format!("links-{}", place.rank)), &links);
-    let mut examined =
-        Examined { findings: Vec::new(), hosts, links: BTreeMap::new(), refused: false, began, folder: folder.clone() };
+    let mut examined = Examined {
+        findings: Vec::new(),
+        hosts,
+        links: BTreeMap::new(),
+        refused: false,
+        began,
+        folder: folder.clone(),
+    };
     if place.rank == 0 {
         // Whoever has not reported has no links either.
         examined.links = gather(&folder, "links", examined.hosts.len(), LINKS);
@@ -74,7 +78,12 @@ pub fn examine(plan: &Plan, place: &Place, worker: Option<&Path>) -> anyhow::Res
         };
         examined.findings = findings(&seen);
         examined.refused = examined.findings.iter().any(|finding| finding.refuses);
-        files::write_json(&folder.join("verdict"), &Verdict { refused: examined.refused })?;
+        files::write_json(
+            &folder.join("verdict"),
+            &Verdict {
+                refused: examined.refused,
+            },
+        )?;
     } else {
         let verdict: Option<Verdict> = wait(&folder.join("verdict"), REPORTS + LINKS);
         // Without a word of rank 0's there is no peer to meet.
@@ -102,8 +111,12 @@ fn gather<T: DeserializeOwned>(folder: &Path, kind: &str, count: usize, limit: D
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         for entry in entries {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let rank = name.strip_prefix(kind).and_then(|rest| rest.strip_prefix('-')?.parse().ok());
-            let Some(rank) = rank.filter(|rank| !found.contains_key(rank)) else { continue };
+            let rank = name
+                .strip_prefix(kind)
+                .and_then(|rest| rest.strip_prefix('-')?.parse().ok());
+            let Some(rank) = rank.filter(|rank| !found.contains_key(rank)) else {
+                continue;
+            };
             if let Ok(value) = files::read_json(&entry.path()) {
                 found.insert(rank, value);
             }

@@ -63,7 +63,10 @@ impl Door {
                 }
             }
         });
-        Ok(Door { port, token: blake3::Hash::from_bytes(token).to_hex().to_string() })
+        Ok(Door {
+            port,
+            token: blake3::Hash::from_bytes(token).to_hex().to_string(),
+        })
     }
 }
 
@@ -96,20 +99,31 @@ pub fn try_all(mine: &Host, hosts: &BTreeMap<usize, Host>) -> Vec<Link> {
     };
     let steps: Vec<usize> = match n {
         0..=MOST_PEERS => (1..n).collect(),
-        _ => std::iter::successors(Some(1), |step| Some(step * 2)).take_while(|step| *step < n).collect(),
+        _ => std::iter::successors(Some(1), |step| Some(step * 2))
+            .take_while(|step| *step < n)
+            .collect(),
     };
     let peers: Vec<&Host> = steps.iter().map(|step| firsts[(here + step) % n]).collect();
     std::thread::scope(|scope| {
         let tries: Vec<_> = peers.iter().map(|peer| scope.spawn(|| reach(peer))).collect();
-        let results = tries.into_iter().map(|tried| tried.join().unwrap_or_else(|_| Err("a bug".to_owned())));
-        let link = |(peer, measured): (&&Host, _)| Link { from: mine.host.clone(), to: peer.host.clone(), measured };
+        let results = tries
+            .into_iter()
+            .map(|tried| tried.join().unwrap_or_else(|_| Err("a bug".to_owned())));
+        let link = |(peer, measured): (&&Host, _)| Link {
+            from: mine.host.clone(),
+            to: peer.host.clone(),
+            measured,
+        };
         peers.iter().zip(results).map(link).collect()
     })
 }
 
 /// The first of its addresses that answers and is it.
 fn reach(peer: &Host) -> Result<Measured, String> {
-    let outer = peer.addresses.iter().filter(|address| !address.is_loopback() && address.is_ipv4());
+    let outer = peer
+        .addresses
+        .iter()
+        .filter(|address| !address.is_loopback() && address.is_ipv4());
     let mut why = "it has no address but its loopback's".to_owned();
     for address in outer {
         match measure(peer, *address) {

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use address::{AddressError, towards};
+pub use address::{AddressError, interfaces, towards};
 pub use hub::Hub;
 pub use sameness::Report;
 pub use secret::{Secret, SecretError};

@@ -319,7 +319,7 @@ fn training(device: Device, precision: Precision, family: Family) -> Result<Vec<
     };
     let mut plan = plan(include_str!("../../../configs/tiny.yaml"))?;
     plan.train.precision = precision;
-    plan.train.recompute = Recompute::Selective;
+    plan.train.recompute = Recompute::Selective.into();
     plan.train.sequence_length = 96;
     plan.train.steps = 3;
     plan.train.full = vec![FullModule::EmbedTokens, FullModule::LmHead, FullModule::Norms];

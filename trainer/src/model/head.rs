@@ -1,16 +1,12 @@
 //! The last stage: final norm, vocabulary matrix and cross-entropy, chunk by chunk. Whole logits never exist.
 //! Axes: n target positions, v vocabulary, d dim.
 
+use configs::planner::memory::head_chunk;
 use tch::{Device, Kind, Tensor};
 
 use super::kernels::{cross_entropy, nll};
 use super::norm::Norm;
 use super::{Weight, add_product};
-
-/// The logits of one chunk take at most this much memory; larger chunks make larger GEMMs and fewer passes over d_weight.
-const CHUNK_BYTES: usize = 256 << 20;
-/// On a GPU, whose GEMMs want more rows: 2,000 of 260,164 pieces in bf16.
-const GPU_CHUNK_BYTES: usize = 1 << 30;
 
 /// A position whose next token is not known or not to be learned.
 pub const IGNORE: i64 = -1;
@@ -19,6 +15,8 @@ pub struct Head {
     pub norm: Norm,
     /// Pieces; rows of the matrix beyond it are padding and get no probability.
     pub pieces: i64,
+    /// Of the matrix, which is not always here.
+    pub rows: i64,
 }
 
 pub struct Loss {
@@ -108,13 +106,12 @@ impl Head {
 
     /// (start, length) of equal chunks over `n` positions.
     fn chunks(&self, n: usize, weight: &Tensor) -> impl Iterator<Item = (i64, i64)> + use<> {
-        let bytes = if weight.device() == Device::Cpu {
-            CHUNK_BYTES
+        let device = if weight.device() == Device::Cpu {
+            configs::Device::Cpu
         } else {
-            GPU_CHUNK_BYTES
+            configs::Device::Cuda
         };
-        let most = (bytes / (weight.kind().elt_size_in_bytes() * self.pieces as usize)).max(1);
-        let length = n.div_ceil(n.div_ceil(most).max(1)).max(1);
+        let length = head_chunk(n, self.pieces as usize, weight.kind().elt_size_in_bytes(), device);
         (0..n)
             .step_by(length)
             .map(move |start| (start as i64, length.min(n - start) as i64))

@@ -66,6 +66,7 @@ impl Model {
             from.read(format!("{name}.weight"), &shape, group)
         });
         let mut positions_td = positions_td.transpose()?;
+        let rows = embedding.value.size()[0];
         each(EMBEDDING, embedding_weights(&mut embedding, &mut positions_td))?;
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for index in 0..config.num_hidden_layers {
@@ -79,6 +80,7 @@ impl Model {
         let mut head = Head {
             norm: from.norm(config.names().final_norm)?,
             pieces: pieces as i64,
+            rows,
         };
         let mut head_weight = match config.tie_word_embeddings {
             true => None,

@@ -2,6 +2,7 @@
 //! Knows nothing of ranks, files' places or schedules.
 
 pub(crate) mod attention;
+mod cached;
 pub(crate) mod fp8;
 mod gemm;
 mod head;
@@ -13,13 +14,16 @@ mod mlp;
 mod new_rows;
 mod norm;
 mod rotary;
+mod thin;
 
 use anyhow::{Result, ensure};
+use configs::planner::{Block, Sizes};
 use configs::{Group, Recompute};
 use sharding::{BucketSpec, Held, ParamSpec, Zero};
 use tch::{Device, Kind, Tensor};
 
 pub use attention::Documents;
+pub use cached::{Cache, Rows, Segment};
 use fp8::Fp8;
 pub use head::{Head, IGNORE, Loss};
 pub use layer::{Layer, Saved};
@@ -29,7 +33,7 @@ pub use mlp::Mlp;
 pub use norm::Norm;
 pub use rotary::Rotary;
 
-use crate::hf::ModelConfig;
+use crate::hf::{Family, ModelConfig};
 use crate::random;
 
 /// A tensor that may train.
@@ -61,7 +65,7 @@ impl Weight {
     }
 
     /// Adds `a` · `b` to the gradient, without a copy of the product where all are f32.
-    fn accumulate_product(&mut self, a: &Tensor, b: &Tensor) {
+    pub(crate) fn accumulate_product(&mut self, a: &Tensor, b: &Tensor) {
         if let Some(grad) = &mut self.grad {
             add_product(grad, a, b);
         }
@@ -234,6 +238,27 @@ impl Model {
     /// lm_head, or the embedding that stands for it.
     pub fn head_matrix(&self) -> &Weight {
         self.head_weight.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Its sizes, as the planner counts with them.
+    pub fn sizes(&self) -> Sizes {
+        let config = &self.config;
+        Sizes {
+            block: match config.family {
+                Family::Llama { .. } => Block::Llama,
+                Family::Gpt2 { .. } => Block::Gpt2,
+            },
+            layers: config.num_hidden_layers,
+            hidden: config.hidden_size,
+            feed_forward: config.intermediate_size,
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            positions: config.max_position_embeddings,
+            tied: config.tie_word_embeddings,
+            pieces: self.head.pieces as usize,
+            rows: self.head.rows as usize,
+        }
     }
 
     /// Every weight, by the stage that it belongs to, in registration order. A tied head reads the embedding's.
