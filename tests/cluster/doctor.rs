@@ -254,7 +254,7 @@ fn twelve_misconfigurations_are_one_line_each() {
     );
 
     // 12: a slow cable.
-    cluster.slow("n3", "20mbit");
+    cluster.slow("n3", "100mbit");
     check(
         &training,
         "slow link",
