@@ -488,7 +488,12 @@ fn a_chain_goes_on_where_requeue_is_forbidden() {
         });
         assert_eq!(training.run.losses().len() as u64, STEPS, "{}", training.said());
         // The third job was taken out of the queue by the second, which finished.
-        assert_eq!(training.said().matches("resumed from step ").count(), 1, "{}", training.said());
+        assert_eq!(
+            training.said().matches("resumed from step ").count(),
+            1,
+            "{}",
+            training.said()
+        );
     }
 }
 
