@@ -273,17 +273,17 @@ fn few_shot_scores_are_those_of_a_straightforward_program_label_by_label() {
     ];
     let taxi = ["Recommendation", "Faith", "Description", "Sin", "Grace", "Violence"];
     // The forms the data sets are published in: TSV, a folder or a file a language.
-    let cases: [(&str, &[&str], &str, [&str; 3], &str); 2] = [
+    let cases = [
         (
             "sib200",
-            &sib,
+            &sib[..],
             "The topic of the news \"{text}\" is {label}",
             ["index_id", "category", "text"],
             "{l}/{s}.tsv",
         ),
         (
             "taxi1500",
-            &taxi,
+            &taxi[..],
             "The topic of the verse \"{text}\" is {label}",
             ["id", "classification", "verse"],
             "{l}/{l}_{s}.tsv",

@@ -301,7 +301,7 @@ fn batch(subject: &Subject, cache: &mut Cache, prefix: usize, items: &[&Ways]) -
                 at += length;
                 row += length;
             }
-            for target in ways.label_from[label]..ids.len() {
+            for (target, id) in ids.iter().enumerate().skip(ways.label_from[label]) {
                 let from = target - 1;
                 wanted.push(Wanted {
                     row: if from < fork {
@@ -309,7 +309,7 @@ fn batch(subject: &Subject, cache: &mut Cache, prefix: usize, items: &[&Ways]) -
                     } else {
                         own_row + from - fork
                     },
-                    id: ids[target],
+                    id: *id,
                     item,
                     label,
                 });

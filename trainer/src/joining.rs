@@ -271,12 +271,9 @@ pub fn code_of(error: &anyhow::Error) -> i32 {
         error.code()
     } else if has(|cause| cause.is::<sharding::Error>()) {
         exit::PEER
-    } else if has(|cause| cause.is::<crate::checkpoint::WritesFailed>()) {
-        exit::IO
     } else if has(|cause| {
-        cause
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|e| e.kind() != std::io::ErrorKind::NotFound)
+        let missing = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
+        cause.is::<crate::checkpoint::WritesFailed>() || cause.downcast_ref().is_some_and(|error| !missing(error))
     }) {
         exit::IO
     } else {

@@ -52,6 +52,8 @@ enum Agent {
     },
 }
 
+type Case = fn(&Bench, &mut Results) -> Result<()>;
+
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     if let Some(Agent::Agent { address, words }) = &arguments.agent {
@@ -67,7 +69,7 @@ fn main() -> Result<ExitCode> {
         arguments,
     };
     let mut results = Results::open(&bench.arguments.out)?;
-    let cases: [(&str, fn(&Bench, &mut Results) -> Result<()>); 5] = [
+    let cases: [(&str, Case); 5] = [
         ("zero1", Bench::zero1),
         ("zero3", Bench::zero3),
         ("sparse", Bench::sparse),
