@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test fuzz soak-corpus bench-corpus bench-model gpu-check bench-gpu clean distclean
+.PHONY: help setup setup-test build demo test test-cluster soak fuzz soak-corpus soak-checkpoint bench-corpus bench-model bench-sharding bench-checkpoint bench-eval bench-cluster gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -18,6 +18,7 @@ setup:  ## system packages, libtorch, the texts and the base model
 
 setup-test: setup  ## besides, the Python environment that the tests compare against
 	@setup/packages.py test
+	@setup/system.sh test
 
 build: setup  ## both programs, in target/release
 	@$(ENV) cargo build --release --locked --workspace
@@ -30,11 +31,23 @@ test: setup-test build  ## everything CI runs: formatting, lints, tests
 	@$(ENV) cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	@$(ENV) cargo test --release --locked --workspace
 
+test-cluster: setup-test build  ## every test on a real Slurm cluster of four nodes on this machine; minutes, as root
+	@$(ENV) cargo test --release --locked -p whole-program-tests --test cluster -- --include-ignored --skip soak --nocapture
+
+soak: setup-test build  ## a fault every 30 to 60 s for half an hour on that cluster; weights must equal the undisturbed run's
+	@$(ENV) cargo test --release --locked -p whole-program-tests --test cluster -- --ignored --exact soak::figures soak::thirty_minutes --nocapture --test-threads=1
+
 fuzz: setup  ## arbitrary bytes through the readers of other programs' files, a minute each
 	@$(ENV) tests/fuzz/run.sh
 
 soak-corpus: build  ## imports 2 GB of generated text under a limit of 1 GiB of memory; minutes, 6 GB of disk
 	@$(ENV) cargo test --release --locked -p corpus --test import -- --ignored --exact two_gigabytes_are_imported_in_one --nocapture
+
+soak-checkpoint: setup-test build  ## a thousand kills, 10,000 damages, 36 pairs of numbers of ranks; about an hour
+	@mkdir -p runs
+	@$(ENV) { cargo test --release --locked -p launcher --test checkpoints -- --soak && \
+	  cargo test --release --locked -p trainer --test elastic -- --soak && \
+	  cargo test --release --locked -p whole-program-tests --test checkpoints -- --ignored --nocapture; } | tee runs/soak-checkpoint.log
 
 bench-corpus: setup-test build  ## the corpus crate side by side with its peers, into bench/results/corpus.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
@@ -43,6 +56,20 @@ bench-corpus: setup-test build  ## the corpus crate side by side with its peers,
 bench-model: setup-test build  ## training steps side by side with transformers + PEFT, into bench/results/model.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_model"
+
+bench-cluster: setup-test build  ## how soon dead and hung ranks are noticed, and what a rendezvous takes, into bench/results/cluster.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_cluster"
+
+bench-sharding: setup-test build  ## four ranks side by side with DDP and FSDP, into bench/results/sharding.json; root, for the slow link
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_sharding"
+
+bench-checkpoint: setup-test build  ## saves and resumes side by side with torch's, into bench/results/checkpoint.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_checkpoint"
+
+bench-eval: setup-test build  ## evaluation and generation side by side with transformers and lm-eval, into bench/results/eval.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_eval"
 
 gpu-check: build  ## every kernel, attention and training steps: this machine's GPU against its CPU
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" gpu-check

@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
 # The system packages the build needs, by apt, and a look at Rust. When all is there it calls neither apt nor the network.
+# `setup/system.sh test`: those of the tests, a Slurm cluster's; without them (or root to use them) its tests are skipped.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 main() {
-    check_rust
-    local missing=()
-    find_missing
+    local missing=() find_missing=find_missing
+    if [[ ${1:-} == test ]]; then
+        find_missing=find_missing_for_tests
+        may_install || return 0
+    else
+        check_rust
+    fi
+    "$find_missing"
     [[ ${#missing[@]} -gt 0 ]] || return 0
     install "${missing[@]}"
     local installed=("${missing[@]}")
     missing=()
-    find_missing
+    "$find_missing"
     [[ ${#missing[@]} -eq 0 ]] ||
         stop "apt installed ${installed[*]}, but what should come with ${missing[*]} is still not found; is another python3 or mpicc first on PATH?"
 }
@@ -24,9 +30,24 @@ find_missing() {
     have mpirun || missing+=(openmpi-bin)
     has_libclang || missing+=(libclang-dev)     # bindgen reads mpi.h with it
     have npm || missing+=(npm)
+    have strace || missing+=(strace)            # the tests kill writers with it, call by call
     have python3 || missing+=(python3)
     python_has pip || missing+=(python3-pip)
     python_has ensurepip || missing+=(python3-venv)
+}
+
+# Tests bring up a cluster in namespaces of its own, as root, and inject its faults; nothing of it runs as a service.
+find_missing_for_tests() {
+    have slurmctld && have slurmd && have sbatch || missing+=(slurm-wlm)
+    have munged || missing+=(munge)
+    have ip && have tc || missing+=(iproute2)
+    have unshare && have nsenter || missing+=(util-linux)
+    have shellcheck || missing+=(shellcheck)
+}
+
+may_install() {
+    { [[ $EUID -eq 0 ]] && have apt-get; } ||
+        { echo "Neither root nor apt: the tests on a Slurm cluster will be skipped."; return 1; }
 }
 
 have() { command -v "$1" > /dev/null; }
@@ -75,4 +96,4 @@ stop() {
     exit 1
 }
 
-main
+main "$@"

@@ -149,4 +149,19 @@ fn another_learning_rate_is_another_run_and_refused() {
         "{}",
         text(&output)
     );
+    assert!(
+        text(&output).contains("checkpoint.allow_changed: [optimizer.groups.lora.lr]"),
+        "what to write is said: {}",
+        text(&output)
+    );
+    let said = text(&succeed(run.train(&[
+        "train.steps=3",
+        "checkpoint.every_steps=3",
+        "optimizer.lr_lora=0.001",
+        "checkpoint.allow_changed=[optimizer.groups.lora.lr]",
+    ])));
+    assert!(
+        said.contains("changed and allowed: optimizer.groups.lora.lr: 0.005 → 0.001"),
+        "{said}"
+    );
 }

@@ -48,10 +48,14 @@ fn a_gpu_that_is_not_there_ends_the_run() {
         return;
     }
     let run = tempfile::tempdir().expect("a folder");
-    let mut command = train(&["train.device=cuda"]);
-    command.arg(format!("folders.prepared={}", prepared().display()));
-    command.arg(format!("folders.run={}", run.path().join("run").display()));
-    check(command, &["no CUDA driver here", "set train.device: cpu"]);
+    // One rank, and two, which would meet through NCCL: each refuses before it waits for the other.
+    for ranks in ["1", "2"] {
+        let mut command = train(&["train.device=cuda"]);
+        command.args(["-n", ranks]);
+        command.arg(format!("folders.prepared={}", prepared().display()));
+        command.arg(format!("folders.run={}", run.path().join("run").display()));
+        check(command, &["no CUDA driver here", "set train.device: cpu"]);
+    }
 }
 
 #[test]

@@ -5,7 +5,10 @@ import re
 from pathlib import Path
 
 
-def report(seconds: float, **more: object) -> None:
+def peak_bytes() -> int:
     status = Path("/proc/self/status").read_text()
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak, **more}))
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+
+
+def report(seconds: float, **more: object) -> None:
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), **more}))

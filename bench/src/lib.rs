@@ -1,4 +1,7 @@
-//! What the benchmarks share: a side run as a process of its own, its report, and the file of results.
+//! What the benchmarks share: a side run as a process of its own, its report, and the file of results. Training steps have a
+//! module of their own.
+
+pub mod training;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -46,12 +49,39 @@ pub fn report(seconds: f64, more: Value) -> Result<Report> {
 
 /// The most memory this process ever had, in bytes.
 pub fn peak_bytes() -> Result<u64> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line
-        .and_then(|line| line.trim().strip_suffix(" kB"))
-        .context("the kernel does not say VmHWM")?;
-    Ok(kib.trim().parse::<u64>()? * 1024)
+    peak_of("self").context("the kernel does not say VmHWM")
+}
+
+/// The largest peak of resident memory among a process and those it started, in bytes.
+pub fn peak_below(process: u32) -> u64 {
+    let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap_or_default();
+    let below = children
+        .split_whitespace()
+        .filter_map(|child| child.parse().ok())
+        .map(peak_below);
+    let own = peak_of(&process.to_string()).unwrap_or(0);
+    below.max().unwrap_or(0).max(own)
+}
+
+fn peak_of(process: &str) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(kib.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// Runs a program of bench/peers.
+pub fn peer(python: &Path, name: &str, arguments: &[&str]) -> Result<Report> {
+    run(Command::new(python).arg(script(name)).args(arguments))
+}
+
+/// A program of bench/peers.
+pub fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(name)
+}
+
+pub fn text_of(path: &Path) -> Result<&str> {
+    path.to_str()
+        .with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
 /// One line of the results.
@@ -75,9 +105,9 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// The ratio is above 1 where ours is better: more of what is per second, less of anything else.
+    /// The ratio is above 1 where ours is better: more of what is per second and of a share, less of anything else.
     pub fn of(name: &str, ours: f64, peer: f64, unit: &str) -> Entry {
-        let less_is_better = !unit.ends_with("/s");
+        let less_is_better = !unit.ends_with("/s") && !unit.starts_with("share");
         Entry {
             name: name.to_owned(),
             ours,
@@ -160,12 +190,22 @@ impl Results {
 
 /// The middle of what the rounds report.
 pub fn median(reports: &[Report], of: impl Fn(&Report) -> f64) -> f64 {
-    let mut values: Vec<f64> = reports.iter().map(of).collect();
+    middle(reports.iter().map(of).collect())
+}
+
+/// The median; NaN of nothing.
+pub fn middle(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     match values.len() {
         0 => f64::NAN,
         n => (values[(n - 1) / 2] + values[n / 2]) / 2.0,
     }
+}
+
+/// The numbers that a report lists as `key`; none where it does not say.
+pub fn numbers(report: &Report, key: &str) -> Vec<f64> {
+    let values = report.more.get(key).and_then(Value::as_array);
+    values.map_or(Vec::new(), |values| values.iter().filter_map(Value::as_f64).collect())
 }
 
 /// What a report calls `key`; NaN where it does not say.

@@ -33,12 +33,17 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
         model: model.unwrap_or(Model::Folder { published: None }),
         vocabulary: raw.vocabulary,
         sampling: raw.sampling,
-        checkpoint: raw.checkpoint,
+        checkpoint: checkpoint(raw.checkpoint),
         evaluation: raw.evaluation,
         launch: raw.launch,
         debug: raw.debug.map_or_else(Debug::default, |debug| Debug {
             check_ranks_equal: debug.check_ranks_equal.unwrap_or(false),
             overfit_one_batch: debug.overfit_one_batch.unwrap_or(false),
+            timeline: debug.timeline.unwrap_or(false),
+            deterministic: debug.deterministic.unwrap_or(false),
+            verify_resume: debug.verify_resume,
+            stop_after: debug.stop_after,
+            die_after: debug.die_after,
         }),
         hardware,
     };
@@ -48,6 +53,7 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     check_vocabulary(&plan, &mut rules);
     check_text(&plan, &mut rules);
     check_batch(&plan, &mut rules);
+    check_checkpoint(&plan, &mut rules);
     check_lengths(&plan, &mut rules);
     if let Model::Scratch { shape, .. } = &plan.model
         && let Err(sentence) = plan.train.recompute.check(shape.num_hidden_layers)
@@ -635,6 +641,14 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
                 .to_owned()
         },
     );
+    rules.require(
+        raw.offload_optimizer != Some(true) || raw.device == Some(Device::Cuda),
+        || {
+            "train.offload_optimizer = true moves optimizer state from a GPU to its host, but train.device is cpu, where it \
+             lies in the host's memory already; leave it out, or set train.device: cuda"
+                .to_owned()
+        },
+    );
     if let Some(lora) = &raw.lora {
         check_lora(lora, &full, rules);
     }
@@ -653,6 +667,7 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
         residual: raw.residual.unwrap_or_default(),
         zero: raw.zero,
         shard_frozen: raw.shard_frozen.unwrap_or(false),
+        offload_optimizer: raw.offload_optimizer.unwrap_or(false),
         reduce: raw.reduce.unwrap_or(Precision::F32),
         guard: raw.guard,
         check_ranks_every: raw.check_ranks_every.unwrap_or(100),
@@ -1120,20 +1135,96 @@ fn check_batch(plan: &Plan, rules: &mut Rules) {
     });
 }
 
-fn check_lengths(plan: &Plan, rules: &mut Rules) {
-    rules.at_least("checkpoint.every_steps", plan.checkpoint.every_steps, 1);
-    rules.require(plan.checkpoint.keep >= 2, || {
+fn checkpoint(typed: raw::Checkpoint) -> Checkpoint {
+    Checkpoint {
+        every_steps: typed.every_steps,
+        every_minutes: typed.every_minutes,
+        keep: typed.keep,
+        keep_every: typed.keep_every,
+        failures_in_a_row: typed.failures_in_a_row.unwrap_or(3),
+        safety_seconds: typed.safety_seconds.unwrap_or(60.0),
+        allow_changed: typed.allow_changed.unwrap_or_default(),
+    }
+}
+
+fn check_checkpoint(plan: &Plan, rules: &mut Rules) {
+    let Checkpoint {
+        every_steps,
+        every_minutes,
+        keep,
+        keep_every,
+        failures_in_a_row,
+        safety_seconds,
+        allow_changed,
+    } = &plan.checkpoint;
+    rules.at_least("checkpoint.every_steps", *every_steps, 1);
+    rules.require(*keep >= 2, || {
         format!(
-            "checkpoint.keep = {} is less than 2: should the newest turn out damaged, nothing would be left; set it to 2",
-            plan.checkpoint.keep
+            "checkpoint.keep = {keep} is less than 2: should the newest turn out damaged, nothing would be left; set it to 2"
         )
     });
+    if let Some(minutes) = every_minutes {
+        rules.require(minutes.is_finite() && *minutes > 0.0, || {
+            format!("checkpoint.every_minutes = {minutes} is not above 0; remove the line to save by steps alone")
+        });
+    }
+    if let Some(every) = keep_every {
+        rules.require(*every > 0 && every.is_multiple_of(*every_steps.max(&1)), || {
+            format!(
+                "checkpoint.keep_every = {every} is not a multiple of checkpoint.every_steps = {every_steps}: no checkpoint of \
+                 those steps need ever exist; try {}",
+                (*every).max(1).next_multiple_of(*every_steps.max(&1))
+            )
+        });
+    }
+    rules.require(*failures_in_a_row > 0, || {
+        "checkpoint.failures_in_a_row = 0 would end the run before its first save; 1 ends it at the first that fails".to_owned()
+    });
+    rules.require(safety_seconds.is_finite() && *safety_seconds >= 0.0, || {
+        format!("checkpoint.safety_seconds = {safety_seconds} is not a time; it is added to what a save takes, 60 if left out")
+    });
+    for key in allow_changed {
+        rules.require(!matches!(key.as_str(), "base_model" | "model"), || {
+            format!(
+                "checkpoint.allow_changed names {key}: a checkpoint holds what was trained on top of its base and is nothing on \
+                 another; set another folders.run for a new run"
+            )
+        });
+    }
+    if let Some(steps) = plan.debug.verify_resume {
+        rules.require(steps > 1 && 2 * steps <= plan.train.steps, || {
+            format!(
+                "debug.verify_resume = {steps} is not in 2 … {}: as many steps are taken before the kill as after it, of \
+                 train.steps = {}",
+                plan.train.steps / 2,
+                plan.train.steps
+            )
+        });
+    }
+}
+
+fn check_lengths(plan: &Plan, rules: &mut Rules) {
     let Evaluation {
         documents_per_language,
         window,
         stride,
         tokens_per_batch,
+        every_steps,
+        sample_bytes,
     } = plan.evaluation;
+    rules.require(every_steps != Some(0), || {
+        "evaluation.every_steps = 0 would measure between no steps; remove the line to measure only when asked"
+            .to_owned()
+    });
+    rules.require(every_steps.is_none() || sample_bytes >= 16, || {
+        format!(
+            "evaluation.sample_bytes = {sample_bytes} is less than 16: a few bytes of a document say nothing; the default is 256"
+        )
+    });
+    rules.require(every_steps.is_none() || plan.corpus.has_text(), || {
+        "evaluation.every_steps is set, but no source has text to hold out; remove the line or add a source with text"
+            .to_owned()
+    });
     rules.at_least("evaluation.window", window, 2);
     rules.require(documents_per_language != Some(0), || {
         "evaluation.documents_per_language = 0 measures nothing; remove the line to measure all held-out documents"

@@ -584,6 +584,9 @@ pub struct Train {
     /// Frozen weights are divided among the ranks too, and gathered stage by stage; whatever the ZeRO stage.
     #[serde(default)]
     pub shard_frozen: bool,
+    /// Optimizer state lies in the host's memory and is updated there. With device: cuda only.
+    #[serde(default)]
+    pub offload_optimizer: bool,
     /// The precision in which gradients travel; sums are made in f32.
     #[serde(default = "f32")]
     pub reduce: Precision,
@@ -1027,8 +1030,18 @@ impl Optimizer {
 #[serde(deny_unknown_fields)]
 pub struct Checkpoint {
     pub every_steps: u64,
+    /// Besides, when so many minutes have passed since the last one began.
+    pub every_minutes: Option<f64>,
     /// The newest this many are kept; at least 2.
     pub keep: usize,
+    /// Besides, those whose step is a multiple of this, for good.
+    pub keep_every: Option<u64>,
+    /// So many saves in a row that could not be written end the run; until then it goes on from memory.
+    pub failures_in_a_row: u32,
+    /// Before a wall-time limit the run saves and ends when `safety_seconds` and twice its longest step and save are left.
+    pub safety_seconds: f64,
+    /// Settings in which a run may differ from the checkpoint that it goes on from, as `panglot plan --json` names them.
+    pub allow_changed: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -1042,6 +1055,30 @@ pub struct Evaluation {
     pub stride: usize,
     /// Tokens in one forward pass.
     pub tokens_per_batch: usize,
+    /// Steps of training between measurements on a fixed sample of held-out text; `None`: none are made. The checkpoint that
+    /// was best on it is kept.
+    #[serde(default)]
+    pub every_steps: Option<u64>,
+    /// Bytes of one held-out document a language in that sample.
+    #[serde(default = "sample_bytes")]
+    pub sample_bytes: usize,
+}
+
+fn sample_bytes() -> usize {
+    256
+}
+
+impl Default for Evaluation {
+    fn default() -> Evaluation {
+        Evaluation {
+            documents_per_language: None,
+            window: 2048,
+            stride: 1024,
+            tokens_per_batch: 4096,
+            every_steps: None,
+            sample_bytes: sample_bytes(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -1059,4 +1096,18 @@ pub struct Debug {
     pub check_ranks_equal: bool,
     /// Every step trains on the rows of step 0.
     pub overfit_one_batch: bool,
+    /// Each rank writes what it did when into the run's `timeline/`, for Perfetto.
+    #[serde(default)]
+    pub timeline: bool,
+    /// Ask libtorch for algorithms whose sums have one order, and NCCL for none of its own: bits then depend on nothing but
+    /// config and number of ranks. On CPUs they do not anyway.
+    #[serde(default)]
+    pub deterministic: bool,
+    /// `panglot train` takes this many steps, kills itself, resumes, takes as many again, and compares all with a run that was
+    /// left alone.
+    pub verify_resume: Option<u64>,
+    /// The run saves and ends after this many steps, as if it had been asked to.
+    pub stop_after: Option<u64>,
+    /// Every rank kills itself after this many steps, with nothing written but what was before.
+    pub die_after: Option<u64>,
 }

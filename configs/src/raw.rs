@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use crate::error::{ConfigError, sentence};
 use crate::plan::{
-    Algorithm, Checkpoint, Device, Evaluation, FrozenPrecision, Gelu, Group, Guard, Launch, Lora, OnUnreadable,
-    OneDocument, Precision, Recomputation, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
+    Algorithm, Device, Evaluation, FrozenPrecision, Gelu, Group, Guard, Launch, Lora, OnUnreadable, OneDocument,
+    Precision, Recomputation, Residual, Sampling, Schedule, Vocabulary, WordRules, maybe_whole,
 };
 use crate::planner::hardware;
 
@@ -211,6 +211,8 @@ pub struct Train {
     pub zero: u8,
     /// None: every rank keeps all frozen weights.
     pub shard_frozen: Option<bool>,
+    /// None: optimizer state lies where the model does.
+    pub offload_optimizer: Option<bool>,
     /// None: f32.
     pub reduce: Option<Precision>,
     /// None: a step is skipped only where its loss or gradient is not finite.
@@ -246,6 +248,23 @@ pub struct Optimizer {
     pub final_lr_share: Option<f64>,
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Checkpoint {
+    pub every_steps: u64,
+    /// None: by steps alone.
+    pub every_minutes: Option<f64>,
+    pub keep: usize,
+    /// None: only the newest are kept.
+    pub keep_every: Option<u64>,
+    /// None: 3.
+    pub failures_in_a_row: Option<u32>,
+    /// None: 60.
+    pub safety_seconds: Option<f64>,
+    /// None: a run goes on with the settings that it began with.
+    pub allow_changed: Option<Vec<String>>,
+}
+
 /// What one group has of its own.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -259,6 +278,12 @@ pub struct GroupRates {
 pub struct Debug {
     pub check_ranks_equal: Option<bool>,
     pub overfit_one_batch: Option<bool>,
+    pub timeline: Option<bool>,
+    pub deterministic: Option<bool>,
+    /// None: training is training. So with the two below.
+    pub verify_resume: Option<u64>,
+    pub stop_after: Option<u64>,
+    pub die_after: Option<u64>,
 }
 
 pub fn read(file: &Path, overrides: &[String]) -> Result<Raw, ConfigError> {

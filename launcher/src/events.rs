@@ -1,8 +1,10 @@
-//! What a worker tells the launcher: one JSON object a line on its standard output, from rank 0 only.
+//! What a worker tells the launcher: one JSON object a line on its standard output, from rank 0 where nothing else is said.
 //! Everything meant for people goes to standard error and to the run's logs.
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 
 use configs::Group;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -16,8 +18,14 @@ pub enum Event {
     Progress { done: u64, total: u64, unit: String },
     /// One optimizer step was taken (or skipped).
     Step(StepMetrics),
+    /// More of the text that is written behind prompt `index`, and whether it was the last of it.
+    Text { index: usize, text: String, ended: bool },
     /// A sentence the user should see, such as what was resumed from where.
     Note { text: String },
+    /// The job cannot go on: who is at fault, and the code that its ranks leave with. From whichever rank noticed.
+    Lost { code: i32, text: String },
+    /// This rank is alive; from every rank, where whoever started it asks for it.
+    Beat,
     /// The command finished; `result` is what `--json` prints.
     Done { result: serde_json::Value },
 }
@@ -39,6 +47,9 @@ pub struct StepMetrics {
     /// Why, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skip_reason: Option<String>,
+    /// Held-out text, where it was measured after this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<HeldOut>,
     /// Learning rate by parameter group, of those that train.
     pub lr: BTreeMap<Group, f64>,
     /// Target tokens of the global batch.
@@ -71,7 +82,28 @@ fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
+/// A fixed sample of held-out text, measured while training.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HeldOut {
+    /// Mean over languages, each counting once.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub macro_bits_per_byte: f64,
+    pub languages: usize,
+    pub tokens: u64,
+    pub seconds: f64,
+}
+
 impl Event {
+    /// Tells it to a launcher on this host, whose socket is named `ear`. Whether it could.
+    pub fn tell(&self, ear: &Path) -> bool {
+        let line = serde_json::to_vec(self).expect("events are plain data");
+        let sent = UnixDatagram::unbound().and_then(|socket| {
+            socket.set_nonblocking(true)?;
+            socket.send_to(&line, ear)
+        });
+        sent.is_ok()
+    }
+
     /// Writes the event as one line and flushes it, so that a reader sees it now.
     pub fn emit(&self) {
         let line = serde_json::to_string(self).expect("events are plain data");
@@ -93,6 +125,7 @@ mod tests {
             grad_norm: 0.1 + 0.2,
             skipped: !loss.is_finite(),
             skip_reason: None,
+            held_out: None,
             lr: [(Group::Lora, 1e-3), (Group::Embeddings, 2e-3)].into(),
             targets: 4080,
             targets_so_far: 16_320,

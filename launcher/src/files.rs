@@ -29,6 +29,11 @@ pub fn write_json(file: &Path, value: &impl Serialize) -> anyhow::Result<()> {
     write_atomically(file, &text)
 }
 
+/// Of the value as JSON, in hexadecimal digits.
+pub fn digest_of(value: &impl Serialize) -> anyhow::Result<String> {
+    Ok(blake3::hash(&serde_json::to_vec(value)?).to_hex().to_string())
+}
+
 pub fn read_json<T: DeserializeOwned>(file: &Path) -> anyhow::Result<T> {
     let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not what it should be", file.display()))

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{App, Failed};
+use commands::{App, Failed, Leave};
 use launcher::{exit, supervise};
 
 /// Teaches a LLaMA-family model hundreds of languages.
@@ -31,10 +31,13 @@ Examples:
   panglot plan configs/mala500-7b.yaml          what a config means and what it would take; starts nothing
   panglot prepare configs/demo.yaml             corpus, model, vocabulary, tokens: what is missing or stale
   panglot train configs/demo.yaml -n 2          on two ranks; the same line again resumes
+  panglot train configs/demo.yaml -n 2 --restarts 3  again from the newest checkpoint when a rank is lost
   panglot train configs/tiny.yaml train.steps=5 a key of the config, for this time
+  panglot submit configs/mala500-7b.yaml nodes=4 ranks_per_node=4 time=1-00:00:00 --dry-run
   panglot corpus verify configs/demo.yaml       is every language still as it was imported?
   panglot vocab configs/demo.yaml --loss=all    which start of the new rows loses least before any step
   panglot model inspect configs/demo.yaml       what the base model holds, and what of it trains
+  panglot checkpoint verify configs/demo.yaml   is every byte of the run's checkpoints as it was written?
   panglot rows configs/demo.yaml --decode       what the model will read, and in which language
   panglot report configs/demo.yaml              one page to look at: runs/demo/report.html";
 
@@ -53,10 +56,26 @@ enum Command {
     Prepare(commands::stage::Args),
     /// Train, or go on training from the newest checkpoint; prepares first what is missing
     Train(commands::train::Args),
-    /// Measure bits per byte of held-out text, language by language
+    /// Measure a model: held-out text language by language, few-shot tasks, written text
     Eval(commands::eval::Args),
+    /// List, verify, show, recut or remove a run's checkpoints
+    #[command(subcommand)]
+    Checkpoint(commands::checkpoint::Command),
+    /// Write text behind prompts
+    Generate(commands::generate::Args),
     /// Write the newest checkpoint as a merged model and as a PEFT adapter
     Export(commands::export::Args),
+    /// Write a job script for the run and submit it to Slurm
+    Submit(commands::submit::Args),
+    /// Look at the nodes of a job, under the same srun or mpirun line as training: what would spoil a run, where, and the remedy
+    Doctor(commands::doctor::Args),
+    /// Where a run stands, from its files alone: step, loss, speed, time left, nodes, checkpoints
+    Status(commands::status::Args),
+    /// Run or submit the same training on several numbers of nodes, and tell what more nodes win
+    Scale(commands::scale::Args),
+    /// What a job script asks before and after its ranks
+    #[command(subcommand)]
+    Job(commands::job::Command),
     /// Show what a config means, every value and what follows from it; starts nothing
     Plan(commands::plan::Args),
     /// Show the rows that a run reads, or the table of what it reads of each part; starts nothing
@@ -88,7 +107,14 @@ fn main() -> ExitCode {
         Command::Prepare(args) => commands::stage::prepare(&app, &args),
         Command::Train(args) => commands::train::run(&app, &args),
         Command::Eval(args) => commands::eval::run(&app, &args),
+        Command::Checkpoint(command) => commands::checkpoint::run(&app, &command),
+        Command::Generate(args) => commands::generate::run(&app, &args),
         Command::Export(args) => commands::export::run(&app, &args),
+        Command::Submit(args) => commands::submit::run(&app, &args),
+        Command::Doctor(args) => commands::doctor::run(&app, &args),
+        Command::Status(args) => commands::status::run(&app, &args),
+        Command::Scale(args) => commands::scale::run(&app, &args),
+        Command::Job(command) => commands::job::run(&app, &command),
         Command::Plan(args) => commands::plan::run(&app, &args),
         Command::Rows(args) => commands::rows::run(&app, &args),
         Command::Report(args) => commands::report::run(&app, &args),
@@ -109,11 +135,17 @@ fn main() -> ExitCode {
 
 /// Prints what went wrong, unless the worker has; gives the code to leave with.
 fn report(error: &anyhow::Error) -> i32 {
+    if let Some(Leave(code)) = error.downcast_ref() {
+        return *code;
+    }
     if let Some(failed) = error.downcast_ref::<Failed>() {
         eprintln!("panglot: {error}");
         return failed.code;
     }
     eprintln!("panglot: {error:#}");
+    if error.is::<commands::verify_resume::Differs>() {
+        return exit::INTERNAL;
+    }
     let is = |kind: fn(&std::io::Error) -> bool| error.chain().any(|cause| cause.downcast_ref().is_some_and(kind));
     // A file that is not there was named wrongly; one that cannot be read or written is the machine's matter.
     let files = is(|error| error.kind() != std::io::ErrorKind::NotFound) && !error.is::<configs::ConfigError>();

@@ -2,8 +2,12 @@
 //! options apart: one function decides, in a fixed order, and refuses what is contradictory instead of choosing.
 
 use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+use crate::rendezvous::{Secret, SecretError};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
@@ -34,6 +38,23 @@ pub enum Family {
     Alone,
 }
 
+/// What Slurm's variables say of the job that this process belongs to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SlurmJob {
+    pub id: Option<String>,
+    /// Seconds since 1970; newer Slurms set it.
+    pub end_time: Option<String>,
+}
+
+impl SlurmJob {
+    pub fn detect() -> SlurmJob {
+        SlurmJob {
+            id: std::env::var("SLURM_JOB_ID").ok(),
+            end_time: std::env::var("SLURM_JOB_END_TIME").ok(),
+        }
+    }
+}
+
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlaceError {
     #[error("{name} = {value:?} is not a whole number; a launcher sets it, so unset it or start through the launcher")]
@@ -58,6 +79,106 @@ pub enum PlaceError {
          put `srun` before the command"
     )]
     BatchShell { job: String, tasks: usize },
+    #[error(
+        "srun started {tasks} tasks, but {family} says that this is one rank alone: there would be {tasks} runs of one rank each \
+         in the same folder; let srun start the ranks by itself (srun --mpi=pmix panglot train …), or start one mpirun outside of srun"
+    )]
+    Singletons { tasks: usize, family: Family },
+}
+
+/// What the job around this rank says, beside its place.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// The scheduler's name of the job; "local" without one.
+    pub job: String,
+    pub secret: Option<Secret>,
+    /// PANGLOT_INTERFACE: where rank 0 listens.
+    pub interface: Option<String>,
+    /// The node that the job was started from, on the cluster's network.
+    pub launch_node: Option<IpAddr>,
+    /// Whoever started this rank wants signs of life.
+    pub beats: bool,
+    /// Its socket, where it listens for losses.
+    pub ear: Option<PathBuf>,
+    /// Whether all ranks are on this host; `None` where nobody tells.
+    pub one_host: Option<bool>,
+}
+
+/// The job's secret, 64 hexadecimal digits; or a file of mode 0600 that holds them.
+pub const SECRET: &str = "PANGLOT_SECRET";
+const SECRET_FILE: &str = "PANGLOT_SECRET_FILE";
+pub const BEATS: &str = "PANGLOT_BEATS";
+pub const EAR: &str = "PANGLOT_EAR";
+
+impl Surroundings {
+    pub fn detect() -> Result<Surroundings, SecretError> {
+        Surroundings::from_variables(|name| std::env::var(name).ok())
+    }
+
+    fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Surroundings, SecretError> {
+        let secret = match (variable(SECRET), variable(SECRET_FILE)) {
+            (Some(secret), _) => Some(Secret::from_hex(&secret)?),
+            (None, Some(file)) => Some(Secret::from_file(Path::new(&file))?),
+            (None, None) => None,
+        };
+        // What is wrong with the variables of a rank was said when its place was looked for.
+        let told = families(&Variables(&variable)).unwrap_or_default();
+        let one_host = match &told[..] {
+            [] => Some(true),
+            [first, ..] => told
+                .iter()
+                .find_map(|told| told.local_world)
+                .map(|local| local == first.world),
+        };
+        let jobs = ["SLURM_JOB_ID", "PBS_JOBID", "FLUX_JOB_ID", "LSB_JOBID"];
+        Ok(Surroundings {
+            job: jobs
+                .iter()
+                .find_map(|name| variable(name))
+                .unwrap_or_else(|| "local".into()),
+            secret,
+            interface: variable("PANGLOT_INTERFACE").filter(|name| !name.is_empty()),
+            launch_node: variable("SLURM_LAUNCH_NODE_IPADDR").and_then(|address| address.parse().ok()),
+            beats: variable(BEATS).is_some(),
+            ear: variable(EAR).map(PathBuf::from),
+            one_host,
+        })
+    }
+}
+
+/// What all ranks of one launch have in common and no other launch has; fit for a file's name.
+pub fn launch_id() -> String {
+    let names = [
+        "SLURM_JOB_ID",
+        "SLURM_RESTART_COUNT",
+        "SLURM_STEP_ID",
+        "PMIX_NAMESPACE",
+        "PALS_APID",
+        "FLUX_JOB_ID",
+    ];
+    let parts: Vec<String> = names.iter().filter_map(|name| std::env::var(name).ok()).collect();
+    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' };
+    let id: String = parts.join(".").chars().map(plain).take(100).collect();
+    if id.is_empty() { "local".to_owned() } else { id }
+}
+
+/// The host of each rank of this step, where Slurm tells; in its usual order, node after node.
+pub fn step_hosts() -> Vec<String> {
+    let told = |name: &str| std::env::var(name).ok();
+    let placed = || {
+        let hosts = crate::hostlist::parse(&told("SLURM_STEP_NODELIST")?).ok()?;
+        let tasks = told("SLURM_STEP_TASKS_PER_NODE")?;
+        let of_host = |(node, host)| Some(vec![host; tasks_on_node(&tasks, node)?]);
+        hosts.into_iter().enumerate().map(of_host).collect::<Option<Vec<_>>>()
+    };
+    placed().unwrap_or_default().concat()
+}
+
+/// Whether this process was started so that MPI finds its peers.
+pub fn is_wired_for_mpi() -> bool {
+    ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PMI_FD"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some())
 }
 
 impl Place {
@@ -69,13 +190,20 @@ impl Place {
     /// `detect` over any source of variables.
     pub fn from_variables(variable: impl Fn(&str) -> Option<String>, host: &str) -> Result<Place, PlaceError> {
         let variables = Variables(&variable);
-        let found: Vec<Told> = [explicit, open_mpi, slurm, pmi, pals, flux]
-            .iter()
-            .filter_map(|family| family(&variables).transpose())
-            .collect::<Result<_, _>>()?;
+        let found = families(&variables)?;
         let Some(first) = found.first() else {
             return alone(&variables, host);
         };
+        if let Some(tasks) = found
+            .iter()
+            .find(|told| told.family == Family::Slurm)
+            .map(|told| told.world)
+            && tasks > 1
+            && first.world == 1
+        {
+            let family = first.family;
+            return Err(PlaceError::Singletons { tasks, family });
+        }
         for other in &found[1..] {
             // mpirun starts its daemons on other nodes by srun, so its ranks there see Slurm's numbers of the daemons.
             if first.family == Family::OpenMpi && other.family == Family::Slurm {
@@ -146,6 +274,12 @@ impl fmt::Display for Place {
             "rank {rank} of {world}, {local_rank} of {local_world} on {node}, told by {family}"
         )
     }
+}
+
+/// Every family that says something, in the order in which they are believed.
+fn families(variables: &Variables) -> Result<Vec<Told>, PlaceError> {
+    let all = [explicit, open_mpi, slurm, pmi, pals, flux];
+    all.iter().filter_map(|family| family(variables).transpose()).collect()
 }
 
 /// What one family of variables says.
@@ -376,6 +510,28 @@ mod tests {
     }
 
     #[test]
+    fn whether_all_ranks_are_here_is_not_guessed() {
+        let one_host = |variables: &str| {
+            let table: Vec<_> = variables
+                .split_whitespace()
+                .map(|pair| pair.split_once('=').unwrap())
+                .collect();
+            let value = |name: &str| {
+                table
+                    .iter()
+                    .find(|(known, _)| *known == name)
+                    .map(|(_, value)| (*value).to_owned())
+            };
+            Surroundings::from_variables(value).unwrap().one_host
+        };
+        assert_eq!(one_host(OPEN_MPI), Some(false));
+        assert_eq!(one_host(EXPLICIT), None);
+        assert_eq!(one_host(&format!("{EXPLICIT} LOCAL_WORLD_SIZE=4")), Some(true));
+        assert_eq!(one_host(&format!("{STEP} {EXPLICIT}")), Some(false));
+        assert_eq!(one_host(""), Some(true));
+    }
+
+    #[test]
     fn the_first_family_wins_where_they_agree_and_the_others_fill_in() {
         check(&format!("{STEP} {EXPLICIT}"), Family::Explicit, (3, 4, 1), 2);
         check(&format!("{STEP} PMI_RANK=3 PMI_SIZE=4"), Family::Slurm, (3, 4, 1), 2);
@@ -393,10 +549,20 @@ mod tests {
     fn what_is_contradictory_is_refused() {
         let refused = |variables: &str| place(variables).unwrap_err().to_string();
         assert_eq!(
-            refused(&format!("{STEP} RANK=0 WORLD_SIZE=1 LOCAL_RANK=0")),
-            "two launchers disagree: RANK/WORLD_SIZE says rank 0 of 1, Slurm (SLURM_PROCID) says rank 3 of 4; start the ranks \
+            refused(&format!("{STEP} RANK=0 WORLD_SIZE=2 LOCAL_RANK=0")),
+            "two launchers disagree: RANK/WORLD_SIZE says rank 0 of 2, Slurm (SLURM_PROCID) says rank 3 of 4; start the ranks \
              through one of them, or unset the variables of the other"
         );
+        for alone in [
+            "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0",
+            "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_LOCAL_RANK=0",
+        ] {
+            let said = refused(&format!("{STEP} {alone}"));
+            assert!(
+                said.starts_with("srun started 4 tasks, but ") && said.contains("--mpi=pmix"),
+                "{said}"
+            );
+        }
         assert_eq!(
             refused("RANK=1"),
             "RANK is set but WORLD_SIZE is not; set both, or unset RANK"

@@ -1,23 +1,29 @@
-//! Runs a worker (or an mpirun of workers) to its end: reads its events, forwards our signals, keeps its exit code, leaves
-//! nothing behind. If this process is killed, the job gets SIGTERM from the kernel.
+//! Runs a worker, several, or an mpirun of workers to the end: reads their events, forwards our signals, keeps the exit code,
+//! leaves nothing behind. If this process is killed, the kernel ends what it started.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, getppid};
-use tokio::io::{AsyncBufReadExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::UnixDatagram;
+use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc::{self, UnboundedSender};
 
 use crate::events::Event;
+use crate::exit;
+use crate::place::EAR;
+use crate::rendezvous;
 use crate::worker::Job;
 
 #[derive(Debug)]
@@ -26,6 +32,10 @@ pub struct Ended {
     pub code: i32,
     /// Of the event `Done`.
     pub result: Option<serde_json::Value>,
+    /// Of the event `Lost`, or how the first process to fail did.
+    pub lost: Option<String>,
+    /// This process was asked to end, and asked the job to.
+    pub asked: bool,
 }
 
 /// Runs `job`. `watch` sees every event and may answer with a signal for the job.
@@ -38,47 +48,144 @@ pub fn supervise(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> 
     ended
 }
 
+/// After one of several ranks has failed, the others find out by themselves and say more about it; then they are ended.
+const GRACE: Duration = Duration::from_secs(3);
+/// A rank that has given signs of life and gives none for so long is stopped, or its machine is out of memory.
+const SILENCE: Duration = Duration::from_secs(6);
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// What happens to a process of the job.
+enum News {
+    Line(String),
+    Ended(io::Result<ExitStatus>),
+}
+
 async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::Result<Ended> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut user = signal(SignalKind::user_defined1())?;
-    let mut child = spawn(job)?;
-    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let (tell, mut news) = mpsc::unbounded_channel();
+    // Without one, ranks say their losses by themselves.
+    let ear = [std::env::temp_dir(), "/tmp".into()]
+        .iter()
+        .find_map(|folder| Ear::open(folder).ok());
+    let alone = [Vec::new()];
+    let ranks = if job.ranks.is_empty() { &alone[..] } else { &job.ranks };
     let mut group = Group {
-        id: child.id(),
+        members: Vec::new(),
         asked_to_end: None,
     };
-    let mut result = None;
-    let mut listening = true;
-    let status = loop {
+    for (index, env) in ranks.iter().enumerate() {
+        match spawn(job, env, ear.as_ref()) {
+            Ok(child) => {
+                group.members.push(Member {
+                    id: child.id(),
+                    alive: true,
+                    heard: None,
+                });
+                follow(child, index, tell.clone());
+            }
+            Err(error) => {
+                group.end();
+                return Err(error);
+            }
+        }
+    }
+    let mut heard = Heard::default();
+    let mut first: Option<ExitStatus> = None;
+    let mut grace: Option<Instant> = None;
+    let mut looks = tokio::time::interval(LOOK_EVERY);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut last_look = Instant::now();
+    while group.members.iter().any(|member| member.alive) {
         tokio::select! {
-            line = lines.next_line(), if listening => match line? {
-                Some(line) => group.send(hear(&line, &mut result, watch)),
-                None => listening = false,
+            Some((index, news)) = news.recv() => match news {
+                News::Line(line) => {
+                    if line.contains(BEAT) {
+                        group.members[index].heard = Some(Instant::now());
+                    } else {
+                        group.send(heard.take(&line, watch));
+                    }
+                }
+                News::Ended(status) => {
+                    let status = status?;
+                    let member = &mut group.members[index];
+                    member.alive = false;
+                    if !status.success() && first.is_none() {
+                        first = Some(status);
+                        if !job.ranks.is_empty() {
+                            heard.failed(index, member.id, status, group.asked_to_end);
+                        }
+                        grace = Some(Instant::now() + GRACE);
+                    }
+                }
             },
-            status = child.wait() => break status?,
+            text = Ear::listen(ear.as_ref()) => heard.told(&text),
+            _ = looks.tick() => {
+                let now = Instant::now();
+                // Where this process itself was stopped meanwhile, the beats are still in the pipe.
+                let was_away = now.duration_since(last_look) > SILENCE / 2;
+                last_look = now;
+                let silent = |member: &&mut Member| {
+                    member.alive && member.heard.is_some_and(|heard| now.duration_since(heard) > SILENCE)
+                };
+                for (index, member) in group.members.iter_mut().enumerate() {
+                    if was_away {
+                        member.heard = member.heard.map(|_| now);
+                    } else if silent(&member) {
+                        heard.silent(index, member.id);
+                        member.end();
+                    }
+                }
+                if grace.is_some_and(|until| now > until) {
+                    group.end();
+                }
+            }
             _ = terminate.recv() => group.forward(Signal::SIGTERM),
             _ = interrupt.recv() => group.forward(Signal::SIGINT),
             _ = user.recv() => group.send(Some(Signal::SIGUSR1)),
         }
-    };
-    // Whatever of the group still holds the pipe must go before its end can be read.
+    }
+    while let Some(text) = ear.as_ref().and_then(Ear::rest) {
+        heard.told(&text);
+    }
+    // Whatever of the groups still holds a pipe must go before its end can be read.
     group.end();
-    drain(&mut lines, &mut result, watch).await?;
+    drop(tell);
+    // A stray outside the groups may hold a pipe open; it is ended after this.
+    while let Ok(Some((_, last))) = tokio::time::timeout(Duration::from_secs(1), news.recv()).await {
+        if let News::Line(line) = last
+            && !line.contains(BEAT)
+        {
+            heard.take(&line, watch);
+        }
+    }
+    let code = match (first, heard.code) {
+        (None, _) => 0,
+        // The ranks agreed on a code; what the first of them, or mpirun, ended with may be the consequence.
+        (Some(_), Some(code)) => code,
+        (Some(status), None) => group.exit_code(status),
+    };
     Ok(Ended {
-        code: group.exit_code(status),
-        result,
+        code,
+        result: heard.result,
+        lost: heard.lost,
+        asked: group.asked_to_end.is_some(),
     })
 }
 
-fn spawn(job: &Job) -> io::Result<Child> {
+/// As `Event::Beat` is written. There are many; none is parsed.
+const BEAT: &str = r#"{"event":"beat"}"#;
+
+fn spawn(job: &Job, rank: &[(&'static str, String)], ear: Option<&Ear>) -> io::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg(TETHER)
         .arg(std::process::id().to_string())
         .arg(&job.program)
         .args(&job.args);
-    command.envs(job.env.iter().map(|(name, value)| (name, value)));
+    command.envs(job.env.iter().chain(rank).map(|(name, value)| (name, value)));
+    command.envs(ear.map(|ear| (EAR, &ear.path)));
     // Its own group: Ctrl-C reaches it through us only, once.
     command
         .process_group(0)
@@ -88,57 +195,183 @@ fn spawn(job: &Job) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Takes in one line of a worker's standard output; gives back what `watch` wants sent.
-fn hear(
-    line: &str,
-    result: &mut Option<serde_json::Value>,
-    watch: &mut dyn FnMut(&Event) -> Option<Signal>,
-) -> Option<Signal> {
-    match serde_json::from_str(line) {
-        Ok(event) => {
-            if let Event::Done { result: value } = &event {
-                *result = Some(value.clone());
+/// Tells what a process says and how it ends, the one beside the other: a stray may hold the pipe.
+fn follow(mut child: Child, index: usize, tell: UnboundedSender<(usize, News)>) {
+    let lines = child.stdout.take().map(|stdout| BufReader::new(stdout).lines());
+    let said = tell.clone();
+    tokio::spawn(async move {
+        let Some(mut lines) = lines else { return };
+        while let Ok(Some(line)) = lines.next_line().await {
+            if said.send((index, News::Line(line))).is_err() {
+                return;
             }
-            watch(&event)
         }
-        // A library's chatter: not ours, but perhaps the only clue.
-        Err(_) => {
-            eprintln!("{line}");
-            None
+    });
+    tokio::spawn(async move {
+        let status = child.wait().await;
+        let _ = tell.send((index, News::Ended(status)));
+    });
+}
+
+/// What the job's processes have said that outlives them.
+#[derive(Default)]
+struct Heard {
+    result: Option<serde_json::Value>,
+    lost: Option<String>,
+    code: Option<i32>,
+    /// A loss was said here, and not by the rank that found it.
+    said: bool,
+}
+
+impl Heard {
+    /// Takes in one line of a worker's standard output; gives back what `watch` wants sent.
+    fn take(&mut self, line: &str, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> Option<Signal> {
+        match serde_json::from_str(line) {
+            Ok(event) => {
+                match &event {
+                    Event::Done { result } => self.result = Some(result.clone()),
+                    Event::Lost { code, text } => {
+                        self.code.get_or_insert(*code);
+                        self.lost.get_or_insert_with(|| text.clone());
+                    }
+                    _ => {}
+                }
+                watch(&event)
+            }
+            // A library's chatter: not ours, but perhaps the only clue.
+            Err(_) => {
+                eprintln!("{line}");
+                None
+            }
         }
+    }
+
+    /// Told past mpirun, by a rank that leaves the saying to us.
+    fn told(&mut self, event: &str) {
+        let Ok(Event::Lost { code, text }) = serde_json::from_str(event) else {
+            return;
+        };
+        if !std::mem::replace(&mut self.said, true) {
+            eprintln!("panglot: {text}");
+        }
+        self.code.get_or_insert(code);
+        self.lost.get_or_insert(text);
+    }
+
+    /// The first of several ranks to fail has ended like this.
+    fn failed(&mut self, rank: usize, id: Option<u32>, status: ExitStatus, asked: Option<Signal>) {
+        let Some(signal) = status.signal().filter(|_| asked.is_none()) else {
+            return;
+        };
+        let name = Signal::try_from(signal).map_or_else(|_| signal.to_string(), |signal| signal.to_string());
+        let text = format!("rank {rank} (process {}) was ended by {name}", id.unwrap_or(0));
+        eprintln!("panglot: {text}");
+        self.lost.get_or_insert(text);
+        self.code.get_or_insert(exit::PEER);
+    }
+
+    fn silent(&mut self, rank: usize, id: Option<u32>) {
+        let id = id.unwrap_or(0);
+        let state = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+        let stopped = state.contains(") T ");
+        let why = if stopped {
+            "it is stopped by a signal"
+        } else {
+            "it does not run"
+        };
+        let seconds = SILENCE.as_secs();
+        let text = format!(
+            "the rank in process {id} ({rank} of this launcher's) gave no sign for {seconds} s: {why}; it is killed"
+        );
+        eprintln!("panglot: {text}");
+        self.lost.get_or_insert(text);
+        self.code.get_or_insert(exit::PEER);
     }
 }
 
-async fn drain(
-    lines: &mut Lines<BufReader<ChildStdout>>,
-    result: &mut Option<serde_json::Value>,
-    watch: &mut dyn FnMut(&Event) -> Option<Signal>,
-) -> io::Result<()> {
-    // A stray outside the group may hold the pipe open; it is ended after this.
-    while let Ok(line) = tokio::time::timeout(Duration::from_secs(1), lines.next_line()).await {
-        let Some(line) = line? else { break };
-        hear(&line, result, watch);
-    }
-    Ok(())
+const MOST_TOLD: usize = 16 << 10;
+
+/// A socket in a folder that only this user can enter, gone with this.
+struct Ear {
+    path: PathBuf,
+    socket: UnixDatagram,
 }
 
-/// The child's process group; its number is the child's.
-struct Group {
+impl Ear {
+    /// # Errors
+    /// When the folder cannot be written, or its name is longer than a socket's may be.
+    fn open(folder: &Path) -> io::Result<Ear> {
+        let nonce: [u8; 8] = rendezvous::secret::random()?;
+        let folder = folder.join(format!("panglot-{:016x}", u64::from_le_bytes(nonce)));
+        std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
+        let path = folder.join("ear");
+        let socket = UnixDatagram::bind(&path).inspect_err(|_| drop(std::fs::remove_dir(&folder)))?;
+        Ok(Ear { path, socket })
+    }
+
+    async fn listen(ear: Option<&Ear>) -> String {
+        let Some(ear) = ear else {
+            return std::future::pending().await;
+        };
+        let mut text = vec![0; MOST_TOLD];
+        match ear.socket.recv(&mut text).await {
+            Ok(length) => String::from_utf8_lossy(&text[..length]).into_owned(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// What was told and not yet heard.
+    fn rest(&self) -> Option<String> {
+        let mut text = vec![0; MOST_TOLD];
+        let length = self.socket.try_recv(&mut text).ok()?;
+        Some(String::from_utf8_lossy(&text[..length]).into_owned())
+    }
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+        let _ = self.path.parent().map(std::fs::remove_dir);
+    }
+}
+
+/// A process that we started, with its process group, whose number is its own.
+struct Member {
     id: Option<u32>,
+    alive: bool,
+    /// Its last sign of life, if it gives any.
+    heard: Option<Instant>,
+}
+
+impl Member {
+    fn end(&self) {
+        if let Some(id) = self.id {
+            let _ = killpg(Pid::from_raw(id as i32), Signal::SIGKILL);
+        }
+    }
+}
+
+struct Group {
+    members: Vec<Member>,
     asked_to_end: Option<Signal>,
 }
 
 impl Group {
-    /// To the child only: mpirun passes signals on to its ranks in its own way.
+    /// To the processes that we started only: mpirun passes signals on to its ranks in its own way.
     fn send(&mut self, signal: Option<Signal>) {
-        let (Some(id), Some(signal)) = (self.id, signal) else {
-            return;
-        };
+        let Some(signal) = signal else { return };
         if matches!(signal, Signal::SIGTERM | Signal::SIGINT) {
             self.asked_to_end = Some(signal);
         }
-        // It may have just ended, which is what the signal was for.
-        let _ = kill(Pid::from_raw(id as i32), signal);
+        for id in self
+            .members
+            .iter()
+            .filter(|member| member.alive)
+            .filter_map(|member| member.id)
+        {
+            // It may have just ended, which is what the signal was for.
+            let _ = kill(Pid::from_raw(id as i32), signal);
+        }
     }
 
     /// Who asks twice means it.
@@ -159,9 +392,7 @@ impl Group {
     }
 
     fn end(&self) {
-        if let Some(id) = self.id {
-            let _ = killpg(Pid::from_raw(id as i32), Signal::SIGKILL);
-        }
+        self.members.iter().for_each(Member::end);
     }
 }
 
@@ -205,9 +436,14 @@ fn exit_code(status: ExitStatus) -> i32 {
 /// The hidden subcommand through which every job starts.
 pub const TETHER: &str = "tether";
 
-/// Becomes `program`, which gets SIGTERM when the process `parent` ends in whatever way. Returns only if that fails.
+/// Becomes `program`, which gets a signal when the process `parent` ends in whatever way: SIGTERM for mpirun, which has ranks to
+/// end; else SIGKILL, which a worker that is stopped gets too. Returns only if that fails.
 pub fn tether(parent: i32, program: &Path, args: &[OsString]) -> io::Error {
-    if let Err(error) = prctl::set_pdeathsig(Signal::SIGTERM) {
+    let signal = match program.file_name() == Some(OsStr::new("mpirun")) {
+        true => Signal::SIGTERM,
+        false => Signal::SIGKILL,
+    };
+    if let Err(error) = prctl::set_pdeathsig(signal) {
         return error.into();
     }
     // It may have ended before the line above.

@@ -44,6 +44,10 @@ impl View {
             Event::Progress { done, total, unit } => self.progress(*done, *total, unit),
             Event::Step(step) => self.step(step),
             Event::Note { text } => self.say(text),
+            // The worker has said it on standard error, at once.
+            Event::Lost { .. } | Event::Beat => {}
+            // Whoever asked for text shows it on standard output.
+            Event::Text { .. } => {}
             Event::Done { .. } => self.finish(),
         }
     }

@@ -5,12 +5,17 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::Uid;
 
+use crate::place::{BEATS, SECRET};
+use crate::rendezvous::Secret;
+
 /// A program to run and supervise.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Job {
     pub program: PathBuf,
     pub args: Vec<OsString>,
     pub env: Vec<(&'static str, String)>,
+    /// One process for each, in rank order, with these variables besides; none: one process that is all there is to it.
+    pub ranks: Vec<Vec<(&'static str, String)>>,
 }
 
 #[derive(Clone, Debug)]
@@ -40,27 +45,69 @@ impl Worker {
         }
     }
 
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// `ranks` processes: one needs no mpirun. Without `threads`, the cores are shared among them.
     pub fn job(&self, ranks: usize, threads: Option<usize>, args: Vec<OsString>) -> Job {
         match ranks {
             1 => self.alone(threads, args),
-            n => mpirun(&self.program, n, threads, args, cores(), Uid::effective().is_root()),
+            n => {
+                let mut env = variables(Some(threads.unwrap_or((cores() / n).max(1))));
+                env.extend(secret());
+                mpirun(&self.program, n, args, env, cores(), Uid::effective().is_root())
+            }
         }
     }
 
-    /// One process, as the one rank or as a rank that somebody else has started.
+    /// `n` processes on this machine that find each other without MPI.
+    pub fn processes(&self, n: usize, threads: Option<usize>, args: Vec<OsString>) -> Job {
+        let mut env = variables(Some(threads.unwrap_or((cores() / n).max(1))));
+        env.extend(secret());
+        env.push((BEATS, "1".into()));
+        let rank = |rank: usize| {
+            vec![
+                ("RANK", rank.to_string()),
+                ("WORLD_SIZE", n.to_string()),
+                ("LOCAL_RANK", rank.to_string()),
+                ("LOCAL_WORLD_SIZE", n.to_string()),
+            ]
+        };
+        Job {
+            ranks: (0..n).map(rank).collect(),
+            env,
+            ..self.alone(threads, args)
+        }
+    }
+
+    /// A rank that somebody else has started, watched from here.
+    pub fn one_of_many(&self, threads: Option<usize>, args: Vec<OsString>) -> Job {
+        let mut job = self.alone(threads, args);
+        job.env.push((BEATS, "1".into()));
+        job
+    }
+
+    /// One process, the only rank.
     pub fn alone(&self, threads: Option<usize>, args: Vec<OsString>) -> Job {
         Job {
             program: self.program.clone(),
             args,
             env: variables(threads),
+            ranks: Vec::new(),
         }
     }
 }
 
 /// On this machine, or on the machines of the allocation that mpirun finds itself in.
-fn mpirun(worker: &Path, n: usize, threads: Option<usize>, args: Vec<OsString>, cores: usize, root: bool) -> Job {
-    let threads = threads.unwrap_or((cores / n).max(1));
+fn mpirun(
+    worker: &Path,
+    n: usize,
+    args: Vec<OsString>,
+    env: Vec<(&'static str, String)>,
+    cores: usize,
+    root: bool,
+) -> Job {
     // Quiet: its banner about an exit code says nothing that we do not say better.
     let mut line: Vec<OsString> = vec!["--quiet".into(), "-n".into(), n.to_string().into()];
     // Threads do the pinning they want; bound to one core, a rank's threads would share it.
@@ -71,9 +118,8 @@ fn mpirun(worker: &Path, n: usize, threads: Option<usize>, args: Vec<OsString>, 
     if root {
         line.push("--allow-run-as-root".into());
     }
-    let env = variables(Some(threads));
     for (name, _) in &env {
-        // To other nodes too.
+        // To other nodes too; by name, since everybody can read arguments.
         line.extend(["-x", name].map(OsString::from));
     }
     line.push(worker.into());
@@ -82,7 +128,13 @@ fn mpirun(worker: &Path, n: usize, threads: Option<usize>, args: Vec<OsString>, 
         program: "mpirun".into(),
         args: line,
         env,
+        ranks: Vec::new(),
     }
+}
+
+/// A new one for this job. Where the kernel gives none, rank 0 says why.
+fn secret() -> Option<(&'static str, String)> {
+    Secret::new().ok().map(|secret| (SECRET, secret.to_hex()))
 }
 
 /// What a worker's libraries read when they start.
@@ -114,14 +166,9 @@ mod tests {
     use super::*;
 
     fn line(n: usize, threads: Option<usize>, cores: usize, root: bool) -> String {
-        let job = mpirun(
-            Path::new("/bin/panglot-worker"),
-            n,
-            threads,
-            vec!["train".into()],
-            cores,
-            root,
-        );
+        let env = variables(Some(threads.unwrap_or((cores / n).max(1))));
+        let worker = Path::new("/bin/panglot-worker");
+        let job = mpirun(worker, n, vec!["train".into()], env, cores, root);
         let args: Vec<_> = job.args.iter().map(|arg| arg.to_str().unwrap()).collect();
         format!(
             "{}={} {} {}",
@@ -148,6 +195,32 @@ mod tests {
             )
         );
         assert!(line(2, Some(3), 8, false).starts_with("OMP_NUM_THREADS=3 "));
+    }
+
+    #[test]
+    fn a_job_s_secret_is_fresh_and_no_argument() {
+        let worker = Worker {
+            program: "/bin/panglot-worker".into(),
+        };
+        let secret_of = |job: &Job| {
+            let named: Vec<_> = job.env.iter().filter(|(name, _)| *name == SECRET).collect();
+            assert_eq!(named.len(), 1);
+            let secret = named[0].1.clone();
+            assert!(secret.len() == 64 && !job.args.iter().any(|arg| arg.to_string_lossy().contains(&secret)));
+            secret
+        };
+        let jobs = [
+            worker.job(2, None, vec![]),
+            worker.job(2, None, vec![]),
+            worker.processes(2, None, vec![]),
+        ];
+        let secrets: std::collections::BTreeSet<_> = jobs.iter().map(secret_of).collect();
+        assert_eq!(secrets.len(), 3);
+        assert_eq!(
+            jobs[2].ranks[1][..2],
+            [("RANK", "1".to_owned()), ("WORLD_SIZE", "2".to_owned())]
+        );
+        assert!(jobs[0].args.windows(2).any(|pair| pair[0] == "-x" && pair[1] == SECRET));
     }
 
     #[test]

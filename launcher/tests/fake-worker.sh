@@ -36,6 +36,21 @@ leaves-a-stray)
     setsid sh -c 'echo $$ > "$0/stray"; exec sleep 1000' "$run" &
     while [ ! -s "$run/stray" ]; do sleep 0.01; done
     ;;
+rank-1-is-killed)
+    [ "$RANK" = 1 ] && kill -KILL $$
+    echo $$ > "$run/worker-$RANK"
+    exec sleep 1000
+    ;;
+rank-1-stops)
+    echo $$ > "$run/worker-$RANK"
+    echo '{"event":"beat"}'
+    [ "$RANK" = 1 ] && kill -STOP $$
+    while :; do sleep 0.5; echo '{"event":"beat"}'; done
+    ;;
+finds-rank-2-lost)
+    [ "$RANK" = 0 ] && echo '{"event":"lost","code":74,"text":"rank 2 on n9: no space left"}'
+    exit $((76 + RANK))
+    ;;
 outlives)
     echo $$ > "$run/worker"
     exec sleep 1000

@@ -275,6 +275,49 @@ fn a_killed_launcher_takes_its_worker_along() {
     wait_for(|| is_gone(worker).then_some(()));
 }
 
+/// Ranks on GPUs are processes of `panglot`'s own; here two of them.
+fn on_gpus(scene: &Scene) -> Output {
+    let mut command = scene.command(&["train", "-n", "2"]);
+    command.arg("train.device=cuda").output().unwrap()
+}
+
+#[test]
+fn of_several_ranks_the_one_that_is_killed_is_named_and_the_others_end() {
+    let scene = Scene::new("rank-1-is-killed");
+    let started = Instant::now();
+    let output = on_gpus(&scene);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(76), "{said}");
+    assert!(
+        said.contains("panglot: rank 1 (process ") && said.contains("was ended by SIGKILL"),
+        "{said}"
+    );
+    assert!(is_gone(scene.number("worker-0")));
+    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_rank_that_gave_signs_and_is_stopped_is_named_and_killed() {
+    let scene = Scene::new("rank-1-stops");
+    let started = Instant::now();
+    let output = on_gpus(&scene);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(76), "{said}");
+    let named = format!(
+        "the rank in process {} (1 of this launcher's) gave no sign for 6 s: it is stopped by a signal",
+        scene.number("worker-1")
+    );
+    assert!(said.contains(&named), "{said}");
+    assert!(is_gone(scene.number("worker-0")) && is_gone(scene.number("worker-1")));
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+}
+
+#[test]
+fn the_code_that_the_ranks_agreed_on_is_ours() {
+    let output = on_gpus(&Scene::new("finds-rank-2-lost"));
+    assert_eq!(output.status.code(), Some(74), "{}", text(&output.stderr));
+}
+
 #[test]
 fn a_missing_worker_and_a_wrong_config_are_the_user_s_to_mend() {
     let scene = Scene::new("finishes");

@@ -54,6 +54,17 @@ impl Pending {
         }))
     }
 
+    /// The same, with `around` making the call that finishes it: for whoever wants to know when a rank waits.
+    pub fn around(self, around: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> Result<()> + 'static) -> Pending {
+        Pending(self.0.map(|UnderWay { is_over, finish }| UnderWay {
+            is_over,
+            finish: Box::new(move || {
+                let mut finish = Some(finish);
+                around(&mut || finish.take().map_or(Ok(()), |finish| finish()))
+            }),
+        }))
+    }
+
     /// Whether [`Pending::wait`] would return at once. Differs between ranks: no collective may depend on it.
     pub fn is_over(&self) -> bool {
         self.0.as_ref().is_none_or(|under_way| (under_way.is_over)())
@@ -63,6 +74,33 @@ impl Pending {
     pub fn wait(mut self) -> Result<()> {
         self.0.take().map_or(Ok(()), |under_way| (under_way.finish)())
     }
+}
+
+/// Where in its work a rank is. For whoever watches it from outside; it changes nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    Load,
+    Restore,
+    /// A step begins, with its batch.
+    Batch {
+        step: u64,
+    },
+    /// One of the model's stages runs: 0 embeds, 1 … L are layers, L + 1 is the head.
+    Forward {
+        stage: usize,
+    },
+    Backward {
+        stage: usize,
+    },
+    /// From the end of backward to the publication.
+    Update,
+    /// Ranks compare what they should hold alike.
+    Compare,
+    /// Metrics are written.
+    Report,
+    Save,
+    Evaluate,
+    Export,
 }
 
 /// Bytes that this rank has handed to collectives for other ranks, with algorithms that send no element twice: what a
@@ -110,6 +148,8 @@ pub trait Comm {
     fn sent(&self) -> &Sent;
     /// The libraries that carry the bytes: names, versions, files.
     fn engine(&self) -> String;
+    /// Tells where this rank is; costs nothing worth counting. An engine has nothing to do with it.
+    fn at(&self, _mark: Mark) {}
     /// Ends the whole job at once with this exit code. For errors: peers may be waiting in a collective.
     fn abort(&self, code: i32) -> !;
 

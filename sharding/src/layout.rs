@@ -52,32 +52,11 @@ pub struct Layout {
 impl Layout {
     /// Lays `specs` out in the order given, each bucket in `n_slices` equal slices.
     pub fn new(specs: &[BucketSpec], n_slices: usize) -> Layout {
-        let buckets = specs
-            .iter()
-            .map(|spec| {
-                let mut end = 0;
-                let ranges = spec
-                    .params
-                    .iter()
-                    .map(|param| {
-                        let start = end;
-                        end += param.numel();
-                        start..end
-                    })
-                    .collect();
-                let slice_len = slice_len(end, n_slices);
-                let padded = slice_len * n_slices;
-                Bucket {
-                    name: spec.name.clone(),
-                    params: spec.params.clone(),
-                    ranges,
-                    numel: end,
-                    padded,
-                    slice_len,
-                }
-            })
-            .collect();
-        Layout { buckets, n_slices }
+        let buckets = specs.iter().map(|spec| Bucket::new(spec.clone(), n_slices));
+        Layout {
+            buckets: buckets.collect(),
+            n_slices,
+        }
     }
 
     /// Trained elements, padding not counted.
@@ -87,17 +66,36 @@ impl Layout {
 
     /// Names, shapes and groups in order, one line a parameter: equal on two ranks exactly when they train the same.
     pub fn describe(&self) -> String {
-        let mut text = String::new();
-        for bucket in &self.buckets {
-            for param in &bucket.params {
-                text += &format!("{} {} {:?} {}\n", bucket.name, param.name, param.shape, param.group);
-            }
-        }
-        text
+        self.buckets.iter().map(Bucket::describe).collect()
     }
 }
 
 impl Bucket {
+    pub fn new(spec: BucketSpec, n_slices: usize) -> Bucket {
+        let mut end = 0;
+        let range = |param: &ParamSpec| {
+            let start = end;
+            end += param.numel();
+            start..end
+        };
+        let ranges = spec.params.iter().map(range).collect();
+        let slice_len = slice_len(end, n_slices);
+        Bucket {
+            name: spec.name,
+            params: spec.params,
+            ranges,
+            numel: end,
+            padded: slice_len * n_slices,
+            slice_len,
+        }
+    }
+
+    /// A line a parameter: bucket, name, shape, group.
+    pub fn describe(&self) -> String {
+        let line = |param: &ParamSpec| format!("{} {} {:?} {}\n", self.name, param.name, param.shape, param.group);
+        self.params.iter().map(line).collect()
+    }
+
     /// The elements of slice `index` that are not padding, in bucket coordinates.
     pub fn slice(&self, index: usize) -> Range<usize> {
         let start = (index * self.slice_len).min(self.numel);

@@ -9,12 +9,12 @@ pub mod layout;
 pub mod memory;
 #[cfg(feature = "mpi")]
 mod mpi;
-pub mod nccl;
 mod rows;
 mod solo;
+pub mod staged;
 pub mod zero;
 
-pub use comm::{Comm, Pending, Reduce, Sent, Wire};
+pub use comm::{Comm, Mark, Pending, Reduce, Sent, Wire};
 pub use layout::{BucketSpec, Layout, ParamSpec};
 pub use zero::{Held, Pass, Stage, Zero};
 
@@ -63,8 +63,12 @@ pub enum Error {
         "NCCL cannot be loaded ({0}); let LD_LIBRARY_PATH name the folder of the libnccl.so.2 that libtorch was built with"
     )]
     NoNccl(String),
-    #[error("{call} failed on the GPU: {text}")]
-    Cuda { call: &'static str, text: String },
+    #[error(
+        "NCCL's communicator was aborted after an error of a peer or the network; look at the first rank that stopped"
+    )]
+    NcclAborted,
+    #[error(transparent)]
+    Cuda(#[from] cuda::Error),
     #[error(transparent)]
     Torch(#[from] tch::TchError),
 }

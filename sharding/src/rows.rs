@@ -1,5 +1,5 @@
-//! A gradient that touches few rows of its matrix travels as rows. The first bucket's: the embedding's gradient has a row for
-//! every piece, and a step's batch names few of them.
+//! A matrix of which a batch names few rows travels as rows: the embedding's gradient, which has a row for every piece; and
+//! the embedding itself where a forward pass would have to wait for all of it.
 
 use tch::{Device, Kind, Tensor};
 
@@ -21,9 +21,38 @@ pub(crate) struct RowPlan {
 /// Bytes of a row's number on the wire.
 const NUMBER_BYTES: usize = 8;
 
-/// For each of a step's reductions the rows to send, or `None` where the whole gradient is fewer bytes. `rows` are this
-/// rank's, ascending, one list a reduction; all ranks decide from the same counts.
-pub(crate) fn plan(comm: &dyn Comm, bucket: &Bucket, wire: Wire, rows: Vec<Vec<i64>>) -> Result<Vec<Option<RowPlan>>> {
+/// When a gradient's rows travel; all ranks decide from the same counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum When {
+    /// Instead of the whole gradient, where that is more bytes.
+    Instead(Wire),
+    /// Behind a whole gradient of the same matrix which is on its way already, where they are few beside it.
+    Behind,
+}
+
+/// Rows that are at most this share of their matrix are few: on any rank.
+const FEW: usize = 16;
+
+/// Whether every rank's rows are few. `counts` as in [`RowPlan`]; a row that goes to several ranks counts for each.
+fn few(counts: &[Vec<usize>], bucket: &Bucket) -> bool {
+    let of_rank = |to: &Vec<usize>| to.iter().sum::<usize>();
+    let most = counts.iter().map(of_rank).max().unwrap_or(0);
+    FEW * most * width(bucket) <= bucket.numel * copies(bucket, counts.len())
+}
+
+/// How many ranks a slice goes to: all where there is one only.
+fn copies(bucket: &Bucket, world: usize) -> usize {
+    if bucket.slice_len == bucket.padded { world } else { 1 }
+}
+
+/// The slice that a rank sums: its own, or the only one.
+pub(crate) fn slice_of(bucket: &Bucket, rank: usize) -> usize {
+    if bucket.slice_len == bucket.padded { 0 } else { rank }
+}
+
+/// For each of a step's reductions the rows to send, or `None` where the gradient travels whole. `rows` are this rank's,
+/// ascending, one list a reduction.
+pub(crate) fn plan(comm: &dyn Comm, bucket: &Bucket, when: When, rows: Vec<Vec<i64>>) -> Result<Vec<Option<RowPlan>>> {
     let world = comm.world();
     let mine: Vec<u64> = rows
         .iter()
@@ -41,15 +70,20 @@ pub(crate) fn plan(comm: &dyn Comm, bucket: &Bucket, wire: Wire, rows: Vec<Vec<i
             (0..world).map(from_to).collect()
         };
         let (counts, elements) = (all(0), all(1));
-        pays(between(&counts), between(&elements), bucket, world, wire).then_some(RowPlan { rows, counts, elements })
+        let as_rows = match when {
+            When::Instead(wire) => pays(between(&counts), between(&elements), bucket, world, wire),
+            When::Behind => few(&counts, bucket),
+        };
+        as_rows.then_some(RowPlan { rows, counts, elements })
     });
     Ok(plans.collect())
 }
 
 /// Rows, and their elements, that a rank with these rows sends to `to`.
 fn told(bucket: &Bucket, to: usize, rows: &[i64]) -> [u64; 2] {
-    let rows = rows_of_slice(bucket, to, rows);
-    let elements: usize = rows.iter().map(|row| part(bucket, to, *row).len()).sum();
+    let slice = slice_of(bucket, to);
+    let rows = rows_of_slice(bucket, slice, rows);
+    let elements: usize = rows.iter().map(|row| part(bucket, slice, *row).len()).sum();
     [rows.len() as u64, elements as u64]
 }
 
@@ -99,16 +133,132 @@ pub(crate) struct Arriving {
     pending: [Pending; 2],
 }
 
-/// Starts sending this rank's rows of `grads` to their owners.
-pub(crate) fn start(comm: &dyn Comm, bucket: &Bucket, plan: &RowPlan, grads: &Tensor, wire: Wire) -> Result<Arriving> {
+/// Some rows of a matrix: their numbers, ascending, and [rows, width].
+pub(crate) struct Rows {
+    pub(crate) numbers: Vec<i64>,
+    pub(crate) values: Tensor,
+}
+
+impl Rows {
+    /// Rows of zeros, f32.
+    pub(crate) fn zeros(bucket: &Bucket, numbers: Vec<i64>) -> Result<Rows> {
+        let shape = [numbers.len() as i64, width(bucket) as i64];
+        let values = Tensor::f_zeros(shape, (Kind::Float, Device::Cpu))?;
+        Ok(Rows { numbers, values })
+    }
+
+    /// Where among these rows each of `ids` stands; all of them are here.
+    pub(crate) fn places(&self, ids: &Tensor) -> Tensor {
+        let place = |id: &i64| self.numbers.binary_search(id).expect("the step named its rows") as i64;
+        let places: Vec<i64> = i64s(ids).iter().map(place).collect();
+        Tensor::from_slice(&places).view_as(ids)
+    }
+}
+
+impl RowPlan {
+    pub(crate) fn rows(&self) -> &[i64] {
+        &self.rows
+    }
+}
+
+/// The distinct numbers in some ids, ascending.
+pub(crate) fn unique(ids: &[&Tensor]) -> Vec<i64> {
+    let mut rows: Vec<i64> = ids.iter().flat_map(|ids| i64s(ids).iter().copied()).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    rows
+}
+
+/// The `wanted` rows, ascending, of the matrix whose slices the ranks hold in f32, in `kind`; `None` where some rank wants
+/// many. All ranks call it, each for rows of its own; returns when they are here.
+pub(crate) fn fetch(
+    comm: &dyn Comm,
+    bucket: &Bucket,
+    theta: &Tensor,
+    kind: Kind,
+    wanted: Vec<i64>,
+) -> Result<Option<Rows>> {
     let (rank, world) = (comm.rank(), comm.world());
+    let mine: Vec<&[i64]> = (0..world).map(|owner| rows_of_slice(bucket, owner, &wanted)).collect();
+    let words: Vec<u8> = mine.iter().flat_map(|rows| (rows.len() as u64).to_le_bytes()).collect();
+    let all = comm.all_gather_bytes(&words)?;
+    let count = |word: &[u8]| u64::from_le_bytes(word.try_into().expect("8 bytes")) as usize;
+    let counts: Vec<Vec<usize>> = all
+        .iter()
+        .map(|words| words.chunks_exact(8).map(count).collect())
+        .collect();
+    if !few(&counts, bucket) {
+        return Ok(None);
+    }
+    let asked: Vec<usize> = counts.iter().map(|of| of[rank]).collect();
+    let mut their_numbers = Tensor::f_zeros([asked.iter().sum::<usize>() as i64], (Kind::Int64, Device::Cpu))?;
+    let numbers = Tensor::from_slice(&mine.concat());
+    comm.all_to_all(&numbers, &counts[rank], &mut their_numbers, &asked)?
+        .wait()?;
+
+    let start = bucket.slice(rank).start;
+    let (mut send, mut send_counts) = (Vec::new(), Vec::new());
+    let mut their_numbers = i64s(&their_numbers).iter();
+    for asked in &asked {
+        let before = send.len();
+        for row in their_numbers.by_ref().take(*asked) {
+            let part = part(bucket, rank, *row);
+            send.extend_from_slice(&f32s(theta)[part.start - start..part.end - start]);
+        }
+        send_counts.push(send.len() - before);
+    }
+    let elements = |owner: usize| mine[owner].iter().map(|row| part(bucket, owner, *row).len()).sum();
+    let receive_counts: Vec<usize> = (0..world).map(elements).collect();
+    let mut received = Tensor::f_zeros([receive_counts.iter().sum::<usize>() as i64], (kind, Device::Cpu))?;
+    let send = Tensor::from_slice(&send).f_to_kind(kind)?;
+    comm.all_to_all(&send, &send_counts, &mut received, &receive_counts)?
+        .wait()?;
+
+    // Exact both ways: these values had this precision.
+    let received = received.f_to_kind(Kind::Float)?;
+    let mut received = f32s(&received);
+    let mut rows = Rows::zeros(bucket, wanted)?;
+    let (numbers, width) = (&rows.numbers, width(bucket));
+    let values = f32s_mut(&mut rows.values);
+    for owner in 0..world {
+        let first = numbers.partition_point(|row| (*row as usize + 1) * width <= bucket.slice(owner).start);
+        for (at, row) in rows_of_slice(bucket, owner, numbers).iter().enumerate() {
+            let part = part(bucket, owner, *row);
+            let to = (first + at) * width + part.start - *row as usize * width;
+            let (here, rest) = received.split_at(part.len());
+            values[to..to + part.len()].copy_from_slice(here);
+            received = rest;
+        }
+    }
+    rows.values = rows.values.f_to_kind(kind)?;
+    Ok(Some(rows))
+}
+
+/// Starts sending this rank's rows to their owners. `grads` are the whole flat gradient, or `only` the plan's rows of it.
+pub(crate) fn start(
+    comm: &dyn Comm,
+    bucket: &Bucket,
+    plan: &RowPlan,
+    grads: &Tensor,
+    only: bool,
+    wire: Wire,
+) -> Result<Arriving> {
+    let (rank, world, width) = (comm.rank(), comm.world(), width(bucket));
     let elements = f32s(grads);
     let (mut numbers, mut values) = (Vec::new(), Vec::new());
     for to in 0..world {
-        let rows = rows_of_slice(bucket, to, &plan.rows);
+        let slice = slice_of(bucket, to);
+        let rows = rows_of_slice(bucket, slice, &plan.rows);
         numbers.extend_from_slice(rows);
-        rows.iter()
-            .for_each(|row| values.extend_from_slice(&elements[part(bucket, to, *row)]));
+        let first = rows
+            .first()
+            .map_or(0, |row| plan.rows.partition_point(|other| other < row));
+        for (at, row) in rows.iter().enumerate() {
+            let part = part(bucket, slice, *row);
+            // The row's place among those that are there, instead of in the matrix.
+            let moved = if only { (*row as usize - first - at) * width } else { 0 };
+            values.extend_from_slice(&elements[part.start - moved..part.end - moved]);
+        }
     }
     let kind = match wire {
         Wire::F32 => Kind::Float,
@@ -142,6 +292,7 @@ impl Arriving {
     /// Waits, and adds what came to this rank's slice, rank by rank: the sums of whole slices, without their zeros.
     pub(crate) fn add_to(self, bucket: &Bucket, rank: usize, mine: &mut Tensor) -> Result<()> {
         self.pending.into_iter().try_for_each(Pending::wait)?;
+        let rank = slice_of(bucket, rank);
         let start = bucket.slice(rank).start;
         let mine = f32s_mut(mine);
         let mut at = 0;

@@ -23,9 +23,9 @@ use tch::{Device, Kind, Tensor};
 use crate::adamw::{self, AdamW};
 use crate::digest::{self, Digests, damaged};
 use crate::layout::{Bucket, most_gradients, slice_len};
-use crate::memory::{bytes, i64s};
-use crate::rows::{self, RowPlan};
-use crate::{BucketSpec, Comm, Error, Layout, ParamSpec, Pending, Result, Wire};
+use crate::memory::bytes;
+use crate::rows::{self, RowPlan, Rows, When};
+use crate::{BucketSpec, Comm, Error, Layout, Mark, ParamSpec, Pending, Result, Wire};
 
 /// How much of the training state is sharded; each stage shards what the one before does as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,6 +84,14 @@ struct Values {
     arriving: Option<Pending>,
 }
 
+impl BucketState {
+    /// The slice's master weights as the model computes with them, where it does.
+    fn published(&self, kind: Kind) -> Result<Tensor> {
+        // Cast first: it is the smaller to carry.
+        Ok(self.slice.theta.f_to_kind(kind)?.f_to_device(self.device)?)
+    }
+}
+
 impl Values {
     fn wait(&mut self) -> Result<()> {
         self.arriving.take().map_or(Ok(()), Pending::wait)
@@ -91,6 +99,8 @@ impl Values {
 }
 
 struct BucketState {
+    /// Where parameters and gradients lie; with the optimizer's offload its slice does not.
+    device: Device,
     values: Values,
     /// f32, flat and padded. From stage 2 on absent outside of backward.
     grads: Option<Tensor>,
@@ -99,8 +109,9 @@ struct BucketState {
     reducing: Option<Pending>,
     /// What the reduction under way fills, where `grads_slice` holds earlier micro-batches' sum.
     incoming: Option<Tensor>,
-    /// The reduction under way, where it travels as rows.
+    /// The reduction under way, where it travels as rows, or has rows that follow it.
     rows: Option<rows::Arriving>,
+    rows_follow: bool,
     /// `grads_slice` holds something of this step.
     reduced: bool,
     slice: Slice,
@@ -112,6 +123,20 @@ struct Frozen {
     /// In the compute precision, padded.
     slice: Tensor,
     values: Values,
+}
+
+/// A trained matrix of which a step's first stage reads, and gives a gradient to, the rows that its ids name.
+struct Embedding {
+    bucket: usize,
+    /// The last stage reads it too and gives every row a gradient. Its part is reduced when that stage is left, behind
+    /// the whole backward; the first stage's rows follow.
+    tied: bool,
+    /// How the rows travel in each reduction of this step still to come.
+    plans: VecDeque<Option<RowPlan>>,
+    /// What the first micro-batch's first stage reads, while the whole matrix is on its way.
+    early: Option<Rows>,
+    /// The gradient of the rows that follow, while the first stage adds to it.
+    late: Option<Rows>,
 }
 
 /// Where a weight lies: flat bucket, and parameter in it.
@@ -161,8 +186,12 @@ pub struct Zero {
     kind: Kind,
     wire: Wire,
     layout: Layout,
+    /// This rank, and how many there are.
+    ranks: (usize, usize),
     /// Which slice of each bucket is this rank's.
     my_slice: usize,
+    /// Optimizer state lies on the host.
+    offload: bool,
     buckets: Vec<BucketState>,
     frozen: Vec<Frozen>,
     places: BTreeMap<String, (Flat, usize)>,
@@ -172,9 +201,10 @@ pub struct Zero {
     reducing: VecDeque<usize>,
     /// Elements of whole gradients that may exist at a time; stages 2 and 3.
     gradient_budget: usize,
-    /// The bucket whose gradient may travel as rows, and how it does in each reduction of this step still to come.
-    row_bucket: usize,
-    row_plans: VecDeque<Option<RowPlan>>,
+    /// Updates were made that the other ranks have not been sent.
+    unpublished: bool,
+    /// The embedding, where this step may move some of its rows instead of all.
+    embedding: Option<Embedding>,
     /// Updates made since the run began; AdamW's bias correction counts them.
     pub updates: u64,
 }
@@ -192,90 +222,107 @@ impl Zero {
         kind: Kind,
         mut initial: impl FnMut(usize, usize) -> Tensor,
     ) -> Result<Zero> {
+        let mut zero = Zero::empty(comm, stage, kind);
+        for (b, spec) in specs.iter().enumerate() {
+            zero.train(spec.clone(), (0..spec.params.len()).map(|p| initial(b, p)).collect())?;
+        }
+        zero.check_ranks_agree(comm)?;
+        Ok(zero)
+    }
+
+    /// Nothing yet, to be filled a stage of the model at a time, so that no more than one is whole where each rank keeps a
+    /// slice: [`Zero::train`] and [`Zero::shard_frozen`], the same on all ranks; [`Zero::check_ranks_agree`] comes last.
+    pub fn empty(comm: &dyn Comm, stage: Stage, kind: Kind) -> Zero {
         let (n_slices, my_slice) = match stage {
             Stage::Replicated => (1, 0),
             _ => (comm.world(), comm.rank()),
         };
-        let layout = Layout::new(specs, n_slices);
-        check_ranks_agree(comm, &layout.describe())?;
-        let mut buckets = Vec::with_capacity(layout.buckets.len());
-        for (b, bucket) in layout.buckets.iter().enumerate() {
-            let values: Vec<Tensor> = (0..bucket.params.len()).map(|p| initial(b, p)).collect();
-            let device = values.first().map_or(Device::Cpu, Tensor::device);
-            let zeros = |len: usize, kind| Tensor::f_zeros([len as i64], (kind, device));
-            let theta = slice_of(bucket, my_slice, &values, Kind::Float, device)?;
-            let full = if stage < Stage::Parameters && shares(comm, kind) {
-                Some(theta.shallow_clone())
-            } else if stage < Stage::Parameters {
-                let whole = zeros(bucket.padded, kind)?;
-                for (range, value) in bucket.ranges.iter().zip(&values) {
-                    view(&whole, range.clone()).f_copy_(&value.reshape([-1]))?;
-                }
-                Some(whole)
-            } else {
-                None
-            };
-            let grads = if stage < Stage::Gradients {
-                Some(zeros(bucket.padded, Kind::Float)?)
-            } else {
-                None
-            };
-            let grads_slice = match &grads {
-                Some(grads) if n_slices == 1 => grads.shallow_clone(),
-                _ => zeros(bucket.slice_len, Kind::Float)?,
-            };
-            buckets.push(BucketState {
-                values: Values { full, arriving: None },
-                grads,
-                grads_slice,
-                reducing: None,
-                incoming: None,
-                rows: None,
-                reduced: false,
-                slice: Slice {
-                    theta,
-                    m: zeros(bucket.slice_len, Kind::Float)?,
-                    v: zeros(bucket.slice_len, Kind::Float)?,
-                },
-            });
-        }
-        let places = layout.buckets.iter().enumerate().flat_map(|(b, bucket)| {
-            let params = bucket.params.iter().enumerate();
-            params.map(move |(p, param)| (param.name.clone(), (Flat::Trained(b), p)))
-        });
-        Ok(Zero {
+        Zero {
             stage,
             kind,
             wire: Wire::F32,
-            places: places.collect(),
+            places: BTreeMap::new(),
+            ranks: (comm.rank(), comm.world()),
             my_slice,
-            buckets,
+            offload: false,
+            buckets: Vec::new(),
             frozen: Vec::new(),
             stages: Vec::new(),
             reducing: VecDeque::new(),
-            gradient_budget: layout.buckets.iter().map(|bucket| bucket.padded).sum(),
-            layout,
-            row_bucket: usize::MAX,
-            row_plans: VecDeque::new(),
+            gradient_budget: 0,
+            layout: Layout::new(&[], n_slices),
+            unpublished: false,
+            embedding: None,
             updates: 0,
-        })
+        }
     }
 
-    /// Gradients travel in this precision from now on.
-    pub fn reduce_in(&mut self, wire: Wire) {
-        self.wire = wire;
+    /// Optimizer state of what is added from now on lies in the host's memory, and is updated there, wherever gradients and
+    /// parameters lie.
+    pub fn offload_optimizer(&mut self) {
+        self.offload = true;
     }
 
-    /// Takes a stage's frozen weights away and keeps this rank's slice of them. All ranks call it for the same stages.
-    ///
-    /// # Errors
-    /// When a rank has other weights than rank 0.
-    pub fn shard_frozen<W: Held>(&mut self, comm: &dyn Comm, stage_name: &str, weights: Vec<&mut W>) -> Result<()> {
+    /// Adds a bucket that trains, from its parameters' f32 values.
+    pub fn train(&mut self, spec: BucketSpec, values: Vec<Tensor>) -> Result<()> {
+        let bucket = Bucket::new(spec, self.layout.n_slices);
+        let device = values.first().map_or(Device::Cpu, Tensor::device);
+        let host = if self.offload { Device::Cpu } else { device };
+        let zeros = |len: usize, kind, device| Tensor::f_zeros([len as i64], (kind, device));
+        let theta = slice_of(&bucket, self.my_slice, &values, Kind::Float, host)?;
+        let full = if self.stage == Stage::Parameters {
+            None
+        } else if self.shares(device) {
+            Some(theta.shallow_clone())
+        } else {
+            let whole = zeros(bucket.padded, self.kind, device)?;
+            for (range, value) in bucket.ranges.iter().zip(&values) {
+                view(&whole, range.clone()).f_copy_(&value.reshape([-1]))?;
+            }
+            Some(whole)
+        };
+        let grads = if self.stage < Stage::Gradients {
+            Some(zeros(bucket.padded, Kind::Float, device)?)
+        } else {
+            None
+        };
+        let grads_slice = match &grads {
+            Some(grads) if self.layout.n_slices == 1 => grads.shallow_clone(),
+            _ => zeros(bucket.slice_len, Kind::Float, device)?,
+        };
+        let index = self.buckets.len();
+        for (p, param) in bucket.params.iter().enumerate() {
+            self.places.insert(param.name.clone(), (Flat::Trained(index), p));
+        }
+        self.buckets.push(BucketState {
+            device,
+            values: Values { full, arriving: None },
+            grads,
+            grads_slice,
+            reducing: None,
+            incoming: None,
+            rows: None,
+            rows_follow: false,
+            reduced: false,
+            slice: Slice {
+                theta,
+                m: zeros(bucket.slice_len, Kind::Float, host)?,
+                v: zeros(bucket.slice_len, Kind::Float, host)?,
+            },
+        });
+        self.gradient_budget += bucket.padded;
+        self.layout.buckets.push(bucket);
+        Ok(())
+    }
+
+    /// Takes a stage's frozen weights away and keeps this rank's slice of them.
+    pub fn shard_frozen<W: Held>(&mut self, stage_name: &str, weights: Vec<&mut W>) -> Result<()> {
+        let (rank, world) = self.ranks;
         let mut weights: Vec<_> = weights
             .into_iter()
             .filter(|weight| !self.places.contains_key(weight.name()))
             .collect();
-        if weights.is_empty() || comm.world() == 1 {
+        if weights.is_empty() || world == 1 {
             return Ok(());
         }
         let values: Vec<Tensor> = weights
@@ -292,10 +339,8 @@ impl Zero {
             name: stage_name.to_owned(),
             params: params.collect(),
         };
-        let layout = Layout::new(&[spec], comm.world());
-        check_ranks_agree(comm, &layout.describe())?;
-        let bucket = layout.buckets.into_iter().next().expect("one was given");
-        let slice = slice_of(&bucket, comm.rank(), &values, kind, device)?;
+        let bucket = Bucket::new(spec, world);
+        let slice = slice_of(&bucket, rank, &values, kind, device)?;
         let index = self.frozen.len();
         for (p, weight) in weights.into_iter().enumerate() {
             self.places.insert(weight.name().to_owned(), (Flat::Frozen(index), p));
@@ -307,6 +352,27 @@ impl Zero {
             values: Values::default(),
         });
         Ok(())
+    }
+
+    /// # Errors
+    /// When a rank trains other parameters than rank 0, or divides other frozen ones: the lines in which they differ, of both.
+    pub fn check_ranks_agree(&self, comm: &dyn Comm) -> Result<()> {
+        let frozen = self.frozen.iter().map(|frozen| frozen.bucket.describe());
+        let frozen: String = frozen.collect();
+        let frozen = frozen.lines().map(|line| format!("frozen {line}\n"));
+        let description = self.layout.describe() + &frozen.collect::<String>();
+        check_ranks_agree(comm, &description)
+    }
+
+    /// Whether master weights are the model's own: whole, of its precision and place, and with no other rank's to compare
+    /// with.
+    fn shares(&self, device: Device) -> bool {
+        self.ranks.1 == 1 && self.kind == Kind::Float && (!self.offload || device == Device::Cpu)
+    }
+
+    /// Gradients travel in this precision from now on.
+    pub fn reduce_in(&mut self, wire: Wire) {
+        self.wire = wire;
     }
 
     /// Tells which weights each of the model's stages reads, in forward order, by name. A weight may be read by several.
@@ -368,6 +434,11 @@ impl Zero {
     }
 
     fn value(&self, flat: Flat, param: usize) -> Option<Tensor> {
+        if let (Flat::Trained(bucket), Some(embedding)) = (flat, &self.embedding)
+            && let (true, Some(rows)) = (embedding.bucket == bucket, &embedding.early)
+        {
+            return Some(rows.values.shallow_clone());
+        }
         let full = match flat {
             Flat::Trained(b) => self.buckets[b].values.full.as_ref()?,
             Flat::Frozen(f) => self.frozen[f].values.full.as_ref()?,
@@ -376,6 +447,11 @@ impl Zero {
     }
 
     fn gradient(&self, bucket: usize, param: usize) -> Option<Tensor> {
+        if let Some(embedding) = &self.embedding
+            && let (true, Some(rows)) = (embedding.bucket == bucket, &embedding.late)
+        {
+            return Some(rows.values.shallow_clone());
+        }
         let grads = self.buckets[bucket].grads.as_ref()?;
         Some(shaped(grads, &self.layout.buckets[bucket], param))
     }
@@ -399,42 +475,81 @@ impl Zero {
         }
     }
 
-    /// Tells that this step's gradient of a matrix will be zero but for the rows that the micro-batches' `ids` name; it then
-    /// travels as rows wherever that is fewer bytes, by counts that all ranks share. All ranks call it before a step.
-    pub fn choose_rows(&mut self, comm: &dyn Comm, matrix: &str, ids: &[&Tensor]) -> Result<()> {
-        self.row_plans.clear();
-        let Some((Flat::Trained(index), _)) = self.places.get(matrix).copied() else {
-            return Ok(());
+    /// Called by all ranks before a step. `ids` are the micro-batches' rows of `matrix`, which the model's first stage reads:
+    /// whatever of it can, travels as rows, by counts that all ranks share. The gradient does where that is fewer bytes; where
+    /// the head is tied to the matrix and gives every row a gradient, the rows follow the head's part, which then need not
+    /// wait for them. And if the first stage would have to wait for the whole matrix, its rows are fetched ahead.
+    pub fn begin_step(&mut self, comm: &dyn Comm, matrix: &str, ids: &[&Tensor]) -> Result<()> {
+        self.embedding = self.row_matrix(comm, matrix);
+        let Some(mut embedding) = self.embedding.take() else {
+            return self.start_publishing(comm);
         };
+        let (index, state) = (embedding.bucket, &self.buckets[embedding.bucket]);
         let bucket = &self.layout.buckets[index];
-        let readers = self
-            .stages
-            .iter()
-            .filter(|flats| flats.contains(&Flat::Trained(index)))
-            .count();
-        let on_cpu = self.buckets[index].slice.theta.device() == Device::Cpu;
-        // A tied head gives every row a gradient.
-        if readers != 1 || bucket.params.len() != 1 || self.layout.n_slices == 1 || !on_cpu {
-            return Ok(());
+        if let (true, Some(first)) = (self.unpublished && self.layout.n_slices > 1, ids.first()) {
+            let wanted = rows::unique(&[first]);
+            embedding.early = rows::fetch(comm, bucket, &state.slice.theta, self.kind, wanted)?;
         }
-        let unique = |ids: &[&Tensor]| -> Vec<i64> {
-            let mut rows: Vec<i64> = ids.iter().flat_map(|ids| i64s(ids).iter().copied()).collect();
-            rows.sort_unstable();
-            rows.dedup();
-            rows
+        let each_apart = self.stage >= Stage::Gradients;
+        let rows = match (each_apart, embedding.tied) {
+            (true, _) => ids.chunks(1).map(rows::unique).collect(),
+            (false, false) => vec![rows::unique(ids)],
+            // Micro-batches before the last one add to the part that goes first.
+            (false, true) => vec![rows::unique(&ids[ids.len().saturating_sub(1)..])],
         };
-        let rows = match self.stage >= Stage::Gradients {
-            true => ids.chunks(1).map(unique).collect(),
-            false => vec![unique(ids)],
+        let when = match embedding.tied {
+            true => When::Behind,
+            false => When::Instead(self.wire),
         };
-        self.row_plans = rows::plan(comm, bucket, self.wire, rows)?.into();
-        self.row_bucket = index;
-        Ok(())
+        // With one slice, all ranks' rows would go to all.
+        if embedding.tied || self.layout.n_slices > 1 {
+            embedding.plans = rows::plan(comm, bucket, when, rows)?.into();
+        }
+        self.embedding = Some(embedding);
+        self.start_publishing(comm)
+    }
+
+    /// The matrix that the first stage reads, where it can travel as rows.
+    fn row_matrix(&self, comm: &dyn Comm, matrix: &str) -> Option<Embedding> {
+        let (Flat::Trained(index), _) = *self.places.get(matrix)? else {
+            return None;
+        };
+        let reads = |stage: &&Vec<Flat>| stage.contains(&Flat::Trained(index));
+        let readers = self.stages.iter().filter(reads).count();
+        let tied = readers == 2 && self.stages.last().is_some_and(|last| reads(&last));
+        let first = self.stages.first().is_some_and(|first| reads(&first));
+        let alone = self.layout.buckets[index].params.len() == 1 && self.buckets[index].device == Device::Cpu;
+        (comm.world() > 1 && first && alone && (readers == 1 || tied)).then(|| Embedding {
+            bucket: index,
+            tied,
+            plans: VecDeque::new(),
+            early: None,
+            late: None,
+        })
+    }
+
+    /// `ids`, as the first stage is to use them now: where it has some of the matrix's rows only, their places among them.
+    pub fn embedding_ids(&self, ids: &Tensor) -> Tensor {
+        let rows = self.embedding.as_ref();
+        let rows = rows.and_then(|embedding| embedding.early.as_ref().or(embedding.late.as_ref()));
+        rows.map_or_else(|| ids.shallow_clone(), |rows| rows.places(ids))
+    }
+
+    /// Whether the rows of this bucket's gradient follow the rest of it in the next reduction.
+    fn rows_follow(&self, bucket: usize) -> bool {
+        self.embedding.as_ref().is_some_and(|embedding| {
+            embedding.bucket == bucket && embedding.tied && matches!(embedding.plans.front(), Some(Some(_)))
+        })
     }
 
     /// Called before a model's stage runs: its parameters are there on return, those of the next stage on their way. In
     /// backward its gradients are there as well.
     pub fn enter<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
+        self.start_publishing(comm)?;
+        comm.at(match pass {
+            Pass::Forward => Mark::Forward { stage },
+            Pass::Backward { .. } => Mark::Backward { stage },
+        });
         let reads = self.reads(stage, pass);
         if self.comes_and_goes() {
             let next = self.next(stage, pass).map(|(stage, pass)| self.reads(stage, pass));
@@ -442,17 +557,44 @@ impl Zero {
                 self.call_for(comm, *flat)?;
             }
         }
+        let early = self.early_bucket();
         for flat in reads {
-            self.values_mut(flat).wait()?;
-        }
-        if pass.is_backward() && self.stage >= Stage::Gradients {
-            for bucket in trained(&self.stages[stage]).collect::<Vec<_>>() {
-                self.open_gradients(bucket)?;
+            if early.is_none_or(|bucket| flat != Flat::Trained(bucket)) {
+                self.values_mut(flat).wait()?;
             }
-        } else if !self.comes_and_goes() {
-            return Ok(());
         }
-        self.bind(weights);
+        let mut rebind = self.comes_and_goes() || early.is_some();
+        if pass.is_backward() {
+            let buckets: Vec<usize> = trained(&self.stages[stage]).collect();
+            for bucket in buckets {
+                let sends = self.stage >= Stage::Gradients || matches!(pass, Pass::Backward { last: true });
+                if stage == 0 && sends && self.rows_follow(bucket) {
+                    self.open_late_rows(bucket)?;
+                    rebind = true;
+                } else if self.stage >= Stage::Gradients {
+                    self.open_gradients(bucket)?;
+                    rebind = true;
+                }
+            }
+        }
+        if rebind {
+            self.bind(weights);
+        }
+        Ok(())
+    }
+
+    /// The bucket of which the first stage has some rows early.
+    fn early_bucket(&self) -> Option<usize> {
+        let embedding = self.embedding.as_ref()?;
+        embedding.early.as_ref().map(|_| embedding.bucket)
+    }
+
+    fn open_late_rows(&mut self, bucket: usize) -> Result<()> {
+        let embedding = self.embedding.as_mut().expect("its rows follow");
+        let Some(Some(plan)) = embedding.plans.front() else {
+            unreachable!("its rows follow");
+        };
+        embedding.late = Some(Rows::zeros(&self.layout.buckets[bucket], plan.rows().to_vec())?);
         Ok(())
     }
 
@@ -460,16 +602,24 @@ impl Zero {
     /// micro-batches to come: after the step's last one its reduction over ranks starts now; from stage 2 on after each.
     pub fn leave<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
         let keeps_slices = self.stage >= Stage::Gradients;
+        let mut rebind = keeps_slices || self.comes_and_goes();
         if matches!(pass, Pass::Backward { last } if last || keeps_slices) {
-            // Backward goes down: a bucket is complete at the lowest stage that reads it.
+            // Backward goes down: a bucket is complete at the lowest stage that reads it, but for rows that follow.
             let below = |bucket| {
                 self.stages[..stage]
                     .iter()
                     .any(|flats| flats.contains(&Flat::Trained(bucket)))
             };
-            let complete: Vec<usize> = trained(&self.stages[stage]).filter(|bucket| !below(*bucket)).collect();
+            let complete = |bucket: &usize| !below(*bucket) || self.rows_follow(*bucket);
+            let complete: Vec<usize> = trained(&self.stages[stage]).filter(complete).collect();
             for bucket in complete {
-                self.reduce(comm, bucket)?;
+                match self.embedding.as_mut().and_then(|embedding| embedding.late.take()) {
+                    Some(rows) => {
+                        self.reduce_late_rows(comm, bucket, &rows)?;
+                        rebind = true;
+                    }
+                    None => self.reduce(comm, bucket)?,
+                }
             }
         }
         let kept = self.next(stage, pass).map(|(stage, pass)| self.reads(stage, pass));
@@ -479,7 +629,10 @@ impl Zero {
                 *self.values_mut(flat) = Values::default();
             }
         }
-        if keeps_slices || self.comes_and_goes() {
+        if let Some(embedding) = &mut self.embedding {
+            rebind |= embedding.early.take().is_some();
+        }
+        if rebind {
             self.bind(weights);
         }
         Ok(())
@@ -491,9 +644,13 @@ impl Zero {
             // An earlier micro-batch's, long done.
             self.settle(bucket)?;
         }
-        let rows = match bucket == self.row_bucket {
-            true => self.row_plans.pop_front().flatten(),
-            false => None,
+        let rows = match &mut self.embedding {
+            Some(embedding) if embedding.bucket == bucket && !embedding.tied => embedding.plans.pop_front().flatten(),
+            // None of them are few enough to follow.
+            Some(embedding) if embedding.bucket == bucket && embedding.plans.front() == Some(&None) => {
+                embedding.plans.pop_front().flatten()
+            }
+            _ => None,
         };
         let state = &mut self.buckets[bucket];
         assert!(
@@ -507,6 +664,7 @@ impl Zero {
                 &self.layout.buckets[bucket],
                 &plan,
                 grads,
+                false,
                 self.wire,
             )?);
             // Sums are made where the rows arrive.
@@ -530,6 +688,17 @@ impl Zero {
         self.sent(bucket)
     }
 
+    /// Starts sending the rows that follow the rest of a bucket's gradient.
+    fn reduce_late_rows(&mut self, comm: &dyn Comm, bucket: usize, late: &Rows) -> Result<()> {
+        let embedding = self.embedding.as_mut().expect("its rows follow");
+        let plan = embedding.plans.pop_front().flatten().expect("its rows follow");
+        let state = &mut self.buckets[bucket];
+        let place = &self.layout.buckets[bucket];
+        state.rows = Some(rows::start(comm, place, &plan, &late.values, true, self.wire)?);
+        state.rows_follow = true;
+        self.sent(bucket)
+    }
+
     /// A bucket's reduction has started.
     fn sent(&mut self, bucket: usize) -> Result<()> {
         let state = &mut self.buckets[bucket];
@@ -537,7 +706,9 @@ impl Zero {
         if self.stage >= Stage::Gradients {
             // The exchange keeps the memory as long as it needs it; `settle` is when it is gone.
             state.grads = None;
-            self.reducing.push_back(bucket);
+            if !self.reducing.contains(&bucket) {
+                self.reducing.push_back(bucket);
+            }
             // What is over need not keep its memory.
             let is_over = |bucket: &usize| {
                 let state = &self.buckets[*bucket];
@@ -556,12 +727,21 @@ impl Zero {
         let (pending, rows) = (state.reducing.take(), state.rows.take());
         if pending.is_some() || rows.is_some() {
             pending.map_or(Ok(()), Pending::wait)?;
-            if let Some(rows) = rows {
+            // Rows that follow are added last, whether the rest has been waited for before or not: no timing changes a bit.
+            let (instead, behind) = match std::mem::take(&mut state.rows_follow) {
+                true => (None, rows),
+                false => (rows, None),
+            };
+            let place = &self.layout.buckets[bucket];
+            if let Some(rows) = instead {
                 let sums = state.incoming.as_mut().unwrap_or(&mut state.grads_slice);
-                rows.add_to(&self.layout.buckets[bucket], self.my_slice, sums)?;
+                rows.add_to(place, self.my_slice, sums)?;
             }
             if let Some(incoming) = state.incoming.take() {
                 let _ = state.grads_slice.f_add_(&incoming)?;
+            }
+            if let Some(rows) = behind {
+                rows.add_to(place, self.my_slice, &mut state.grads_slice)?;
             }
             self.reducing.retain(|reducing| *reducing != bucket);
         }
@@ -582,10 +762,7 @@ impl Zero {
             }
             self.settle(oldest)?;
         }
-        let (len, device) = (
-            self.layout.buckets[bucket].padded,
-            self.buckets[bucket].slice.theta.device(),
-        );
+        let (len, device) = (self.layout.buckets[bucket].padded, self.buckets[bucket].device);
         self.buckets[bucket].grads = Some(Tensor::f_zeros([len as i64], (Kind::Float, device))?);
         Ok(())
     }
@@ -596,7 +773,7 @@ impl Zero {
             return Ok(());
         }
         let mine = match flat {
-            Flat::Trained(b) => self.buckets[b].slice.theta.f_to_kind(self.kind)?,
+            Flat::Trained(b) => self.buckets[b].published(self.kind)?,
             Flat::Frozen(f) => self.frozen[f].slice.shallow_clone(),
         };
         let padded = self.bucket(flat).padded as i64;
@@ -630,6 +807,7 @@ impl Zero {
     /// Waits for all reductions; then one small reduction tells every rank the gradient's norm, whether everything is
     /// finite, and the sums of `ride_along`.
     pub fn finish(&mut self, comm: &dyn Comm, ride_along: &[f64]) -> Result<Verdict> {
+        comm.at(Mark::Update);
         for bucket in 0..self.buckets.len() {
             self.settle(bucket)?;
             assert!(self.buckets[bucket].reduced, "every bucket was reduced");
@@ -662,48 +840,64 @@ impl Zero {
     }
 
     /// One AdamW update of this rank's slices; `groups[g]` is the learning rate and so on of parameter group g.
-    pub fn update(&mut self, groups: &[AdamW]) {
+    pub fn update(&mut self, groups: &[AdamW]) -> Result<()> {
         for (bucket, state) in self.layout.buckets.iter().zip(&mut self.buckets) {
-            assert!(
-                state.values.arriving.is_none(),
-                "what is being published may not change"
-            );
+            // An embedding of which only rows were read; what is being published may not change.
+            state.values.wait()?;
             let Slice { theta, m, v } = &mut state.slice;
+            // The same tensor where both lie in one place.
+            let g = state.grads_slice.f_to_device(theta.device())?;
             for (part, group) in bucket.groups_in_slice(self.my_slice) {
-                adamw::update(&groups[group], theta, m, v, &state.grads_slice, part);
+                adamw::update(&groups[group], theta, m, v, &g, part);
             }
         }
         self.updates += 1;
+        Ok(())
     }
 
-    /// Casts this rank's master weights to the compute precision and starts giving every rank all of them; each of the
-    /// model's stages waits for its own when it is entered. From stage 3 on there is nothing to publish.
-    pub fn publish(&mut self, comm: &dyn Comm) -> Result<()> {
-        if self.stage == Stage::Parameters {
+    /// Tells that the update is made: every rank is to have all of it, in the compute precision. It starts on its way with
+    /// the next step, which knows what it needs first; each of the model's stages waits for its own when it is entered. From
+    /// stage 3 on there is nothing to publish.
+    pub fn publish(&mut self) {
+        self.unpublished = self.stage < Stage::Parameters;
+    }
+
+    /// Casts this rank's master weights to the compute precision and starts giving every rank all of them.
+    fn start_publishing(&mut self, comm: &dyn Comm) -> Result<()> {
+        if !std::mem::take(&mut self.unpublished) {
             return Ok(());
         }
-        for state in &mut self.buckets {
+        // In the order of the stages that read them; a matrix whose first rows are here is wanted last.
+        let early = self.early_bucket();
+        let mut order: Vec<usize> = (0..self.buckets.len()).collect();
+        order.sort_by_key(|bucket| early == Some(*bucket));
+        for index in order {
+            let shares = self.shares(self.buckets[index].device);
+            let state = &mut self.buckets[index];
             state.values.wait()?;
+            let mine = (self.layout.n_slices > 1)
+                .then(|| state.published(self.kind))
+                .transpose()?;
             let full = state.values.full.as_mut().expect("whole before stage 3");
-            if self.layout.n_slices > 1 {
-                let mine = state.slice.theta.f_to_kind(full.kind())?;
-                state.values.arriving = Some(comm.all_gather(&mine, full)?);
-            } else if !shares(comm, full.kind()) {
-                full.f_copy_(&state.slice.theta)?;
+            match mine {
+                Some(mine) => state.values.arriving = Some(comm.all_gather(&mine, full)?),
+                None if shares => {}
+                None => full.f_copy_(&state.slice.theta)?,
             }
         }
         Ok(())
     }
 
-    /// Waits until all that was published has arrived. For whoever reads the model outside of a step.
-    pub fn arrived(&mut self) -> Result<()> {
+    /// Waits until all that was published has arrived. For whoever reads the model outside of a step; all ranks call it.
+    pub fn arrived(&mut self, comm: &dyn Comm) -> Result<()> {
+        self.start_publishing(comm)?;
         self.buckets.iter_mut().try_for_each(|state| state.values.wait())
     }
 
     /// Compares what the ranks should hold alike: the ranks whose memory is damaged, each with what is wrong. From stage 3 on
     /// nothing is held alike, and nothing is found.
     pub fn damaged_ranks(&mut self, comm: &dyn Comm) -> Result<Vec<(usize, &'static str)>> {
-        self.arrived()?;
+        self.arrived(comm)?;
         if self.stage == Stage::Parameters {
             return Ok(Vec::new());
         }
@@ -833,11 +1027,6 @@ fn shaped(flat: &Tensor, bucket: &Bucket, param: usize) -> Tensor {
     view(flat, bucket.ranges[param].clone()).view(bucket.params[param].shape.as_slice())
 }
 
-/// Whether master weights are the model's own: whole, of its precision, and with no other rank's to compare with.
-fn shares(comm: &dyn Comm, kind: Kind) -> bool {
-    comm.world() == 1 && kind == Kind::Float
-}
-
 /// Slice `index` of the bucket that `values` fill, padded with zeros.
 fn slice_of(bucket: &Bucket, index: usize, values: &[Tensor], kind: Kind, device: Device) -> Result<Tensor> {
     let slice = Tensor::f_zeros([bucket.slice_len as i64], (kind, device))?;
@@ -937,11 +1126,51 @@ mod tests {
             updates_before: 0,
             gradient_scale: 1.0,
         };
-        zero.update(&[how, how]);
-        zero.publish(comm.as_ref()).unwrap();
+        zero.update(&[how, how]).unwrap();
+        zero.publish();
+        zero.arrived(comm.as_ref()).unwrap();
         let value = |bucket, param| f64::try_from(zero.trained(bucket, param).value.mean(Kind::Float)).unwrap();
         assert!((value(1, 1) - 0.75).abs() < 1e-6);
         assert_eq!((value(0, 0), value(1, 0)), (1.0, 1.0));
+    }
+
+    #[test]
+    fn optimizer_state_on_the_host_gives_the_same_bits() {
+        let comm = crate::join(1).unwrap();
+        let run = |offload: bool, kind| {
+            let mut zero = Zero::empty(comm.as_ref(), Stage::OptimizerState, kind);
+            if offload {
+                zero.offload_optimizer();
+            }
+            for spec in specs() {
+                let value = |param: &ParamSpec| Tensor::arange(param.numel() as i64, (Kind::Float, Device::Cpu));
+                let values = spec
+                    .params
+                    .iter()
+                    .map(|param| value(param).view(param.shape.as_slice()) / 7.0);
+                zero.train(spec.clone(), values.collect()).unwrap();
+            }
+            let how = AdamW {
+                lr: 0.25,
+                beta1: 0.9,
+                beta2: 0.99,
+                epsilon: 1e-8,
+                weight_decay: 0.1,
+                updates_before: 0,
+                gradient_scale: 0.5,
+            };
+            let _ = zero.trained(1, 1).grad.fill_(3.0);
+            (0..2).for_each(|bucket| zero.reduce(comm.as_ref(), bucket).unwrap());
+            zero.update(&[how, how]).unwrap();
+            zero.publish();
+            zero.arrived(comm.as_ref()).unwrap();
+            (0..2)
+                .map(|bucket| zero.params(bucket).unwrap().copy())
+                .collect::<Vec<_>>()
+        };
+        for kind in [Kind::Float, Kind::BFloat16] {
+            assert_eq!(run(true, kind), run(false, kind));
+        }
     }
 
     #[test]

@@ -1,8 +1,11 @@
-//! Negative log-likelihood of held-out text, language by language, for any Hugging Face folder with its own tokenizer.
+//! Negative log-likelihood of held-out text, language by language, of any model with its own tokenizer.
 //!
-//! A document is scored as a whole: its start token, if the plan names one, is context only, and every token after it is a
+//! A document is scored as a whole: its start token, if one is named, is context only, and every token after it is a
 //! target. Bits per byte divide by the bytes of the text, so that models with different tokenizers compare: also the base
 //! and the extended model that no step has trained yet.
+//!
+//! Languages are scored a stretch at a time, in batches that do not depend on how many ranks share them; every window's nats
+//! travel by themselves and are added up in the documents' order. So no digit depends on the ranks.
 
 use std::path::Path;
 use std::time::Instant;
@@ -10,39 +13,97 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use configs::{NewRows, Plan, Precision};
 use corpus::{Corpus, Document, Language, Tokenizer, Vocabulary};
-use launcher::evaluation::{DayZero, Evaluation, LanguageResult};
+use launcher::evaluation::{DayZero, DocumentResult, Evaluation, LanguageResult, Nll};
 use launcher::events::Event;
+use launcher::files;
+use launcher::measurement::{Kept, Order, fingerprint};
+use serde_json::{Value, json};
 use sharding::Comm;
 use tch::{Device, Kind, Tensor};
 
 use crate::hf::{ModelConfig, Weights};
+use crate::measure::phase;
 use crate::model::{IGNORE, Model, Trains};
+use crate::subject::{Subject, precision_name};
 
 /// A stretch of one document that fits the model; the first `context` positions were scored in the window before.
-struct Window {
-    language: usize,
+pub struct Window {
+    /// Number of its document among those that are scored.
+    pub document: usize,
     ids: Vec<i64>,
     context: usize,
 }
 
-/// What is scored: weights, the tokenizer that its text is cut by, and how the first grows to fit the second.
-struct Subject<'a> {
-    name: String,
-    model: &'a Path,
-    tokenizer: &'a Path,
-    grows: Trains,
+/// Documents cut into windows; the documents' results wait for their nats.
+pub struct Prepared {
+    pub documents: Vec<DocumentResult>,
+    pub windows: Vec<Window>,
 }
 
-/// Scores the held-out documents with the model in `folder`. Every rank returns the same report.
-pub fn evaluate(plan: &Plan, folder: &Path, comm: &dyn Comm, device: Device) -> Result<Evaluation> {
-    let documents = held_out(plan, comm)?;
-    let subject = Subject {
-        name: folder.display().to_string(),
-        model: folder,
-        tokenizer: folder,
-        grows: Trains::default(),
+type ByLanguage = Vec<(Language, Vec<Document>)>;
+
+/// Carries out an order: scores, keeps what is done, writes the result and the documents beside it. Rank 0 gives what to
+/// print.
+pub fn run(order: &Order, task: &Nll, subject: &Subject, comm: &dyn Comm) -> Result<Value> {
+    phase(comm, "reading held-out documents");
+    let corpus = Corpus::open(&task.corpus)?;
+    let mut documents = held_out(&corpus, task.settings.documents_per_language)?;
+    for wanted in &task.languages {
+        ensure!(
+            documents.iter().any(|(language, _)| language.as_str() == wanted),
+            "--languages names {wanted}, which {} does not have; `panglot rows` shows what it has",
+            task.corpus.display()
+        );
+    }
+    documents
+        .retain(|(language, _)| task.languages.is_empty() || task.languages.iter().any(|l| l == language.as_str()));
+    let protocol = format!(
+        "whole documents in windows of {} tokens, stride {}, start {}{}",
+        task.settings.window,
+        task.settings.stride,
+        task.document_start.as_deref().unwrap_or("none"),
+        task.settings
+            .documents_per_language
+            .map_or(String::new(), |most| format!(", the first {most} by key")),
+    );
+    let texts: Vec<(&str, Vec<(&str, String)>)> = documents
+        .iter()
+        .map(|(language, documents)| {
+            let digest = |d: &Document| blake3::hash(d.text.as_bytes()).to_hex().to_string();
+            (
+                language.as_str(),
+                documents.iter().map(|d| (d.key.as_str(), digest(d))).collect(),
+            )
+        })
+        .collect();
+    let made_by = subject.made_by(protocol, fingerprint(&texts));
+    // Batches of another size round otherwise.
+    let kept = Kept::open(&order.out, &fingerprint(&(&made_by, task.settings.tokens_per_batch)));
+    let of = Scoring {
+        settings: &task.settings,
+        start: task.document_start.as_deref(),
+        kept: Some(&kept),
     };
-    score(plan, &documents, &subject, comm, device)
+    let started = Instant::now();
+    let scored = score(&documents, subject, &of, comm)?;
+    let mut printed = json!({ "written": order.out });
+    if comm.rank() == 0 {
+        let mut lines = Vec::new();
+        for document in scored.iter().flatten() {
+            serde_json::to_writer(&mut lines, document)?;
+            lines.push(b'\n');
+        }
+        files::write_atomically(&Evaluation::documents_file(&order.out), &lines)?;
+        let mut result = evaluation(subject, &scored, Some(&corpus));
+        result.seconds = started.elapsed().as_secs_f64();
+        result.settings = Some(task.clone());
+        result.made_by = Some(made_by);
+        files::write_json(&order.out, &result)?;
+        kept.clear()?;
+        printed = json!({ "written": order.out, "macro_bits_per_byte": result.macro_bits_per_byte });
+    }
+    comm.barrier()?;
+    Ok(printed)
 }
 
 /// The base with its own tokenizer, and the extended model before any step, once for each of these starts of its new rows.
@@ -55,7 +116,40 @@ pub fn day_zero(
     comm: &dyn Comm,
     device: Device,
 ) -> Result<DayZero> {
-    let mut documents = held_out(plan, comm)?;
+    let documents = sample(plan, most_bytes)?;
+    let folders = &plan.folders;
+    let score = |name: &str, tokenizer: &Path, vocabulary| {
+        phase(comm, &format!("loading the model ({name})"));
+        let config = ModelConfig::open(&folders.base_model)?;
+        let weights = Weights::open(&folders.base_model)?;
+        let grows = Trains {
+            vocabulary,
+            seed: plan.seed,
+            ..Trains::default()
+        };
+        let subject = Subject {
+            name: name.to_owned(),
+            digest: weights.digest(),
+            model: Model::load(&config, &weights.on(device), kind(plan.train.precision), &grows)
+                .with_context(|| format!("loading {}", folders.base_model.display()))?,
+            tokenizer: Tokenizer::open(tokenizer)?,
+            ends: Default::default(),
+            precision: plan.train.precision,
+        };
+        measured(plan, &documents, &subject.with_residual(plan.train.residual), comm)
+    };
+    let base = score("base", &folders.base_model, None)?;
+    let vocabulary = Vocabulary::open(&folders.vocabulary)?;
+    let extended = |start: &NewRows| score(start.name(), &folders.vocabulary, Some((vocabulary.clone(), *start)));
+    Ok(DayZero {
+        base,
+        extended: starts.iter().map(extended).collect::<Result<_>>()?,
+    })
+}
+
+/// The first `most_bytes` bytes of one document a language, drawn by the plan's seed from those that it evaluates on.
+pub fn sample(plan: &Plan, most_bytes: usize) -> Result<ByLanguage> {
+    let mut documents = of_plan(plan)?;
     for (_, documents) in &mut documents {
         // By the key: of parallel text all languages give the same passage.
         documents.sort_by_key(|document| draw(plan.seed, &document.key));
@@ -68,39 +162,7 @@ pub fn day_zero(
             text.truncate(whole.unwrap_or(0));
         }
     }
-    let folders = &plan.folders;
-    let subject = |name: &str, tokenizer, vocabulary| Subject {
-        name: name.to_owned(),
-        model: &folders.base_model,
-        tokenizer,
-        grows: Trains {
-            vocabulary,
-            seed: plan.seed,
-            ..Trains::default()
-        },
-    };
-    let base = score(
-        plan,
-        &documents,
-        &subject("base", &folders.base_model, None),
-        comm,
-        device,
-    )?;
-    let vocabulary = Vocabulary::open(&folders.vocabulary)?;
-    let extended = |start: &NewRows| {
-        let grown = Some((vocabulary.clone(), *start));
-        score(
-            plan,
-            &documents,
-            &subject(start.name(), &folders.vocabulary, grown),
-            comm,
-            device,
-        )
-    };
-    Ok(DayZero {
-        base,
-        extended: starts.iter().map(extended).collect::<Result<_>>()?,
-    })
+    Ok(documents)
 }
 
 /// Where a document stands in the order that the seed draws.
@@ -110,92 +172,193 @@ fn draw(seed: u64, key: &str) -> [u8; 32] {
     hasher.finalize().into()
 }
 
-/// The held-out documents that the plan evaluates on, by language.
-fn held_out(plan: &Plan, comm: &dyn Comm) -> Result<Vec<(Language, Vec<Document>)>> {
-    if comm.rank() == 0 {
-        let name = "reading held-out documents".into();
-        Event::Phase { name }.emit();
-    }
-    let corpus = Corpus::open(&plan.folders.corpus)?;
+fn of_plan(plan: &Plan) -> Result<ByLanguage> {
+    held_out(
+        &Corpus::open(&plan.folders.corpus)?,
+        plan.evaluation.documents_per_language,
+    )
+}
+
+/// The held-out documents, by language, in the order of their keys.
+fn held_out(corpus: &Corpus, most: Option<usize>) -> Result<ByLanguage> {
     let of = |language: Language| {
         let mut documents = corpus.held_out(&language)?;
         documents.sort_by(|a, b| a.key.cmp(&b.key));
-        documents.truncate(plan.evaluation.documents_per_language.unwrap_or(usize::MAX));
+        documents.truncate(most.unwrap_or(usize::MAX));
         Ok((language, documents))
     };
     corpus.languages().into_iter().map(of).collect()
 }
 
-fn score(
-    plan: &Plan,
-    documents: &[(Language, Vec<Document>)],
-    subject: &Subject,
-    comm: &dyn Comm,
-    device: Device,
-) -> Result<Evaluation> {
+fn measured(plan: &Plan, documents: &ByLanguage, subject: &Subject, comm: &dyn Comm) -> Result<Evaluation> {
     let started = Instant::now();
-    let rank_0 = comm.rank() == 0;
+    let of = Scoring {
+        settings: &plan.evaluation,
+        start: plan.corpus.document_start.as_deref(),
+        kept: None,
+    };
+    let scored = score(documents, subject, &of, comm)?;
+    let mut result = evaluation(subject, &scored, None);
+    result.seconds = started.elapsed().as_secs_f64();
+    Ok(result)
+}
+
+fn evaluation(subject: &Subject, scored: &[Vec<DocumentResult>], corpus: Option<&Corpus>) -> Evaluation {
+    let of = |documents: &Vec<DocumentResult>| LanguageResult::of(&documents[0].language, documents);
+    let languages = scored.iter().map(of).collect();
+    let precision = precision_name(subject.precision).to_owned();
+    Evaluation::of(subject.name.clone(), precision, languages, corpus)
+}
+
+/// How documents are scored.
+struct Scoring<'a> {
+    settings: &'a configs::Evaluation,
+    start: Option<&'a str>,
+    /// Where languages that are done are kept; `None`: nowhere.
+    kept: Option<&'a Kept>,
+}
+
+/// The documents' nats, by language, of the languages that have any; the same on every rank.
+fn score(documents: &ByLanguage, subject: &Subject, of: &Scoring, comm: &dyn Comm) -> Result<Vec<Vec<DocumentResult>>> {
     let short = Path::new(&subject.name).file_name().unwrap_or_default().display();
-    let say = |name: String| rank_0.then(|| Event::Phase { name }.emit());
-    let tokenizer = Tokenizer::open(subject.tokenizer)?;
-    let (mut scores, windows) = windows(plan, documents, &tokenizer)?;
+    subject.check_length(of.settings.window, "evaluation.window")?;
+    let prepared = documents
+        .iter()
+        .map(|(language, documents)| prepare(language, documents, &subject.tokenizer, of.settings, of.start))
+        .collect::<Result<Vec<_>>>()?;
+    let prepared: Vec<Prepared> = prepared.into_iter().filter(|p| !p.documents.is_empty()).collect();
     ensure!(
-        !windows.is_empty(),
-        "the corpus {} has no held-out documents",
-        plan.folders.corpus.display()
+        !prepared.is_empty(),
+        "there are no held-out documents to measure on; set corpus.held_out above 0"
     );
-
-    say(format!("loading the model ({short})"));
-    let config = ModelConfig::open(subject.model)?;
-    let model = Model::load(
-        &config,
-        &Weights::open(subject.model)?.on(device),
-        kind(plan.train.precision),
-        &subject.grows,
-    )
-    .with_context(|| format!("loading {}", subject.model.display()))?
-    .with_residual(plan.train.residual);
-    model.check_length(plan.evaluation.window, "evaluation.window")?;
-
-    say(format!("scoring held-out documents ({short})"));
-    let batches = batches(&windows, plan.evaluation.tokens_per_batch);
-    let total: u64 = windows.iter().map(|window| (window.ids.len() - 1) as u64).sum();
-    let mut nats = vec![0.0; scores.len()];
+    phase(comm, &format!("scoring held-out documents ({short})"));
+    let total: u64 = prepared.iter().map(Prepared::targets).sum();
     let mut done = 0;
+    let mut scored = Vec::new();
+    let mut rest = prepared.into_iter().peekable();
+    while rest.peek().is_some() {
+        // Enough for batches of like lengths, and not more, since what is under way is lost when it is interrupted.
+        let (mut stretch, mut targets) = (Vec::new(), 0);
+        while let Some(next) = rest.next_if(|_| targets < (STRETCH * of.settings.tokens_per_batch) as u64) {
+            targets += next.targets();
+            stretch.push(next);
+        }
+        let name = |prepared: &Prepared| prepared.documents[0].language.clone();
+        let known = |prepared: &Prepared| of.kept.and_then(|kept| kept.get(&name(prepared)));
+        // Rank 0 looks, and all do as it says: a file may appear between two ranks' looks.
+        let found: Option<Vec<Vec<DocumentResult>>> = stretch.iter().map(known).collect();
+        let is_known = comm.broadcast_bytes(&[u8::from(found.is_some())])? == [1];
+        match (is_known, found) {
+            (true, found) => scored.extend(found.context("a part that rank 0 has read is not there for another rank")?),
+            (false, _) => {
+                let told = |tokens: u64| {
+                    if comm.rank() == 0 {
+                        let unit = "tokens".to_owned();
+                        Event::Progress {
+                            done: done + tokens,
+                            total,
+                            unit,
+                        }
+                        .emit();
+                    }
+                };
+                let nll = |ids: &Tensor, targets: &Tensor| {
+                    let model = &subject.model;
+                    Ok(model.head.nll(model.head_matrix(), &model.hidden(ids), targets))
+                };
+                let (tokens, device) = (of.settings.tokens_per_batch, subject.model.device);
+                add_nats(&mut stretch, tokens, device, comm, &mut { nll }, Passes::OwnOnly, &told)?;
+                for prepared in stretch {
+                    if let Some(kept) = of.kept.filter(|_| comm.rank() == 0) {
+                        kept.put(&name(&prepared), &prepared.documents)?;
+                    }
+                    scored.push(prepared.documents);
+                }
+            }
+        }
+        done += targets;
+    }
+    Ok(scored)
+}
+
+/// Batches of a stretch of languages.
+const STRETCH: usize = 16;
+
+impl Prepared {
+    fn targets(&self) -> u64 {
+        self.documents.iter().map(|document| document.tokens).sum()
+    }
+}
+
+/// −ln p of every target of `ids_bt`, 0 where there is none: [b, t].
+pub type NllOf<'a> = &'a mut dyn FnMut(&Tensor, &Tensor) -> Result<Tensor>;
+
+/// How many passes a rank makes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Passes {
+    OwnOnly,
+    /// Where passes are collectives: a rank that has no batch left computes one of another's again, in vain.
+    AsManyOnAllRanks,
+}
+
+/// Scores the windows of a stretch and adds their nats to their documents: batches are dealt to the ranks in turn.
+pub fn add_nats(
+    stretch: &mut [Prepared],
+    tokens_per_batch: usize,
+    device: Device,
+    comm: &dyn Comm,
+    nll: NllOf,
+    passes: Passes,
+    told: &dyn Fn(u64),
+) -> Result<()> {
+    let windows: Vec<&Window> = stretch.iter().flat_map(|prepared| &prepared.windows).collect();
+    let mut nats = vec![0.0; windows.len()];
+    let mut done = 0;
+    let batches = batches(&windows, tokens_per_batch);
     for (index, batch) in batches.iter().enumerate() {
         done += batch
             .iter()
-            .map(|&window| (windows[window].ids.len() - 1) as u64)
+            .map(|window| windows[*window].targets() as u64)
             .sum::<u64>();
         if index % comm.world() != comm.rank() {
             continue;
         }
-        add_nats(&model, &windows, batch, &mut nats);
-        if rank_0 {
-            Event::Progress {
-                done,
-                total,
-                unit: "tokens".into(),
-            }
-            .emit();
+        let here: Vec<&Window> = batch.iter().map(|window| windows[*window]).collect();
+        for (window, sum) in batch.iter().zip(nats_of(&here, device, nll)?) {
+            nats[*window] = sum;
+        }
+        told(done);
+    }
+    let left_over = batches.len() % comm.world();
+    if passes == Passes::AsManyOnAllRanks && left_over > 0 && comm.rank() >= left_over {
+        let here: Vec<&Window> = batches[0].iter().map(|window| windows[*window]).collect();
+        nats_of(&here, device, nll)?;
+    }
+    // One rank has a window's nats, the others 0: the sum is exact.
+    let nats = comm.sum(&nats)?;
+    let mut nats = nats.into_iter();
+    for Prepared { documents, windows } in stretch {
+        for (window, nats) in windows.iter().zip(&mut nats) {
+            documents[window.document].nats += nats;
         }
     }
-    let nats = comm.sum(&nats)?;
+    Ok(())
+}
 
-    for (score, nats) in scores.iter_mut().zip(nats) {
-        score.nats = nats;
-        score.bits_per_byte = nats / std::f64::consts::LN_2 / score.bytes as f64;
+/// −ln p of each window's targets together.
+fn nats_of(windows: &[&Window], device: Device, nll: NllOf) -> Result<Vec<f64>> {
+    let length = windows.iter().map(|window| window.ids.len()).max().unwrap_or(0);
+    let shape = [windows.len() as i64, length as i64];
+    let (mut ids, mut targets) = (vec![0; windows.len() * length], vec![IGNORE; windows.len() * length]);
+    for (row, window) in windows.iter().enumerate() {
+        // Attention is causal: what stands behind a window cannot change its scores.
+        ids[row * length..][..window.ids.len()].copy_from_slice(&window.ids);
+        let first = row * length + window.context - 1;
+        targets[first..][..window.targets()].copy_from_slice(&window.ids[window.context..]);
     }
-    let mean = |of: &dyn Fn(&LanguageResult) -> f64| scores.iter().map(of).sum::<f64>() / scores.len() as f64;
-    Ok(Evaluation {
-        model: subject.name.clone(),
-        precision: precision_name(plan.train.precision),
-        macro_bits_per_byte: mean(&|score| score.bits_per_byte),
-        macro_nats_per_document: mean(&|score| score.nats / score.documents as f64),
-        tokens: scores.iter().map(|score| score.tokens).sum(),
-        seconds: started.elapsed().as_secs_f64(),
-        languages: scores,
-    })
+    let on = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
+    let nll_bt = nll(&on(&ids), &on(&targets))?;
+    Ok(Vec::try_from(nll_bt.sum_dim_intlist(-1, false, Kind::Double))?)
 }
 
 pub fn kind(precision: Precision) -> Kind {
@@ -205,65 +368,59 @@ pub fn kind(precision: Precision) -> Kind {
     }
 }
 
-fn precision_name(precision: Precision) -> String {
-    match precision {
-        Precision::F32 => "f32".into(),
-        Precision::Bf16 => "bf16".into(),
+impl Window {
+    fn targets(&self) -> usize {
+        self.ids.len() - self.context
     }
 }
 
-/// The documents to score, cut into windows, and an empty score for every language that has any.
-fn windows(
-    plan: &Plan,
-    documents: &[(Language, Vec<Document>)],
+/// A language's documents as tokens, cut into windows; documents that have no target are left out.
+pub fn prepare(
+    language: &Language,
+    documents: &[Document],
     tokenizer: &Tokenizer,
-) -> Result<(Vec<LanguageResult>, Vec<Window>)> {
-    let start = match &plan.corpus.document_start {
+    settings: &configs::Evaluation,
+    start: Option<&str>,
+) -> Result<Prepared> {
+    let start = match start {
         None => None,
         Some(token) => Some(tokenizer.id(token).with_context(|| {
             format!("corpus.document_start = {token} is not a piece of the model's tokenizer; name one of its special tokens")
         })?),
     };
-    let (mut scores, mut windows) = (Vec::new(), Vec::new());
-    for (language, documents) in documents {
-        let mut score = LanguageResult {
+    let texts: Vec<&str> = documents.iter().map(|document| document.text.as_str()).collect();
+    let mut prepared = Prepared {
+        documents: Vec::new(),
+        windows: Vec::new(),
+    };
+    for (document, encoded) in documents.iter().zip(tokenizer.encode_batch(&texts)?) {
+        let ids: Vec<i64> = start.into_iter().chain(encoded).map(i64::from).collect();
+        if ids.len() < 2 {
+            continue;
+        }
+        prepared.windows.extend(cut(settings, prepared.documents.len(), &ids));
+        prepared.documents.push(DocumentResult {
             language: language.to_string(),
-            documents: 0,
-            bytes: 0,
-            characters: 0,
-            tokens: 0,
+            key: document.key.clone(),
+            bytes: document.text.len() as u64,
+            characters: document.text.chars().count() as u64,
+            tokens: (ids.len() - 1) as u64,
             nats: 0.0,
-            bits_per_byte: 0.0,
-        };
-        for document in documents {
-            let encoded = tokenizer.encode(&document.text)?;
-            let ids: Vec<i64> = start.into_iter().chain(encoded).map(i64::from).collect();
-            if ids.len() < 2 {
-                continue;
-            }
-            score.documents += 1;
-            score.bytes += document.text.len() as u64;
-            score.characters += document.text.chars().count() as u64;
-            score.tokens += (ids.len() - 1) as u64;
-            windows.extend(cut(&plan.evaluation, scores.len(), &ids));
-        }
-        if score.documents > 0 {
-            scores.push(score);
-        }
+        });
     }
-    Ok((scores, windows))
+    Ok(prepared)
 }
 
 /// Windows of at most `window` tokens, each starting `stride` after the one before; every target is scored once, in the
 /// first window that holds it.
-fn cut(evaluation: &configs::Evaluation, language: usize, ids: &[i64]) -> Vec<Window> {
+fn cut(evaluation: &configs::Evaluation, document: usize, ids: &[i64]) -> Vec<Window> {
     let mut windows = Vec::new();
     let mut start = 0;
     let mut scored = 1;
     while scored < ids.len() {
         let end = (start + evaluation.window).min(ids.len());
         windows.push(Window {
-            language,
+            document,
             ids: ids[start..end].to_vec(),
             context: scored - start,
         });
@@ -276,7 +433,7 @@ fn cut(evaluation: &configs::Evaluation, language: usize, ids: &[i64]) -> Vec<Wi
 
 /// Windows of similar length together, padded batches of at most `tokens_per_batch`; longest first, so that a shortage of
 /// memory shows at once.
-fn batches(windows: &[Window], tokens_per_batch: usize) -> Vec<Vec<usize>> {
+fn batches(windows: &[&Window], tokens_per_batch: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..windows.len()).collect();
     order.sort_by_key(|&window| (std::cmp::Reverse(windows[window].ids.len()), window));
     let mut batches: Vec<Vec<usize>> = Vec::new();
@@ -287,33 +444,6 @@ fn batches(windows: &[Window], tokens_per_batch: usize) -> Vec<Vec<usize>> {
         }
     }
     batches
-}
-
-/// Adds each window's nats to its language.
-fn add_nats(model: &Model, windows: &[Window], batch: &[usize], nats: &mut [f64]) {
-    let length = windows[batch[0]].ids.len();
-    let shape = [batch.len() as i64, length as i64];
-    let (mut ids, mut targets) = (vec![0; batch.len() * length], vec![IGNORE; batch.len() * length]);
-    for (row, &window) in batch.iter().enumerate() {
-        let Window {
-            ids: window_ids,
-            context,
-            ..
-        } = &windows[window];
-        // Attention is causal: what stands behind a window cannot change its scores.
-        ids[row * length..][..window_ids.len()].copy_from_slice(window_ids);
-        let first = row * length + context - 1;
-        targets[first..][..window_ids.len() - context].copy_from_slice(&window_ids[*context..]);
-    }
-    let (ids_bt, targets_bt) = (
-        Tensor::from_slice(&ids).view(shape).to_device(model.device),
-        Tensor::from_slice(&targets).view(shape).to_device(model.device),
-    );
-    let nll_bt = model.head.nll(model.head_matrix(), &model.hidden(&ids_bt), &targets_bt);
-    let sums: Vec<f64> = Vec::try_from(nll_bt.sum_dim_intlist(-1, false, Kind::Double)).expect("one sum a row, in f64");
-    for (&window, sum) in batch.iter().zip(sums) {
-        nats[windows[window].language] += sum;
-    }
 }
 
 #[cfg(test)]
@@ -329,6 +459,7 @@ mod tests {
                 window,
                 stride,
                 tokens_per_batch: 64,
+                ..configs::Evaluation::default()
             };
             let targets: Vec<i64> = cut(&evaluation, 0, &ids)
                 .iter()

@@ -20,10 +20,11 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
     // On the host, wherever the model was trained: nothing here is worth waiting for a GPU. An export needs every parameter
     // whole, and a checkpoint of any ZeRO stage is read at any other.
     let (mut trainer, identity) = train::build(plan, comm, tch::Device::Cpu, (Stage::OptimizerState, false))?;
-    let folder = plan.folders.run.join("checkpoints");
-    let found = checkpoint::newest(&folder)?
+    let folder = plan.folders.run.join(launcher::checkpoint::FOLDER);
+    let found = launcher::checkpoint::newest(&folder)?
         .with_context(|| format!("{} holds no checkpoint to export; train first", folder.display()))?;
-    let different = checkpoint::differences(&found.manifest.identity, &identity);
+    let different = launcher::checkpoint::differences(&found.manifest.identity, &identity);
+    let different: Vec<String> = different.refused.iter().map(ToString::to_string).collect();
     ensure!(
         different.is_empty(),
         "{} was written by a run with other settings:\n  {}\nexport with the plan that trained it",
@@ -31,7 +32,7 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
         different.join("\n  ")
     );
     let progress = checkpoint::load(&found.folder, &found.manifest, comm, &mut trainer.zero)?;
-    trainer.zero.arrived()?;
+    trainer.zero.arrived(comm)?;
     let mut result = json!({
         "checkpoint": found.folder,
         "step": progress.step,

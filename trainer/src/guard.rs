@@ -6,7 +6,6 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use configs::Guard as Settings;
-use serde::{Deserialize, Serialize};
 
 /// This many skipped steps in a row end a run that says nothing else.
 const SKIPS_IN_A_ROW: u32 = 10;
@@ -42,13 +41,8 @@ impl fmt::Display for Why {
     }
 }
 
-/// The numbers that steps are compared with, oldest first: bits, so that a checkpoint gives back exactly what it was given.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
-    pub losses: VecDeque<u64>,
-    pub norms: VecDeque<u64>,
-    pub skips_in_a_row: u32,
-}
+/// The numbers that steps are compared with, as checkpoints keep them.
+pub use launcher::checkpoint::GuardState as State;
 
 #[derive(Clone, Debug, Default)]
 pub struct Guard {

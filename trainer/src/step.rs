@@ -82,7 +82,7 @@ impl<'a> Trainer<'a> {
 
         self.zero.clear_gradients();
         let ids: Vec<&Tensor> = batch.micro_batches.iter().map(|micro| &micro.ids_bt).collect();
-        self.zero.choose_rows(self.comm, &self.model.embedding.name, &ids)?;
+        self.zero.begin_step(self.comm, &self.model.embedding.name, &ids)?;
         let last = batch.micro_batches.len() - 1;
         for (index, micro) in batch.micro_batches.iter().enumerate() {
             nll += self.forward_backward(micro, divisor, index == last)?;
@@ -94,8 +94,8 @@ impl<'a> Trainer<'a> {
         let loss = verdict.sums[0] / divisor;
         let skipped = self.guard.judge(loss, verdict.grad_norm, verdict.finite);
         if skipped.is_none() {
-            self.zero.update(&self.groups(&verdict));
-            self.zero.publish(self.comm)?;
+            self.zero.update(&self.groups(&verdict))?;
+            self.zero.publish();
         }
         self.step += 1;
         let limbs = std::array::from_fn(|limb| verdict.sums[2 + limb]);
@@ -135,7 +135,7 @@ impl<'a> Trainer<'a> {
             forward,
             embedding_weights(&mut model.embedding, &mut model.positions_td),
         )?;
-        let mut hidden_btd = model.embed(&micro.ids_bt);
+        let mut hidden_btd = model.embed(&zero.embedding_ids(&micro.ids_bt));
         zero.leave(
             comm,
             0,
@@ -173,7 +173,7 @@ impl<'a> Trainer<'a> {
             backward,
             embedding_weights(&mut model.embedding, &mut model.positions_td),
         )?;
-        model.embed_backward(&micro.ids_bt, &d_btd);
+        model.embed_backward(&zero.embedding_ids(&micro.ids_bt), &d_btd);
         zero.leave(
             comm,
             0,

@@ -7,20 +7,26 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use configs::{FrozenPrecision, NewRows, Plan, Precision};
 use corpus::{Stream, TokenShards, Vocabulary};
-use launcher::events::{Event, StepMetrics};
-use sharding::{Comm, Stage, Wire, Zero};
+use launcher::checkpoint::identity::{Difference, Differences};
+use launcher::checkpoint::manifest::planned_bytes;
+use launcher::checkpoint::{Found, Identity};
+use launcher::events::{Event, HeldOut, StepMetrics};
+use launcher::place::SlurmJob;
+use launcher::{text, wall_time};
+use sharding::{Comm, Mark, Stage, Wire, Zero};
 use tch::Device;
 
 use crate::batch::{Batch, rows_of_step};
-use crate::checkpoint::{self, Identity, Progress};
+use crate::checkpoint::{self, Outcome, Progress, Saver};
+use crate::during::During;
 use crate::evaluate::kind;
 use crate::hf::{ModelConfig, Weights};
-use crate::model::{Model, Trains};
+use crate::model::{Model, Trains, Weight, bucket_of, take_trained};
 use crate::planned::{self, Watch};
 use crate::step::{StepReport, Trainer, lr_by_group};
 use crate::tensorboard::EventWriter;
@@ -89,35 +95,43 @@ pub fn build_model<'a>(
         vocabulary,
         seed: plan.seed,
     };
-    let weights = weights.on(device);
-    let mut model = Model::load(&config, &weights, kind(plan.train.precision), &trains)
-        .with_context(|| format!("loading {}", base.display()))?
-        .with_residual(plan.train.residual);
-    model.check_length(plan.train.sequence_length, "train.sequence_length")?;
-    // An export reads the base itself.
-    if plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu {
+    let fp8 = plan.train.frozen_precision == Some(FrozenPrecision::Fp8) && device != Device::Cpu;
+    if fp8 {
         sharding::cuda::check_fp8(device)?;
-        model.quantize_frozen()?;
     }
-    let recompute = planned::recomputation(plan, &model.sizes(), comm, device, (stage, shard_frozen))?;
-    let specs = model.register();
-    ensure!(
-        !specs.is_empty(),
-        "nothing trains: give train.lora, or name modules in train.full"
-    );
-    let mut initial = model.take_initial_values();
-    let mut zero = Zero::new(comm, stage, &specs, model.kind, |bucket, param| {
-        std::mem::replace(&mut initial[bucket][param], tch::Tensor::new())
-    })?;
+    let (weights, kind) = (weights.on(device), kind(plan.train.precision));
+    let mut zero = Zero::empty(comm, stage, kind);
+    if plan.train.offload_optimizer && device != Device::Cpu {
+        zero.offload_optimizer();
+    }
     zero.reduce_in(match plan.train.reduce {
         Precision::F32 => Wire::F32,
         Precision::Bf16 => Wire::Bf16,
     });
-    if shard_frozen {
-        for (stage, weights) in model.stages() {
-            zero.shard_frozen(comm, &stage, weights)?;
+    // A stage at a time: where a rank keeps a slice, it never holds more of the base than one stage.
+    let mut take = |stage: &str, mut weights: Vec<&mut Weight>| -> Result<()> {
+        let spec = bucket_of(stage, &weights);
+        if !spec.params.is_empty() {
+            zero.train(
+                spec,
+                take_trained(weights.iter_mut().map(|weight| &mut **weight).collect()),
+            )?;
         }
-    }
+        if shard_frozen {
+            zero.shard_frozen(stage, weights)?;
+        }
+        Ok(())
+    };
+    let model = Model::load_by_stages(&config, &weights, kind, &trains, fp8, &mut take)
+        .with_context(|| format!("loading {}", base.display()))?
+        .with_residual(plan.train.residual);
+    model.check_length(plan.train.sequence_length, "train.sequence_length")?;
+    zero.check_ranks_agree(comm)?;
+    ensure!(
+        !zero.layout().buckets.is_empty(),
+        "nothing trains: give train.lora, or name modules in train.full"
+    );
+    let recompute = planned::recomputation(plan, &model.sizes(), comm, device, (stage, shard_frozen))?;
     let mut trainer = Trainer::new(plan, comm, model, zero);
     trainer.recompute = recompute;
     Ok((trainer, digest))
@@ -130,6 +144,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     say(Event::Phase {
         name: "loading model and data".into(),
     });
+    comm.at(Mark::Load);
     let stop = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
 
@@ -137,13 +152,17 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     let shards = sharding(plan, comm);
     let mut watch = Watch::begin(device)?;
     let (mut trainer, identity) = build(plan, comm, device, shards)?;
-    let folder = plan.folders.run.join("checkpoints");
-    let mut progress = resume(&folder, &mut trainer, &identity)?;
+    comm.at(Mark::Restore);
+    // From here on no earlier attempt commits a checkpoint; so what is chosen now stays the newest.
+    let mut saver = Saver::begin(comm, &plan.folders.run, identity.clone(), &trainer.zero)?;
+    let mut progress = resume(&mut saver, &mut trainer, &identity)?;
+    let mut during = During::prepare(plan, comm, progress.step)?;
     let mut log = if rank_0 {
         Some(Log::open(&plan.folders.run, progress.step)?)
     } else {
         None
     };
+    let mut clock = Clock::start(plan, rank_0);
 
     say(Event::Note {
         text: watch.plan(&trainer, shards),
@@ -151,9 +170,14 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     say(Event::Phase {
         name: "training".into(),
     });
-    while trainer.step < plan.train.steps {
+    let last = plan
+        .debug
+        .stop_after
+        .map_or(plan.train.steps, |steps| steps.min(plan.train.steps));
+    while trainer.step < last {
         let started = Instant::now();
         let step = trainer.step;
+        comm.at(Mark::Batch { step });
         let rows_step = if plan.debug.overfit_one_batch { 0 } else { step };
         let batch = Batch::new(&stream, &plan.train, rows_step, comm.rank(), comm.world()).on(device);
         let sent_before = comm.sent().bytes();
@@ -169,13 +193,26 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let every = plan.train.check_ranks_every;
         let due = every > 0 && trainer.step.is_multiple_of(every) && comm.world() > 1;
         if plan.debug.check_ranks_equal || due {
+            comm.at(Mark::Compare);
             check_ranks_equal(&mut trainer)?;
         }
-        let resident = comm.max(&[resident_bytes() as f64])?[0] as u64;
+        comm.at(Mark::Report);
+        clock.took(started.elapsed());
+        let boundary = Boundary::agree(comm, &saver, &clock)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let held_out = match &mut during {
+            Some(during) if during.is_due(trainer.step) => {
+                comm.at(Mark::Evaluate);
+                Some(during.measure(&mut trainer)?)
+            }
+            _ => None,
+        };
+        let is_best = held_out.is_some_and(|(_, is_best)| is_best);
         if let Some(log) = &mut log {
             let measured = Measured {
-                seconds: started.elapsed().as_secs_f64(),
-                resident_bytes: resident,
+                seconds,
+                held_out: held_out.map(|(held_out, _)| held_out),
+                resident_bytes: boundary.resident_bytes,
                 bytes_sent,
                 bytes_least: trainer.zero.least_bytes(comm, batch.micro_batches.len()),
             };
@@ -199,88 +236,277 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
                 );
             }
         }
+        let outcome = saver.advance(boundary.writing)?;
+        clock.tell(outcome, &trainer);
         let done = trainer.step == plan.train.steps;
-        if done || report.stop || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
-            save(&folder, &trainer, &identity, progress)?;
+        let asked = report.stop || trainer.step == last;
+        let ends = done || asked || boundary.time_is_short;
+        if let Some(during) = during.as_ref().filter(|_| is_best && rank_0) {
+            // Before it is saved, so that it is not taken for one of the old.
+            during.note_best()?;
         }
-        if report.stop && !done {
+        if ends {
+            comm.at(Mark::Save);
+            save_and_wait(&mut saver, &trainer, progress, &mut clock)?;
+        } else if boundary.save_is_due || is_best || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
+            comm.at(Mark::Save);
+            start_save(&mut saver, &trainer, progress, &mut clock)?;
+        }
+        if plan.debug.die_after == Some(trainer.step) {
+            let outcome = saver.finish()?;
+            clock.tell(outcome, &trainer);
+            signal_hook::low_level::raise(signal_hook::consts::SIGKILL).context("debug.die_after")?;
+        }
+        if ends && !done {
+            let why = if asked {
+                "as asked"
+            } else {
+                "in time before the job's limit"
+            };
             say(Event::Note {
-                text: format!("stopped as asked after step {step}; the checkpoint is written"),
+                text: format!("stopped {why} after step {step}; the checkpoint is written"),
             });
             return Ok(End::WantsMoreTime);
         }
     }
-    Ok(End::Finished)
+    Ok(if trainer.step < plan.train.steps {
+        End::WantsMoreTime
+    } else {
+        End::Finished
+    })
 }
 
-/// Rank 0 chooses the checkpoint and tells all; every rank reads its part.
-fn resume(folder: &Path, trainer: &mut Trainer, identity: &Identity) -> Result<Progress> {
+/// What all ranks know alike at the end of a step, from one small reduction.
+struct Boundary {
+    /// The most of any rank.
+    resident_bytes: u64,
+    /// Some rank's thread is at work on a checkpoint.
+    writing: bool,
+    save_is_due: bool,
+    time_is_short: bool,
+}
+
+impl Boundary {
+    fn agree(comm: &dyn Comm, saver: &Saver, clock: &Clock) -> Result<Boundary> {
+        let flag = |it: bool| f64::from(u8::from(it));
+        let mine = [
+            resident_bytes() as f64,
+            flag(saver.is_busy()),
+            flag(clock.save_is_due()),
+            flag(clock.time_is_short()),
+        ];
+        let most = comm.max(&mine)?;
+        Ok(Boundary {
+            resident_bytes: most[0] as u64,
+            writing: most[1] > 0.0,
+            save_is_due: most[2] > 0.0,
+            time_is_short: most[3] > 0.0,
+        })
+    }
+}
+
+/// Rank 0's watch: when the next save is due by the minutes, and whether the job's time is running out. Other ranks' has no
+/// opinion; what it says travels in [`Boundary`].
+struct Clock {
+    rank_0: bool,
+    every: Option<Duration>,
+    safety: f64,
+    /// When the job will be ended.
+    end: Option<SystemTime>,
+    last_save: Instant,
+    /// Seconds.
+    longest_step: f64,
+    longest_save: f64,
+    saves_told: u64,
+    failed: bool,
+}
+
+impl Clock {
+    fn start(plan: &Plan, rank_0: bool) -> Clock {
+        let end = match rank_0.then(|| wall_time::job_end(&SlurmJob::detect())) {
+            Some(Err(error)) => {
+                let text = format!("nothing is saved in time before the job's limit, which is not known: {error:#}");
+                Event::Note { text }.emit();
+                None
+            }
+            Some(Ok(end)) => end,
+            None => None,
+        };
+        let minutes = plan.checkpoint.every_minutes.filter(|_| rank_0);
+        Clock {
+            rank_0,
+            every: minutes.map(|minutes| Duration::from_secs_f64(60.0 * minutes)),
+            safety: plan.checkpoint.safety_seconds,
+            end,
+            last_save: Instant::now(),
+            longest_step: 0.0,
+            longest_save: 0.0,
+            saves_told: 0,
+            failed: false,
+        }
+    }
+
+    fn took(&mut self, step: Duration) {
+        self.longest_step = self.longest_step.max(step.as_secs_f64());
+    }
+
+    fn save_is_due(&self) -> bool {
+        self.every.is_some_and(|every| self.last_save.elapsed() >= every)
+    }
+
+    fn time_is_short(&self) -> bool {
+        self.end.is_some_and(|end| {
+            let left = end.duration_since(SystemTime::now()).unwrap_or_default();
+            wall_time::is_short(left.as_secs_f64(), self.safety, self.longest_step, self.longest_save)
+        })
+    }
+
+    /// Notes what came of a save, and says what people should see of it.
+    fn tell(&mut self, outcome: Option<Outcome>, trainer: &Trainer) {
+        let Some(outcome) = outcome.filter(|_| self.rank_0) else {
+            return;
+        };
+        match outcome {
+            Outcome::Committed(it) => {
+                self.longest_save = self.longest_save.max(it.seconds);
+                tracing::info!(
+                    step = it.step,
+                    bytes = it.bytes,
+                    files = it.files,
+                    seconds = it.seconds,
+                    stall = it.stall,
+                    digest = it.digest,
+                    write = it.write,
+                    sync = it.sync,
+                    verify = it.verify,
+                    "checkpoint written"
+                );
+                let planned = planned_bytes(trainer.zero.layout().numel() as u64);
+                if self.saves_told == 0 || self.failed {
+                    let again = if self.failed {
+                        "checkpoints can be written again: "
+                    } else {
+                        ""
+                    };
+                    let text = format!(
+                        "{again}step {} is on disk after {:.1} s, of which training waited {:.2} s: {} in {} file{} (planned: {})",
+                        it.step,
+                        it.seconds,
+                        it.stall,
+                        text::bytes(it.bytes),
+                        it.files,
+                        if it.files == 1 { "" } else { "s" },
+                        text::bytes(planned),
+                    );
+                    Event::Note { text }.emit();
+                }
+                self.saves_told += 1;
+                self.failed = false;
+            }
+            Outcome::Failed { step, why, in_a_row } => {
+                self.failed = true;
+                let text = format!(
+                    "the checkpoint of step {step} could not be written ({in_a_row} in a row, {} end the run); training goes \
+                     on from memory: {why}",
+                    trainer.plan.checkpoint.failures_in_a_row
+                );
+                tracing::warn!("{text}");
+                Event::Note { text }.emit();
+            }
+        }
+    }
+}
+
+fn start_save(saver: &mut Saver, trainer: &Trainer, progress: Progress, clock: &mut Clock) -> Result<()> {
+    let next_row = rows_of_step(&trainer.plan.train, progress.step).start;
+    clock.last_save = Instant::now();
+    let earlier = saver.start(&trainer.zero, progress, &trainer.guard.state, next_row)?;
+    clock.tell(earlier, trainer);
+    Ok(())
+}
+
+/// Saves and returns when that is on disk: what would be lost otherwise is the end of the run. What fails is tried again until
+/// the plan's number of failures ends the run.
+fn save_and_wait(saver: &mut Saver, trainer: &Trainer, progress: Progress, clock: &mut Clock) -> Result<()> {
+    loop {
+        start_save(saver, trainer, progress, clock)?;
+        let outcome = saver.finish()?;
+        clock.tell(outcome, trainer);
+        if saver.newest == Some(progress.step) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+/// Goes on from the newest checkpoint that verifies, the same on every rank, if there is one.
+fn resume(saver: &mut Saver, trainer: &mut Trainer, identity: &Identity) -> Result<Progress> {
     let started = Instant::now();
     let comm = trainer.comm;
-    let chosen = if comm.rank() == 0 {
-        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        checkpoint::newest(folder)?
-    } else {
-        None
-    };
-    let step = chosen.as_ref().map_or(u64::MAX, |found| found.manifest.step);
-    let step = u64::from_le_bytes(comm.broadcast_bytes(&step.to_le_bytes())?.try_into().expect("8 bytes"));
-    if step == u64::MAX {
+    let Some(found) = checkpoint::choose(saver.checkpoints(), comm)? else {
         return Ok(Progress::default());
+    };
+    let verified = started.elapsed();
+    let manifest = &found.manifest;
+    let different = launcher::checkpoint::differences(&manifest.identity, identity);
+    if let Some(refusal) = different.refusal(&found.folder) {
+        bail!(refusal);
     }
-    let path = folder.join(format!("step-{step:08}"));
-    let manifest = checkpoint::read_manifest(&path)?;
-    let different = checkpoint::differences(&manifest.identity, identity);
-    ensure!(
-        different.is_empty(),
-        "{} was written by a run with other settings:\n  {}\nrestore them, or set another folders.run for a new run",
-        path.display(),
-        different.join("\n  ")
-    );
-    let progress = checkpoint::load(&path, &manifest, comm, &mut trainer.zero)?;
+    let progress = checkpoint::load(&found.folder, manifest, comm, &mut trainer.zero)?;
     trainer.step = progress.step;
     trainer.guard.state = manifest.guard.clone();
-    if let Some(found) = chosen {
-        for rejected in &found.rejected {
+    saver.newest = Some(progress.step);
+    if comm.rank() == 0 {
+        checkpoint::set_aside(&found.rejected, saver.nonce().as_str())?;
+        for (_, rejected) in &found.rejected {
             Event::Note {
                 text: format!("passed over a damaged checkpoint: {rejected}"),
             }
             .emit();
         }
-        let lr = lr_by_group(trainer.plan, step).into_iter();
-        let lr: Vec<String> = lr.map(|(group, lr)| format!("{lr:.2e} ({})", group.name())).collect();
-        let text = format!(
-            "resumed from step {step} ({}), written by {} rank{}, read by {} in {:.1} s; next row {}, \
-             learning rate {}",
-            found.folder.display(),
-            manifest.world,
-            if manifest.world == 1 { "" } else { "s" },
-            comm.world(),
-            started.elapsed().as_secs_f64(),
-            rows_of_step(&trainer.plan.train, step).start,
-            lr.join(", "),
-        );
+        let text = resumed_line(&found, &different, trainer, (verified, started.elapsed()));
         Event::Note { text }.emit();
     }
     Ok(progress)
 }
 
-fn save(folder: &Path, trainer: &Trainer, identity: &Identity, progress: Progress) -> Result<()> {
-    let started = Instant::now();
-    let path = checkpoint::save(
-        folder,
-        trainer.comm,
-        &trainer.zero,
-        identity,
-        progress,
-        &trainer.guard.state,
-    )?;
-    if trainer.comm.rank() == 0 {
-        checkpoint::prune(folder, trainer.plan.checkpoint.keep)?;
-        let seconds = started.elapsed().as_secs_f64();
-        tracing::info!(checkpoint = %path.display(), seconds, "checkpoint written");
+/// What was resumed, from where, how long it took, and what is not as it was.
+fn resumed_line(
+    found: &Found,
+    different: &Differences,
+    trainer: &Trainer,
+    (verified, all): (Duration, Duration),
+) -> String {
+    let manifest = &found.manifest;
+    let step = manifest.step;
+    let lr = lr_by_group(trainer.plan, step).into_iter();
+    let lr: Vec<String> = lr.map(|(group, lr)| format!("{lr:.2e} ({})", group.name())).collect();
+    let row = rows_of_step(&trainer.plan.train, step).start;
+    let mut text = format!(
+        "resumed from step {step} ({}), written by {}, read by {} in {:.1} s ({:.1} s of it to verify {}); next row {row}, \
+         learning rate {}",
+        found.folder.display(),
+        text::counted(manifest.world, "rank"),
+        trainer.comm.world(),
+        all.as_secs_f64(),
+        verified.as_secs_f64(),
+        text::bytes(manifest.bytes()),
+        lr.join(", "),
+    );
+    let list = |differences: &[Difference]| {
+        let lines: Vec<String> = differences.iter().map(Difference::to_string).collect();
+        lines.join(", ")
+    };
+    if !different.harmless.is_empty() {
+        text += &format!("; changed: {}", list(&different.harmless));
     }
-    Ok(())
+    if !different.allowed.is_empty() {
+        text += &format!("; changed and allowed: {}", list(&different.allowed));
+    }
+    if row != manifest.next_row {
+        text += &format!("; the next row was {}", manifest.next_row);
+    }
+    text
 }
 
 /// Ends the run where ranks no longer hold alike what they should.
@@ -319,6 +545,7 @@ fn languages(stream: &Stream, rows: Range<u64>) -> String {
 /// What a step took, beside what it computed.
 struct Measured {
     seconds: f64,
+    held_out: Option<HeldOut>,
     resident_bytes: u64,
     bytes_sent: u64,
     bytes_least: u64,
@@ -349,6 +576,7 @@ fn metrics(
         grad_norm: report.verdict.grad_norm,
         skipped: report.skipped.is_some(),
         skip_reason: report.skipped.map(|why| why.to_string()),
+        held_out: measured.held_out,
         lr: lr_by_group(plan, step),
         targets: report.targets,
         targets_so_far: progress.targets_so_far,
@@ -367,10 +595,16 @@ fn metrics(
     }
 }
 
-/// Rank 0's records of the run: `metrics.jsonl`, TensorBoard's events, and the launcher's ear.
+/// Rank 0's records of the run: `metrics.jsonl`, TensorBoard's events, and the launcher's ear. A disk that takes nothing more
+/// does not end the run: lines wait in memory.
 struct Log {
+    run: PathBuf,
     metrics: fs::File,
-    tensorboard: EventWriter,
+    /// Bytes of whole lines in `metrics`.
+    whole: u64,
+    waiting: String,
+    behind: bool,
+    tensorboard: Option<EventWriter>,
 }
 
 impl Log {
@@ -384,17 +618,54 @@ impl Log {
             .open(&path)
             .with_context(|| path.display().to_string())?;
         Ok(Log {
+            run: run.to_owned(),
+            whole: metrics.metadata().with_context(|| path.display().to_string())?.len(),
             metrics,
-            tensorboard: EventWriter::create(&run.join("tensorboard"))?,
+            waiting: String::new(),
+            behind: false,
+            tensorboard: None,
         })
     }
 
     fn write(&mut self, metrics: StepMetrics) -> Result<()> {
-        let mut line = serde_json::to_string(&metrics)?;
-        line.push('\n');
-        self.metrics
-            .write_all(line.as_bytes())
-            .context("writing metrics.jsonl")?;
+        self.waiting += &serde_json::to_string(&metrics)?;
+        self.waiting.push('\n');
+        let written = self.catch_up().and_then(|()| self.draw(&metrics));
+        match written {
+            Ok(()) if self.behind => Event::Note {
+                text: "metrics.jsonl is written again".into(),
+            }
+            .emit(),
+            Err(ref error) if !self.behind => Event::Note {
+                text: format!("metrics cannot be written and wait in memory: {error:#}"),
+            }
+            .emit(),
+            _ => {}
+        }
+        self.behind = written.is_err();
+        Event::Step(metrics).emit();
+        Ok(())
+    }
+
+    /// Writes what waits, as whole lines or not at all.
+    fn catch_up(&mut self) -> Result<()> {
+        let written = self.metrics.write_all(self.waiting.as_bytes());
+        if let Err(error) = written {
+            // A part of a line may be there.
+            let _ = self.metrics.set_len(self.whole);
+            return Err(error).context("writing metrics.jsonl");
+        }
+        self.whole += self.waiting.len() as u64;
+        self.waiting.clear();
+        Ok(())
+    }
+
+    /// TensorBoard's events of a step; those of steps that could not be written are in `metrics.jsonl` only.
+    fn draw(&mut self, metrics: &StepMetrics) -> Result<()> {
+        let mut tensorboard = match self.tensorboard.take() {
+            Some(open) => open,
+            None => EventWriter::create(&self.run.join("tensorboard"))?,
+        };
         let (step, time) = (metrics.step as i64, metrics.unix_time);
         let scalars = [
             ("loss", metrics.loss),
@@ -403,14 +674,15 @@ impl Log {
             ("resident_gib", metrics.resident_bytes as f64 / (1u64 << 30) as f64),
         ];
         for (tag, value) in scalars {
-            self.tensorboard.scalar(tag, step, value as f32, time)?;
+            tensorboard.scalar(tag, step, value as f32, time)?;
         }
         for (group, lr) in &metrics.lr {
             let tag = format!("lr/{}", group.name());
-            self.tensorboard.scalar(&tag, step, *lr as f32, time)?;
+            tensorboard.scalar(&tag, step, *lr as f32, time)?;
         }
-        self.tensorboard.flush()?;
-        Event::Step(metrics).emit();
+        tensorboard.flush()?;
+        // Not after an error: what a torn record holds, nobody knows. The next events go into a new file.
+        self.tensorboard = Some(tensorboard);
         Ok(())
     }
 }

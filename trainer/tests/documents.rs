@@ -1,7 +1,10 @@
 //! Documents that share a row and do not see each other give what they give alone; positions without a target give nothing.
 
+mod common;
+
 use std::path::Path;
 
+use common::write_tokenizer;
 use configs::{Family, Pieces, Plan, Recompute, Shape};
 use corpus::{Row, RowsDigest};
 use sharding::{Comm, Stage, Zero};
@@ -176,7 +179,7 @@ fn plan(root: &Path, recompute: Recompute) -> Plan {
     let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tiny.yaml");
     let mut plan = configs::load(&recipe, &[]).unwrap();
     let pieces = root.join("pieces");
-    write_tokenizer(&pieces);
+    write_tokenizer(&pieces, PIECES);
     plan.model = configs::Model::Scratch {
         shape: Shape {
             hidden_size: 32,
@@ -201,24 +204,6 @@ fn plan(root: &Path, recompute: Recompute) -> Plan {
         trainer::scratch::init(&plan, &plan.folders.base_model).unwrap();
     }
     plan
-}
-
-fn write_tokenizer(folder: &Path) {
-    let vocabulary: std::collections::BTreeMap<String, usize> =
-        (0..PIECES).map(|id| (format!("piece{id}"), id)).collect();
-    let tokenizer = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": { "type": "Whitespace" },
-        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "piece0" },
-    });
-    std::fs::create_dir_all(folder).unwrap();
-    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    std::fs::write(
-        folder.join("tokenizer_config.json"),
-        r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#,
-    )
-    .unwrap();
 }
 
 fn trainer<'a>(plan: &'a Plan, comm: &'a dyn Comm) -> Trainer<'a> {

@@ -1,8 +1,11 @@
 //! The GPT-2 family where `transformers` is not needed to judge: from scratch, by its names, in other people's files; and the
 //! f32 residual stream, in both families. The numbers are compared in parity.rs.
 
+mod common;
+
 use std::path::Path;
 
+use common::write_tokenizer;
 use configs::{Family, FullModule, Gelu, Lora, Pieces, Plan, Precision, Recompute, Residual, Shape};
 use corpus::RowsDigest;
 use sharding::{Comm, Stage, Zero};
@@ -189,7 +192,7 @@ fn plan(root: &Path, family: Family, layers: usize) -> Plan {
     let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tiny.yaml");
     let mut plan = configs::load(&recipe, &[]).unwrap();
     let pieces = root.join("pieces");
-    write_tokenizer(&pieces);
+    write_tokenizer(&pieces, PIECES);
     plan.model = configs::Model::Scratch {
         shape: Shape {
             hidden_size: 32,
@@ -266,17 +269,4 @@ fn batch() -> Batch {
         n_targets: 4 * (TIME as usize - 1),
         digest: RowsDigest::default(),
     }
-}
-
-fn write_tokenizer(folder: &Path) {
-    let vocabulary: std::collections::BTreeMap<String, usize> =
-        (0..PIECES).map(|id| (format!("piece{id}"), id)).collect();
-    let tokenizer = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": { "type": "Whitespace" },
-        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "piece0" },
-    });
-    std::fs::create_dir_all(folder).unwrap();
-    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }

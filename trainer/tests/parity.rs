@@ -1,6 +1,8 @@
 //! Our numbers against those of `transformers` + PEFT with the same torch, by parameter name, all in f32; and our exports
 //! loaded by them. The reference is tests/reference/*.py, run by the virtual environment that `make setup-test` makes.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -8,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use common::write_tokenizer;
 use configs::{FullModule, Group, Lora, Mix, NewRows, Plan, Precision, Rates, Recomputation, Recompute, Schedule};
 use corpus::{NewPiece, RowsDigest, Vocabulary};
 use serde::Deserialize;
@@ -706,21 +709,6 @@ fn as_ours(model: &Model, name: &str, tensor: Tensor) -> Tensor {
         true => model.stored(&tensor),
         false => tensor,
     }
-}
-
-/// A tokenizer of so many pieces that `transformers` loads.
-fn write_tokenizer(folder: &Path, pieces: usize) {
-    let vocabulary: BTreeMap<String, usize> = (0..pieces).map(|id| (format!("piece{id}"), id)).collect();
-    let tokenizer = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": { "type": "Whitespace" },
-        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "piece0" },
-    });
-    fs::create_dir_all(folder).unwrap();
-    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    let settings = serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast" });
-    fs::write(folder.join("tokenizer_config.json"), settings.to_string()).unwrap();
 }
 
 fn write_ids(path: &Path, ids: &Tensor) {

@@ -313,10 +313,10 @@ fn resident(comm: &dyn Comm, shared: &Path, (model, precision, zero, mix): Setti
     let planned = Budget::new(&sizes, &plan.train, &division(&plan, comm, zero), divides).with(&mix);
     let batch = batch_of(comm, 2, 4, 256);
     trainer.train_step(&batch, false).expect("a step");
-    trainer.zero.arrived().expect("published");
+    trainer.zero.arrived(trainer.comm).expect("published");
     Resident::forget_peak();
     trainer.train_step(&batch, false).expect("a step");
-    trainer.zero.arrived().expect("published");
+    trainer.zero.arrived(trainer.comm).expect("published");
     let peak = comm
         .max(&[Resident::now().peak.saturating_sub(before) as f64])
         .expect("a maximum")[0];

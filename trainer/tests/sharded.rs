@@ -1,18 +1,25 @@
 //! However training is divided among ranks, it is the same training. Starts itself under mpirun with 2, 3 and 4 ranks; each
 //! job runs every case in one program and compares with one rank alone, in the same process.
 
+mod common;
+#[path = "../../sharding/tests/mpirun/mod.rs"]
+mod mpirun;
+
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
+use common::write_tokenizer;
 use configs::{FullModule, Pieces, Plan, Precision, Shape};
 use corpus::{Row, RowsDigest};
+use mpirun::{Case, memory};
 use sharding::{Comm, Stage};
 use tch::{Device, Kind, Tensor};
 use trainer::batch::{Batch, MicroBatch};
 use trainer::step::Trainer;
 
 const PIECES: usize = 97;
+/// So many that those of a batch are few: rows are fetched ahead, and follow a tied head's gradient.
+const MANY_PIECES: usize = 4001;
 /// Divides among 1, 2, 3 and 4 ranks with 1 and 3 micro-batches each.
 const ROWS: usize = 36;
 const TOKENS: usize = 16;
@@ -25,68 +32,32 @@ const PARAMETER_ROUNDING: f64 = 5e-5;
 /// Each share is rounded to 8 bits.
 const BF16_LOSS: f64 = 1e-2;
 
-/// A rank that fails a test must not leave its peers waiting in a collective: mpirun ends them all with it.
-fn end_all_on_panic() {
-    let print = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        print(info);
-        std::process::abort();
-    }));
-}
-
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     // One thread: sums inside of a rank then have one order.
     tch::set_num_threads(1);
     match &arguments[..] {
         [child, world, shared] if child == "--rank-of" => {
-            end_all_on_panic();
+            mpirun::end_all_on_panic();
             let comm = sharding::join(world.parse().expect("a number of ranks")).expect("the ranks meet");
-            run(comm.as_ref(), Path::new(shared));
+            mpirun::run(&CASES, comm.as_ref(), "MPI", Path::new(shared));
         }
-        [list, ..] if list == "--list" => CASES.iter().for_each(|(name, _)| println!("{name}: test")),
+        [list, ..] if list == "--list" => mpirun::list(&CASES),
         _ => {
             let folder = tempfile::tempdir().expect("a folder");
             MODELS.iter().for_each(|model| drop(plan(folder.path(), model)));
-            (2..=4).for_each(|ranks| under_mpirun(ranks, folder.path()));
+            (2..=4).for_each(|ranks| mpirun::start("--rank-of", ranks, folder.path()));
         }
     }
 }
 
-fn under_mpirun(ranks: usize, shared: &Path) {
-    let status = Command::new("mpirun")
-        .args([
-            "--quiet",
-            "--bind-to",
-            "none",
-            "--oversubscribe",
-            "-n",
-            &ranks.to_string(),
-        ])
-        .arg(std::env::current_exe().expect("a test knows where it is"))
-        .args(["--rank-of", &ranks.to_string()])
-        .arg(shared)
-        .status()
-        .expect("mpirun starts; set-up installs it");
-    assert!(status.success(), "{ranks} ranks under mpirun ended with {status}");
-}
-
-fn run(comm: &dyn Comm, shared: &Path) {
-    for (name, case) in CASES {
-        case(comm, shared);
-        comm.barrier().expect("all ranks finish a case");
-        if comm.rank() == 0 {
-            println!("test {name} ... ok ({} ranks)", comm.world());
-        }
-    }
-}
-
-type Case = (&'static str, fn(&dyn Comm, &Path));
-
-const CASES: [Case; 8] = [
+const CASES: [Case; 10] = [
+    // First: what others leave to the allocator would be taken from what this one measures.
+    ("a_base_is_divided_as_it_is_read", resident_at_load),
     ("every_stage_gives_the_training_of_one_rank", same_as_one_rank),
     ("bf16_gradients_give_nearly_the_same", bf16_gradients),
     ("a_slow_rank_changes_no_bit", slow_rank),
+    ("deterministic_runs_agree_to_the_bit_on_many_threads", deterministic),
     ("a_nan_on_one_rank_makes_all_skip", nan_on_one_rank),
     ("a_flipped_bit_is_found_and_its_rank_named", flipped_bit),
     ("bytes_are_at_the_lower_bound_and_rows_below_it", bytes_sent),
@@ -97,32 +68,44 @@ const CASES: [Case; 8] = [
 /// What of a tiny model trains.
 struct Model {
     name: &'static str,
+    pieces: usize,
     tied: bool,
     lora: bool,
     full: &'static [FullModule],
 }
 
-const MODELS: [Model; 4] = [
+const MODELS: [Model; 5] = [
     Model {
         name: "LoRA, embeddings and head",
+        pieces: MANY_PIECES,
         tied: false,
         lora: true,
         full: &[FullModule::EmbedTokens, FullModule::LmHead],
     },
     Model {
         name: "full",
+        pieces: PIECES,
         tied: false,
         lora: false,
         full: &FullModule::ALL,
     },
     Model {
         name: "full and tied",
+        pieces: PIECES,
         tied: true,
         lora: false,
         full: &FullModule::ALL,
     },
     Model {
+        name: "LoRA and a tied matrix of which few rows are read",
+        pieces: MANY_PIECES,
+        tied: true,
+        lora: true,
+        full: &[FullModule::EmbedTokens, FullModule::LmHead],
+    },
+    Model {
         name: "LoRA and norms beside a frozen tied matrix",
+        pieces: PIECES,
         tied: true,
         lora: true,
         full: &[FullModule::Norms],
@@ -148,7 +131,13 @@ fn same_as_one_rank(comm: &dyn Comm, shared: &Path) {
             model.name,
             one.losses
         );
-        for accumulation in [1, 3] {
+        // Of any length; the longest once.
+        let lengths: &[usize] = if model.tied && model.pieces == MANY_PIECES {
+            &[1, 3, 9]
+        } else {
+            &[1, 3]
+        };
+        for accumulation in lengths.iter().copied() {
             let at = |stage, shard_frozen| outcome(&plan, comm, (stage, shard_frozen), accumulation, |_| ());
             let outcomes = Stage::ALL.map(|stage| at(stage, stage >= Stage::Gradients));
             for (stage, many) in Stage::ALL.iter().zip(&outcomes) {
@@ -188,6 +177,74 @@ fn bf16_gradients(comm: &dyn Comm, shared: &Path) {
     }
 }
 
+/// What already holds on CPUs, with libtorch's promise besides: neither timing nor threads that race change a bit.
+fn deterministic(comm: &dyn Comm, shared: &Path) {
+    sharding::cuda::use_deterministic_algorithms();
+    assert!(sharding::cuda::algorithms_are_deterministic());
+    tch::set_num_threads(3);
+    for (model, stage) in [(&MODELS[0], Stage::OptimizerState), (&MODELS[3], Stage::Parameters)] {
+        let plan = plan(shared, model);
+        let run = |late: usize| {
+            outcome(&plan, comm, (stage, true), 3, |trainer| {
+                if comm.rank() == (late + trainer.step as usize) % comm.world() {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            })
+        };
+        assert_eq!(run(0), run(1), "{}, {stage:?}", model.name);
+    }
+    tch::set_num_threads(1);
+}
+
+/// At stage 3 a rank keeps its slices of a base, and holds a stage of it at a time on the way: measured. Alone nothing is
+/// divided; more than two ranks would only take longer.
+fn resident_at_load(comm: &dyn Comm, shared: &Path) {
+    if comm.world() != 2 {
+        return;
+    }
+    let mut plan = plan(shared, &MODELS[1]);
+    let configs::Model::Scratch { shape, .. } = &mut plan.model else {
+        unreachable!("a model from scratch");
+    };
+    (shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers) = (512, 1408, 12);
+    plan.folders.base_model = shared.join("large");
+    if comm.rank() == 0 {
+        trainer::scratch::init(&plan, &plan.folders.base_model).unwrap();
+    }
+    comm.barrier().unwrap();
+    for frozen in [false, true] {
+        if frozen {
+            plan.train.full = vec![FullModule::Norms];
+        }
+        let before = memory("VmRSS:");
+        // Peaks of before do not count.
+        std::fs::write("/proc/self/clear_refs", "5").unwrap();
+        let (trainer, _) =
+            trainer::train::build_model(&plan, comm, Device::Cpu, None, (Stage::Parameters, true)).unwrap();
+        let [resident, peak] = ["VmRSS:", "VmHWM:"].map(|line| memory(line).saturating_sub(before) as f64);
+        let counted = trainer.zero.held_bytes().iter().sum::<u64>() as f64;
+        // Two heads of four have keys and values of their own.
+        let layer = 4.0 * (3 * 512 * 512 + 3 * 512 * 1408) as f64;
+        let mb = |bytes: f64| (bytes / 1e6).round();
+        let (body, resident_mb) = (if frozen { "frozen" } else { "trained" }, mb(resident));
+        println!(
+            "{body} at stage 3: {resident_mb} MB resident, {} at most, {} counted",
+            mb(peak),
+            mb(counted)
+        );
+        let slack = 0.05 * counted;
+        assert!(
+            (resident - counted).abs() < slack,
+            "{resident} resident, {counted} counted"
+        );
+        // A layer as it is stored and mapped, and one of its matrices in another form.
+        assert!(
+            peak < counted + 2.5 * layer + slack,
+            "{peak} at most, {counted} counted"
+        );
+    }
+}
+
 fn slow_rank(comm: &dyn Comm, shared: &Path) {
     let plan = plan(shared, &MODELS[0]);
     for stage in [Stage::OptimizerState, Stage::Parameters] {
@@ -203,16 +260,22 @@ fn slow_rank(comm: &dyn Comm, shared: &Path) {
 
 fn nan_on_one_rank(comm: &dyn Comm, shared: &Path) {
     let plan = plan(shared, &MODELS[1]);
-    for stage in [Stage::Replicated, Stage::OptimizerState, Stage::Gradients] {
+    for stage in Stage::ALL {
         let (mut trainer, _) = trainer::train::build_model(&plan, comm, Device::Cpu, None, (stage, false)).unwrap();
-        let before = theta(&trainer);
         if comm.rank() == comm.world() - 1 {
-            let _ = trainer.model.embedding.value.get(0).fill_(f64::NAN);
+            let _ = match stage {
+                // Its slice is all that a rank has of its own.
+                Stage::Parameters => trainer.zero.slice_mut(1).1.theta.get(0).fill_(f64::NAN),
+                _ => trainer.model.embedding.value.get(0).fill_(f64::NAN),
+            };
         }
+        let before = theta(&trainer);
         let report = trainer.train_step(&batch(comm, 0, 1), false).unwrap();
         assert!(!report.verdict.finite, "{stage:?}, rank {}", comm.rank());
         assert_eq!((trainer.zero.updates, trainer.step), (0, 1));
-        assert_eq!(theta(&trainer), before, "{stage:?}: no rank moved");
+        // NaN is unlike itself; its bits are not.
+        let bits = |theta: Vec<Tensor>| -> Vec<Tensor> { theta.iter().map(|x| x.view_dtype(Kind::Int)).collect() };
+        assert_eq!(bits(theta(&trainer)), bits(before), "{stage:?}: no rank moved");
     }
 }
 
@@ -230,7 +293,7 @@ fn other_parameters(comm: &dyn Comm, shared: &Path) {
         "{said}"
     );
     assert!(
-        said.contains("only rank 0 has:\n    head lm_head.weight [97, 32] 2"),
+        said.contains("only rank 0 has:\n    head lm_head.weight [4001, 32] 2"),
         "{said}"
     );
     assert!(
@@ -268,10 +331,10 @@ fn bytes_sent(comm: &dyn Comm, shared: &Path) {
                     trainer::train::build_model(&plan, comm, Device::Cpu, None, (stage, shard_frozen)).unwrap();
                 let batch = batch(comm, 0, accumulation);
                 trainer.train_step(&batch, false).unwrap();
-                trainer.zero.arrived().unwrap();
+                trainer.zero.arrived(comm).unwrap();
                 let before = comm.sent().bytes();
                 trainer.train_step(&batch, false).unwrap();
-                trainer.zero.arrived().unwrap();
+                trainer.zero.arrived(comm).unwrap();
                 let sent = (comm.sent().bytes() - before) as f64;
                 let least = trainer.zero.least_bytes(comm, accumulation) as f64;
                 let what = format!(
@@ -280,7 +343,7 @@ fn bytes_sent(comm: &dyn Comm, shared: &Path) {
                 );
                 // These buckets are tiny: slices are padded to 16 elements, and a few numbers travel besides.
                 assert!(sent < 1.05 * least + 2500.0 * accumulation as f64, "{what}");
-                // All 97 rows are touched in one micro-batch of many rows; fewer in small ones.
+                // Of few pieces all rows are touched in one micro-batch; of many few are.
                 assert!(sent > 0.5 * least, "{what}");
             }
         }
@@ -409,9 +472,9 @@ fn row(number: usize) -> Row {
 fn plan(root: &Path, model: &Model) -> Plan {
     let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/tiny.yaml");
     let mut plan = configs::load(&recipe, &[]).unwrap();
-    let pieces = root.join("pieces");
+    let pieces = root.join(format!("{} pieces", model.pieces));
     if !pieces.exists() {
-        write_tokenizer(&pieces);
+        write_tokenizer(&pieces, model.pieces);
     }
     plan.model = configs::Model::Scratch {
         shape: Shape {
@@ -447,27 +510,10 @@ fn plan(root: &Path, model: &Model) -> Plan {
         weight_decay: 0.01,
     };
     plan.optimizer.groups = configs::Group::ALL.map(|group| (group, rates)).into();
-    plan.folders.base_model = root.join(if model.tied { "tied" } else { "untied" });
+    let tied = if model.tied { "tied" } else { "untied" };
+    plan.folders.base_model = root.join(format!("{tied} {}", model.pieces));
     if !plan.folders.base_model.exists() {
         trainer::scratch::init(&plan, &plan.folders.base_model).unwrap();
     }
     plan
-}
-
-fn write_tokenizer(folder: &Path) {
-    let vocabulary: std::collections::BTreeMap<String, usize> =
-        (0..PIECES).map(|id| (format!("piece{id}"), id)).collect();
-    let tokenizer = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": { "type": "Whitespace" },
-        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "piece0" },
-    });
-    std::fs::create_dir_all(folder).unwrap();
-    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    std::fs::write(
-        folder.join("tokenizer_config.json"),
-        r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#,
-    )
-    .unwrap();
 }

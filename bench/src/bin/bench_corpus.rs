@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use bench::{Entry, Report, Results, median, number, peak_bytes, report, run};
+use bench::{Entry, Report, Results, median, number, peak_bytes, peer, report, run, text_of};
 use clap::{Parser, Subcommand};
 use corpus::{
     Attention, BpeTraining, Corpus, Packing, Sampling, Scores, Split, Stream, StreamSettings, TextSampling,
@@ -279,9 +279,8 @@ impl Bench {
         run(Command::new(std::env::current_exe()?).args(arguments))
     }
 
-    fn peer(&self, script: &str, arguments: &[&str]) -> Result<Report> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(script);
-        run(Command::new(&self.arguments.python).arg(script).args(arguments))
+    fn peer(&self, name: &str, arguments: &[&str]) -> Result<Report> {
+        peer(&self.arguments.python, name, arguments)
     }
 }
 
@@ -392,11 +391,6 @@ fn rows(shards: &Path) -> Result<Report> {
         seconds,
         json!({"tokens_per_s": tokens / seconds, "copy_tokens_per_s": copied, "sum": sum}),
     )
-}
-
-fn text_of(path: &Path) -> Result<&str> {
-    path.to_str()
-        .with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
 /// SplitMix64: the same texts on every machine.

@@ -3,31 +3,19 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
-use bench::{Entry, Report, Results, number, report, run};
+use anyhow::Result;
+use bench::training::{BODY, LINEARS, PIECES, Panglot, Side, Sides, WIDTH, grow};
+use bench::{Entry, Report, Results, number, peer, report, run};
 use clap::{Parser, Subcommand};
-use serde_json::{Value, json};
+use serde_json::json;
 use sharding::adamw::{self, AdamW};
 
-/// SmolLM2-135M's matrices in the layers, and its width; GEMM FLOP follow from them.
-const BODY: f64 = 106_168_320.0;
-const WIDTH: f64 = 576.0;
-const PIECES: f64 = 49_152.0;
 /// MaLA-500's.
 const GROWN_PIECES: usize = 260_164;
-const LINEARS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
 const TIME: usize = 512;
 
 #[derive(Parser)]
@@ -137,7 +125,9 @@ fn main() -> Result<()> {
     }
     let folder = tempfile::tempdir()?;
     let bench = Bench {
-        folder: folder.path().to_path_buf(),
+        panglot: Panglot {
+            folder: folder.path().to_path_buf(),
+        },
         threads: thread::available_parallelism()?.get(),
         arguments,
     };
@@ -154,7 +144,7 @@ fn main() -> Result<()> {
 }
 
 struct Bench {
-    folder: PathBuf,
+    panglot: Panglot,
     threads: usize,
     arguments: Arguments,
 }
@@ -173,7 +163,7 @@ impl Bench {
         let overrides = self.prepare(case, &base)?;
         let (mut ours, mut peers) = (Sides::default(), Sides::default());
         for _ in 0..self.arguments.rounds {
-            ours.add(self.ours(&overrides)?);
+            ours.add(self.panglot.train(&[], &overrides)?);
             peers.add(self.theirs(case, &base)?);
         }
         let tokens = (case.rows * TIME) as f64;
@@ -202,40 +192,24 @@ impl Bench {
     }
 
     fn grown(&self) -> Result<PathBuf> {
-        let folder = self.folder.join("grown");
-        if !folder.is_dir() {
-            let status = Command::new(&self.arguments.python)
-                .arg(script("grow_model.py"))
-                .args([&self.arguments.base, &folder])
-                .arg(GROWN_PIECES.to_string())
-                .status()?;
-            ensure!(status.success(), "grow_model.py failed");
-        }
+        let folder = self.panglot.folder.join("grown");
+        grow(&self.arguments.python, &self.arguments.base, &folder, GROWN_PIECES)?;
         Ok(folder)
-    }
-
-    fn panglot(&self, command: &str, overrides: &[String]) -> Result<Child> {
-        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("model.yaml");
-        let mut panglot = Command::new(std::env::current_exe()?.with_file_name("panglot"));
-        panglot.args([command, text_of(&config)?, "--json"]).args(overrides);
-        Ok(panglot.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?)
     }
 
     /// The case's words for bench/model.yaml; its corpus, vocabulary and tokens are made.
     fn prepare(&self, case: &Case, base: &Path) -> Result<Vec<String>> {
-        let prepared = self.folder.join(if case.grown { "prepared-grown" } else { "prepared" });
+        let prepared = if case.grown { "prepared-grown" } else { "prepared" };
+        let mut overrides = self.panglot.overrides(prepared, base)?;
         let full = case.full.join(", ");
-        let mut overrides = vec![
-            format!("folders.prepared={}", text_of(&prepared)?),
-            format!("folders.run={}", text_of(&self.folder.join("run"))?),
-            format!("model.path={}", text_of(base)?),
+        overrides.extend([
             format!("train.steps={}", self.arguments.steps),
             format!("train.precision={}", case.precision),
             format!("train.rows_per_step={}", case.rows),
             format!("train.micro_rows={}", case.rows),
             format!("train.full=[{full}]"),
             format!("launch.threads_per_rank={}", self.threads),
-        ];
+        ]);
         if !case.full.is_empty() {
             overrides.push("optimizer.lr_embeddings=1.0e-4".to_owned());
         }
@@ -243,25 +217,8 @@ impl Bench {
             overrides
                 .extend(["train.lora=null", "optimizer.lr_lora=null", "optimizer.lr_body=1.0e-4"].map(String::from));
         }
-        let status = self.panglot("prepare", &overrides)?.wait()?;
-        ensure!(status.success(), "panglot prepare failed");
+        self.panglot.prepare(&overrides)?;
         Ok(overrides)
-    }
-
-    fn ours(&self, overrides: &[String]) -> Result<Side> {
-        let run = self.folder.join("run");
-        let _ = fs::remove_dir_all(&run);
-        let peak_bytes = watch(self.panglot("train", overrides)?)?;
-        let metrics = fs::read_to_string(run.join("metrics.jsonl")).context("the worker wrote no metrics")?;
-        let lines: Vec<Value> = metrics.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-        let value = |line: &Value, key: &str| line[key].as_f64().unwrap_or(f64::NAN);
-        let side = Side {
-            seconds: lines.iter().skip(1).map(|line| value(line, "seconds")).collect(),
-            loss: lines.last().map_or(f64::NAN, |line| value(line, "loss")),
-            peak_bytes: peak_bytes as f64,
-        };
-        eprintln!("  ours {:?} s", side.seconds);
-        Ok(side)
     }
 
     fn theirs(&self, case: &Case, base: &Path) -> Result<Side> {
@@ -271,17 +228,7 @@ impl Bench {
             "time": TIME, "steps": self.arguments.steps, "threads": self.threads, "recompute": false,
         });
         let report = self.peer("train_model.py", &[&words.to_string()])?;
-        let list = |key: &str| -> Vec<f64> {
-            let values = report.more.get(key).and_then(Value::as_array);
-            values.map_or(Vec::new(), |values| values.iter().filter_map(Value::as_f64).collect())
-        };
-        let side = Side {
-            seconds: list("steps").split_off(1),
-            loss: list("losses").last().copied().unwrap_or(f64::NAN),
-            peak_bytes: report.peak_bytes as f64,
-        };
-        eprintln!("  peer {:?} s", side.seconds);
-        Ok(side)
+        Ok(Side::of_training(&report))
     }
 
     fn adamw(&self, results: &mut Results) -> Result<()> {
@@ -290,14 +237,10 @@ impl Bench {
         let (mut ours, mut peers) = (Sides::default(), Sides::default());
         let (threads, parameters, updates) = (self.threads.to_string(), PARAMETERS.to_string(), UPDATES.to_string());
         for _ in 0..self.arguments.rounds {
-            ours.add(Side::of(run(Command::new(std::env::current_exe()?).args([
-                "adamw",
-                &parameters,
-                &updates,
-            ]))?));
-            peers.add(Side::of(
-                self.peer("torch_floor.py", &["adamw", &threads, &parameters, &updates])?,
-            ));
+            let update = ["adamw", &parameters, &updates];
+            ours.add(Side::of(&run(Command::new(std::env::current_exe()?).args(update))?));
+            let update = ["adamw", &threads, &parameters, &updates];
+            peers.add(Side::of(&self.peer("torch_floor.py", &update)?));
         }
         // θ, m and v are read and written, g is read: 28 bytes a parameter.
         let bytes = 28.0 * PARAMETERS as f64;
@@ -313,52 +256,7 @@ impl Bench {
     }
 
     fn peer(&self, name: &str, arguments: &[&str]) -> Result<Report> {
-        run(Command::new(&self.arguments.python).arg(script(name)).args(arguments))
-    }
-}
-
-/// One side's steps in one round.
-struct Side {
-    seconds: Vec<f64>,
-    loss: f64,
-    peak_bytes: f64,
-}
-
-impl Side {
-    fn of(report: Report) -> Side {
-        let steps = report.more.get("steps").and_then(Value::as_array);
-        Side {
-            seconds: steps.map_or(Vec::new(), |steps| steps.iter().filter_map(Value::as_f64).collect()),
-            loss: f64::NAN,
-            peak_bytes: report.peak_bytes as f64,
-        }
-    }
-}
-
-/// One side's rounds.
-#[derive(Default)]
-struct Sides {
-    seconds: Vec<f64>,
-    loss: f64,
-    /// The largest.
-    peak_bytes: f64,
-}
-
-impl Sides {
-    fn add(&mut self, side: Side) {
-        self.seconds.extend(side.seconds);
-        self.loss = side.loss;
-        self.peak_bytes = self.peak_bytes.max(side.peak_bytes);
-    }
-
-    /// The median step's.
-    fn seconds(&self) -> f64 {
-        let mut sorted = self.seconds.clone();
-        sorted.sort_by(f64::total_cmp);
-        match sorted.len() {
-            0 => f64::NAN,
-            n => (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0,
-        }
+        peer(&self.arguments.python, name, arguments)
     }
 }
 
@@ -388,41 +286,4 @@ fn update_alone(parameters: usize, updates: usize) -> Result<Report> {
     // The first one touches the moments' memory for the first time.
     seconds.remove(0);
     report(seconds.iter().sum(), json!({ "steps": seconds }))
-}
-
-/// Waits for a process; returns the most memory that it or one below it ever had, in bytes.
-fn watch(mut child: Child) -> Result<u64> {
-    let mut peak = 0;
-    loop {
-        // What is seen last before the end is all there is: the mark never falls.
-        peak = peak.max(peak_below(child.id()));
-        if let Some(status) = child.try_wait()? {
-            ensure!(status.success(), "panglot train failed: {status}");
-            return Ok(peak);
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// The largest peak of resident memory among a process and those it started.
-fn peak_below(process: u32) -> u64 {
-    let of = |name: &str| fs::read_to_string(format!("/proc/{process}/{name}")).unwrap_or_default();
-    let status = of("status");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    let children = of(&format!("task/{process}/children"));
-    let below = children
-        .split_whitespace()
-        .filter_map(|child| child.parse().ok())
-        .map(peak_below);
-    below.max().unwrap_or(0).max(kib.unwrap_or(0) * 1024)
-}
-
-fn script(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(name)
-}
-
-fn text_of(path: &Path) -> Result<&str> {
-    path.to_str()
-        .with_context(|| format!("{} is not UTF-8", path.display()))
 }

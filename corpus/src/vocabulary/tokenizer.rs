@@ -2,8 +2,10 @@
 //! what the ids are; where our own engine understands the file, it finds the same ids sooner.
 //! Batches are encoded on all cores; the result does not depend on how many there are.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rayon::prelude::*;
 use tokenizers::{
@@ -35,6 +37,9 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// `None` if it does not understand this tokenizer.
     engine: Option<Engine>,
+    /// The same, but special tokens in a text are read as such; made when a prompt asks for it.
+    prompts: OnceLock<tokenizers::Tokenizer>,
+    special: HashSet<u32>,
     path: PathBuf,
     digest: String,
     size: usize,
@@ -54,10 +59,15 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(bad)?;
         inner.with_padding(None);
         inner.set_encode_special_tokens(true);
+        let added = inner.get_added_tokens_decoder();
+        let special = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id);
+        let special = special.collect();
         let size = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
         Ok(Tokenizer {
             engine: Engine::understand(&bytes, &inner),
             inner,
+            prompts: OnceLock::new(),
+            special,
             digest: digest_of(&bytes),
             path,
             size,
@@ -70,6 +80,23 @@ impl Tokenizer {
             Some(engine) => engine.encode(text, &self.inner).map_err(|e| self.bad(e)),
             None => self.encode_plainly(text),
         }
+    }
+
+    /// The ids of a prompt: with what the tokenizer puts around a text (LLaMA's `<s>`), and with special tokens in it read
+    /// as such (a chat's turns).
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let prompts = self.prompts.get_or_init(|| {
+            let mut prompts = self.inner.clone();
+            prompts.set_encode_special_tokens(false);
+            prompts
+        });
+        let encoding = prompts.encode_fast(text, true).map_err(|e| self.bad(e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Whether the id is of a special token, which is no part of a text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.contains(&id)
     }
 
     /// The same ids by the `tokenizers` crate alone: what [`encode`](Self::encode) must agree with.

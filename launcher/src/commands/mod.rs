@@ -1,14 +1,23 @@
 //! One file a subcommand; here what they share.
 
+pub mod checkpoint;
 pub mod demo;
+pub mod doctor;
 pub mod eval;
 pub mod export;
+pub mod generate;
+pub mod job;
+pub mod measured;
 pub mod model;
 pub mod plan;
 pub mod report;
 pub mod rows;
+pub mod scale;
 pub mod stage;
+pub mod status;
+pub mod submit;
 pub mod train;
+pub mod verify_resume;
 
 use std::path::{Path, PathBuf};
 
@@ -56,11 +65,17 @@ pub struct Failed {
     pub code: i32,
 }
 
+/// All is said: leave with this code.
+#[derive(Debug, thiserror::Error)]
+#[error("exit code {0}")]
+pub struct Leave(pub i32);
+
 fn meaning(code: i32) -> &'static str {
     match code {
         exit::USER => "the config or its files do not fit, see above",
         exit::IO => "files could not be read or written, see above",
         exit::MORE_TIME => "a checkpoint is written; the same command goes on from it",
+        exit::REFUSED => "the ranks could not start together, see above",
         exit::PEER => "a rank was lost; the same command goes on from the newest checkpoint",
         127 => "the program could not be started",
         137 => {

@@ -5,10 +5,12 @@ use std::path::Path;
 use configs::Plan;
 use nix::sys::signal::Signal;
 
-use super::{App, ConfigArgs, Failed, RunFolder, stage, watch};
+use super::{App, ConfigArgs, Failed, RunFolder, stage, verify_resume, watch};
+use launcher::attempts::{Attempts, Verdict};
 use launcher::events::Event;
-use launcher::place::{Place, PlaceError};
+use launcher::place::{Place, PlaceError, is_wired_for_mpi};
 use launcher::stages::STAGES;
+use launcher::status::Sign;
 use launcher::supervise::Ended;
 use launcher::view::View;
 use launcher::{exit, files, sampling, text};
@@ -20,6 +22,9 @@ pub struct Args {
     /// Ranks on this machine, instead of the config's launch.ranks
     #[arg(short = 'n', long, value_name = "N")]
     pub ranks: Option<usize>,
+    /// When a rank is lost, start all again from the newest checkpoint, up to K times
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub restarts: u32,
 }
 
 pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
@@ -27,8 +32,30 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let (plan, ended) = match place {
         // Somebody has started us once a rank already: the world is theirs to choose, and this is one rank of it.
         Ok(place) if place.is_rank_of_many() => {
+            anyhow::ensure!(
+                args.restarts == 0,
+                "--restarts = {}, but this is {place}: whoever started the ranks must start them again; leave it out, and let \
+                 the job script requeue the job (slurm/train.sbatch does)",
+                args.restarts
+            );
             let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
-            let ended = as_one_rank(app, &plan, &place)?;
+            anyhow::ensure!(
+                plan.debug.verify_resume.is_none(),
+                "debug.verify_resume starts three jobs one after the other and this is one rank of a job; start `panglot` once"
+            );
+            anyhow::ensure!(
+                plan.train.device != configs::Device::Cpu || is_wired_for_mpi(),
+                "this is {place}, and no MPI launcher has wired the ranks together, which ranks on CPUs need (train.device = \
+                 cpu): start them with `srun --mpi=pmix`, `mpirun`, or `panglot train -n {}`",
+                place.world
+            );
+            let ended = as_one_rank(app, &plan, &place);
+            let code = ended.as_ref().map_or(exit::USER, |ended| ended.code);
+            if code != exit::FINISHED {
+                // For the job script: srun gives the highest code of all, which is that of ranks it has terminated.
+                let _ = Attempts::of(&plan.folders.run).note_rank(place.rank, code);
+            }
+            let ended = ended?;
             (plan, ended)
         }
         place => {
@@ -39,7 +66,10 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
                 place => drop(place?),
             }
             stage::make(app, &plan, &STAGES, false)?;
-            let ended = train(app, &plan, &mut |_| None)?;
+            if let Some(steps) = plan.debug.verify_resume {
+                return verify_resume::run(app, &plan, steps);
+            }
+            let ended = with_restarts(app, &plan, args.restarts)?;
             (plan, ended)
         }
     };
@@ -56,11 +86,41 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     }
 }
 
+/// Runs all ranks from here, again and again where one was lost, each time from the newest checkpoint.
+fn with_restarts(app: &App, plan: &Plan, restarts: u32) -> anyhow::Result<Ended> {
+    let attempts = Attempts::of(&plan.folders.run);
+    let series = format!("panglot train, process {}", std::process::id());
+    for restart in 1.. {
+        let ended = train(app, plan, &mut |_| None)?;
+        // More time is the scheduler's to give, and a signal of the user's is no loss.
+        if restarts == 0 || ended.asked || matches!(ended.code, exit::FINISHED | exit::MORE_TIME) {
+            return Ok(ended);
+        }
+        match attempts.ended(&series, ended.code)? {
+            Verdict::Again { why, .. } if restart <= restarts => {
+                let lost = ended.lost.map_or(String::new(), |lost| format!("{lost}; "));
+                eprintln!("panglot: restart {restart} of {restarts}: {lost}{why}");
+            }
+            Verdict::Stop { why, .. } => {
+                eprintln!("panglot: no restart: {why}");
+                return Ok(ended);
+            }
+            _ => return Ok(ended),
+        }
+    }
+    unreachable!("the loop ends by its number of restarts")
+}
+
 /// Runs all ranks from here, to their end whatever it is.
 pub fn train(app: &App, plan: &Plan, also: &mut dyn FnMut(&Event) -> Option<Signal>) -> anyhow::Result<Ended> {
     let worker = app.worker()?;
     let args = vec!["train".into(), "--plan".into(), write_plan(plan)?];
-    let job = worker.job(plan.launch.ranks, plan.launch.threads_per_rank, args);
+    let (ranks, threads) = (plan.launch.ranks, plan.launch.threads_per_rank);
+    // GPUs have NCCL; ranks on CPUs need MPI.
+    let job = match plan.train.device {
+        configs::Device::Cuda if ranks > 1 => worker.processes(ranks, threads, args),
+        _ => worker.job(ranks, threads, args),
+    };
     let mut view = View::new();
     view.say(&format!(
         "{} on {}: {} steps × {} rows × {} tokens",
@@ -79,8 +139,18 @@ fn as_one_rank(app: &App, plan: &Plan, place: &Place) -> anyhow::Result<Ended> {
     for stage in STAGES {
         stage.require(plan)?;
     }
-    let args = vec!["train".into(), "--plan".into(), write_plan(plan)?];
-    let job = app.worker()?.alone(plan.launch.threads_per_rank, args);
+    // Another rank may have been given another config and write it to the same file: each says which was its own.
+    let digest = launcher::files::digest_of(plan)?;
+    let args = vec![
+        "train".into(),
+        "--plan".into(),
+        write_plan(plan)?,
+        "--config-digest".into(),
+        digest.into(),
+    ];
+    // One rank a host says for all of them that the host lives, and how.
+    let _sign = (place.local_rank == 0).then(|| Sign::give(&plan.folders.run, place));
+    let job = app.worker()?.one_of_many(plan.launch.threads_per_rank, args);
     let mut view = View::new();
     if place.rank == 0 {
         view.say(&format!(

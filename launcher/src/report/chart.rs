@@ -5,6 +5,7 @@ use std::fmt::Write;
 use super::{Language, Run};
 use crate::evaluation::{Change, Comparison};
 use crate::events::StepMetrics;
+use crate::scaling::Point;
 use crate::text;
 
 const WIDTH: f64 = 960.0;
@@ -168,6 +169,58 @@ fn running_mean(steps: &[&StepMetrics]) -> impl Iterator<Item = (u64, f64)> {
         (step.step, sum / weight)
     })
 }
+
+/// Speed by number of nodes: measured with its 95 % interval, and what the smallest number promises. A file of its own, so it
+/// brings its colours.
+pub fn scaling(points: &[Point]) -> String {
+    let (left, right, top, bottom) = (84.0, WIDTH - 40.0, 14.0, 330.0);
+    let Some(first) = points.first() else {
+        return svg(bottom, "no points", "");
+    };
+    let promised = |p: &Point| first.tokens_per_second * p.nodes as f64 / first.nodes as f64;
+    let (_, high) = bounds(points.iter().flat_map(|p| [promised(p), p.tokens_per_second]));
+    let y = Axis::round(0.0, high, bottom, top);
+    let x = Axis::exact(0.0, points.last().map_or(1, |p| p.nodes) as f64 * 1.05, left, right);
+    let at = |p: &Point, speed: f64| (x.at(p.nodes as f64), y.at(speed));
+    let mut out = String::from(SCALING_STYLE);
+    grid(&mut out, &y, left, right, "");
+    path(&mut out, "ideal", points.iter().map(|p| at(p, promised(p))));
+    path(&mut out, "line", points.iter().map(|p| at(p, p.tokens_per_second)));
+    for p in points {
+        let pm = if p.tokens_per_second_pm.is_finite() {
+            p.tokens_per_second_pm
+        } else {
+            0.0
+        };
+        line(
+            &mut out,
+            "bar",
+            at(p, p.tokens_per_second - pm),
+            at(p, p.tokens_per_second + pm),
+        );
+        dot(&mut out, "dot", at(p, p.tokens_per_second), 3.5);
+        let (middle, height) = at(p, p.tokens_per_second);
+        words(
+            &mut out,
+            "label middle",
+            (middle, height + 20.0),
+            &format!("{:.1} %", 100.0 * p.efficiency),
+        );
+        words(&mut out, "mark middle", (middle, bottom + 16.0), &p.nodes.to_string());
+    }
+    words(
+        &mut out,
+        "mark end",
+        (right, bottom + 34.0),
+        "nodes; tokens per second, measured and promised by the smallest number",
+    );
+    let drawn = svg(bottom + 44.0, "Tokens per second by number of nodes", &out);
+    drawn.replacen("<svg ", "<svg xmlns=\"http://www.w3.org/2000/svg\" ", 1)
+}
+
+const SCALING_STYLE: &str = "<style>text { fill: #667085; font: 12px system-ui, sans-serif } .end { text-anchor: end } \
+    .middle { text-anchor: middle } .label { fill: #1c2430 } .grid { stroke: #e4e7ec } .bar { stroke: #1c2430 } .dot { fill: #2563eb } \
+    .line { fill: none; stroke: #2563eb; stroke-width: 2 } .ideal { fill: none; stroke: #667085; stroke-dasharray: 5 4 }</style>\n";
 
 /// Planned share of rows as an area, realised as dots, languages by planned share.
 pub fn shares<'a>(languages: impl Iterator<Item = (&'a String, &'a Language)>) -> String {

@@ -13,6 +13,7 @@ use configs::Plan;
 use crate::evaluation::{Comparison, Evaluation};
 use crate::events::StepMetrics;
 
+pub use chart::scaling;
 pub use page::page;
 
 /// What a page is drawn from. Parts that the run does not have yet are left out of the page.
@@ -118,6 +119,7 @@ mod tests {
             grad_norm: 1.0,
             skipped: false,
             skip_reason: None,
+            held_out: None,
             lr: [(configs::Group::Lora, 1e-3)].into(),
             targets: 100,
             targets_so_far: 100 * (step + 1),

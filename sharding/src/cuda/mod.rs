@@ -1,11 +1,12 @@
-//! The door to CUDA: whether there is a driver, libtorch's CUDA half, the GPU of a rank, kernels of our own (`kernels.rs`)
-//! and attention (`attention.rs`). Everything is found when the program runs, so one program serves machines with and
+//! The door to CUDA: whether there is a driver, libtorch's CUDA half, the GPU of a rank, kernels of our own (`kernels.rs`),
+//! attention (`attention.rs`) and collectives between GPUs (`nccl.rs`). Everything is found when the program runs, so one program serves machines with and
 //! without GPUs. A GPU that was asked for and is not there is an error, never a reason to compute elsewhere.
 #![allow(unsafe_code)]
 
 pub mod attention;
 pub mod emulator;
 pub mod kernels;
+pub mod nccl;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -154,6 +155,39 @@ pub fn wait_for(device: Device) {
     if let Device::Cuda(index) = device {
         Cuda::synchronize(index as i64);
     }
+}
+
+/// Has libtorch take algorithms whose sums have one order, on any device, for the rest of the process; an operation that has
+/// none fails.
+pub fn use_deterministic_algorithms() {
+    // SAFETY: libtorch's one global context, whose switches are plain flags; its functions as ATen/Context.h declares them,
+    // in the C++ ABI of the platform, by which a method takes its object first.
+    unsafe {
+        let context = global_context();
+        set_deterministic_algorithms(context, true, false);
+        set_deterministic_mkldnn(context, true);
+        // It would fill what is about to be written.
+        set_deterministic_fill(context, false);
+    }
+}
+
+/// Whether libtorch takes such algorithms.
+pub fn algorithms_are_deterministic() -> bool {
+    // SAFETY: as above.
+    unsafe { deterministic_algorithms(global_context()) }
+}
+
+unsafe extern "C" {
+    #[link_name = "_ZN2at13globalContextEv"]
+    fn global_context() -> *mut c_void;
+    #[link_name = "_ZN2at7Context26setDeterministicAlgorithmsEbb"]
+    fn set_deterministic_algorithms(context: *mut c_void, on: bool, warn_only: bool);
+    #[link_name = "_ZN2at7Context22setDeterministicMkldnnEb"]
+    fn set_deterministic_mkldnn(context: *mut c_void, on: bool);
+    #[link_name = "_ZN2at7Context39setDeterministicFillUninitializedMemoryEb"]
+    fn set_deterministic_fill(context: *mut c_void, on: bool);
+    #[link_name = "_ZNK2at7Context23deterministicAlgorithmsEv"]
+    fn deterministic_algorithms(context: *const c_void) -> bool;
 }
 
 /// The context that libtorch uses too: each device has one primary context a process.

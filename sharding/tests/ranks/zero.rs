@@ -6,12 +6,17 @@ use sharding::adamw::AdamW;
 use sharding::{BucketSpec, Comm, ParamSpec, Stage, Wire, Zero};
 use tch::{Device, Kind, Tensor};
 
-use crate::Case;
+use crate::mpirun::{Case, memory};
 
-pub const CASES: [Case; 3] = [
+pub const CASES: [Case; 5] = [
     // First: what others leave to the allocator would be taken from what this one measures.
     ("stage_three_takes_the_memory_it_should", resident),
     ("rows_give_the_bits_of_whole_slices", rows),
+    (
+        "rows_that_follow_a_tied_head_s_part_give_the_bits_of_one_whole",
+        rows_behind,
+    ),
+    ("rows_that_are_fetched_ahead_are_those_that_arrive", rows_ahead),
     ("a_nan_in_one_rank_s_rows_is_told_to_all", nan),
 ];
 
@@ -29,7 +34,7 @@ const HOW: AdamW = AdamW {
     gradient_scale: 1.0,
 };
 
-fn zero(comm: &dyn Comm, stage: Stage) -> Zero {
+fn zero(comm: &dyn Comm, stage: Stage, kind: Kind, tied: bool) -> Zero {
     let specs = [BucketSpec {
         name: "embedding".into(),
         params: vec![ParamSpec {
@@ -38,12 +43,13 @@ fn zero(comm: &dyn Comm, stage: Stage) -> Zero {
             group: 0,
         }],
     }];
-    let mut zero = Zero::new(comm, stage, &specs, Kind::Float, |_, _| {
+    let mut zero = Zero::new(comm, stage, &specs, kind, |_, _| {
         Tensor::ones([ROWS, WIDTH], (Kind::Float, Device::Cpu))
     })
     .unwrap();
-    // A head that reads nothing of it.
-    zero.schedule(&[vec!["embed".into()], vec![]]);
+    // A head that reads it too, or nothing of it.
+    let head = if tied { vec!["embed".into()] } else { vec![] };
+    zero.schedule(&[vec!["embed".into()], head]);
     zero
 }
 
@@ -71,38 +77,61 @@ impl sharding::Held for Weight {
     }
 }
 
+/// A rank's gradients of a step, and how they travel.
+#[derive(Clone, Copy)]
+struct How {
+    wire: Wire,
+    as_rows: bool,
+    tied: bool,
+    /// What every element is divided by: by sevenths all are rounded, by 1 none.
+    divisor: f64,
+}
+
 /// Two micro-batches' gradients, an update; this rank's slice, and the bytes that travelled for the gradient.
-fn slice(comm: &dyn Comm, stage: Stage, wire: Wire, as_rows: bool) -> (Tensor, u64) {
-    let mut zero = zero(comm, stage);
-    zero.reduce_in(wire);
+fn slice(comm: &dyn Comm, stage: Stage, how: How) -> (Tensor, u64) {
+    let mut zero = zero(comm, stage, Kind::Float, how.tied);
+    zero.reduce_in(how.wire);
     let mut weight = Weight("embed".into(), Tensor::new(), None);
     zero.bind(vec![&mut weight]);
     let batches: Vec<Tensor> = (0..2).map(|micro| ids(comm.rank(), micro)).collect();
     zero.clear_gradients();
     let before = comm.sent().bytes();
-    if as_rows {
-        zero.choose_rows(comm, "embed", &batches.iter().collect::<Vec<_>>())
+    if how.as_rows {
+        zero.begin_step(comm, "embed", &batches.iter().collect::<Vec<_>>())
             .unwrap();
     }
+    let numbers = |count: i64| Tensor::arange(count * WIDTH, (Kind::Float, Device::Cpu)).view([-1, WIDTH]);
+    let share = |count: i64| (numbers(count).remainder(64.0) + comm.rank() as f64) / how.divisor;
     for (micro, ids) in batches.iter().enumerate() {
         let pass = sharding::Pass::Backward { last: micro == 1 };
+        if how.tied {
+            zero.enter(comm, 1, pass, vec![&mut weight]).unwrap();
+            let _ = weight.2.as_mut().unwrap().g_add_(&share(ROWS));
+            zero.leave(comm, 1, pass, vec![&mut weight]).unwrap();
+        }
         zero.enter(comm, 0, pass, vec![&mut weight]).unwrap();
-        // Sevenths are rounded everywhere.
-        let d = (Tensor::arange(ids.numel() as i64 * WIDTH, (Kind::Float, Device::Cpu)) + comm.rank() as f64) / 7.0;
-        let _ = weight.2.as_mut().unwrap().index_add_(0, ids, &d.view([-1, WIDTH]));
+        let places = zero.embedding_ids(ids);
+        let d = share(ids.numel() as i64);
+        let _ = weight.2.as_mut().unwrap().index_add_(0, &places, &d);
         zero.leave(comm, 0, pass, vec![&mut weight]).unwrap();
     }
     assert!(zero.finish(comm, &[]).unwrap().finite);
     let sent = comm.sent().bytes() - before;
-    zero.update(&[HOW]);
+    zero.update(&[HOW]).unwrap();
     (zero.slice(0).1.theta.copy(), sent)
 }
 
 fn rows(comm: &dyn Comm, _: &Path) {
     for stage in [Stage::OptimizerState, Stage::Gradients, Stage::Parameters] {
         for wire in [Wire::F32, Wire::Bf16] {
-            let (whole, dense) = slice(comm, stage, wire, false);
-            let (same, sparse) = slice(comm, stage, wire, true);
+            let how = |as_rows| How {
+                wire,
+                as_rows,
+                tied: false,
+                divisor: 7.0,
+            };
+            let (whole, dense) = slice(comm, stage, how(false));
+            let (same, sparse) = slice(comm, stage, how(true));
             assert_eq!(whole, same, "{stage:?}, {wire:?}");
             if comm.world() > 1 {
                 assert!(
@@ -114,11 +143,74 @@ fn rows(comm: &dyn Comm, _: &Path) {
     }
 }
 
+fn rows_behind(comm: &dyn Comm, _: &Path) {
+    let how = |as_rows, divisor| How {
+        wire: Wire::F32,
+        as_rows,
+        tied: true,
+        divisor,
+    };
+    for stage in Stage::ALL {
+        // Whole numbers are summed exactly in any order.
+        let (whole, dense) = slice(comm, stage, how(false, 1.0));
+        let (same, with_rows) = slice(comm, stage, how(true, 1.0));
+        assert_eq!(whole, same, "{stage:?}");
+        if comm.world() > 1 {
+            let more = with_rows as f64 / dense as f64;
+            assert!(more > 1.0 && more < 1.3, "{stage:?}: {more} times the bytes");
+        }
+    }
+    // Rounded ones are summed in one order, whoever keeps what; from stage 2 on it is another where there are micro-batches.
+    let rounded = |stage| slice(comm, stage, how(true, 7.0)).0;
+    assert_eq!(rounded(Stage::Gradients), rounded(Stage::Parameters));
+    let whole = rounded(Stage::Replicated);
+    let mine = rounded(Stage::OptimizerState);
+    let start = comm.rank() as i64 * mine.numel() as i64;
+    let length = (whole.numel() as i64 - start).min(mine.numel() as i64);
+    if length > 0 {
+        assert_eq!(whole.narrow(0, start, length), mine.narrow(0, 0, length));
+    }
+}
+
+fn rows_ahead(comm: &dyn Comm, _: &Path) {
+    for (stage, kind, tied) in [
+        (Stage::OptimizerState, Kind::Float, false),
+        (Stage::OptimizerState, Kind::BFloat16, true),
+        (Stage::Gradients, Kind::BFloat16, false),
+        (Stage::Replicated, Kind::Float, true),
+    ] {
+        let mut zero = zero(comm, stage, kind, tied);
+        let mut weight = Weight("embed".into(), Tensor::new(), None);
+        zero.bind(vec![&mut weight]);
+        // As if an update had been made: every element another number.
+        let (range, slice) = zero.slice_mut(0);
+        for (at, element) in range.enumerate() {
+            let _ = slice.theta.get(at as i64).fill_(element as f64 / 7.0);
+        }
+        zero.publish();
+        let ids = ids(comm.rank(), 0);
+        zero.begin_step(comm, "embed", &[&ids]).unwrap();
+        zero.enter(comm, 0, sharding::Pass::Forward, vec![&mut weight]).unwrap();
+        let expected = (Tensor::arange(ROWS * WIDTH, (Kind::Double, Device::Cpu)) / 7.0)
+            .to_kind(Kind::Float)
+            .to_kind(kind)
+            .view([ROWS, WIDTH]);
+        let ahead = comm.world() > 1 && stage != Stage::Replicated;
+        assert_eq!(weight.1.size()[0] < ROWS, ahead, "{stage:?}: some rows only");
+        let read = weight.1.index_select(0, &zero.embedding_ids(&ids));
+        assert_eq!(read, expected.index_select(0, &ids), "{stage:?}, {kind:?}");
+        zero.leave(comm, 0, sharding::Pass::Forward, vec![&mut weight]).unwrap();
+        zero.arrived(comm).unwrap();
+        assert_eq!(weight.1, expected, "{stage:?}, {kind:?}: all of it");
+        assert_eq!(zero.embedding_ids(&ids), ids);
+    }
+}
+
 fn nan(comm: &dyn Comm, _: &Path) {
-    let mut zero = zero(comm, Stage::OptimizerState);
+    let mut zero = zero(comm, Stage::OptimizerState, Kind::Float, false);
     zero.clear_gradients();
     let ids = ids(comm.rank(), 0);
-    zero.choose_rows(comm, "embed", &[&ids]).unwrap();
+    zero.begin_step(comm, "embed", &[&ids]).unwrap();
     if comm.rank() == comm.world() - 1 {
         let _ = zero.trained(0, 0).grad.get(ROWS - 1).fill_(f64::NAN);
     }
@@ -174,7 +266,7 @@ fn resident(comm: &dyn Comm, _: &Path) {
         }
     }
     zero.finish(comm, &[]).unwrap();
-    zero.update(&[HOW]);
+    zero.update(&[HOW]).unwrap();
     let grown = (memory("VmHWM:") - before) as f64;
     let all: usize = numels.iter().sum();
     let (largest, layer) = (12_000_000, 3_000_000);
@@ -192,11 +284,3 @@ fn resident(comm: &dyn Comm, _: &Path) {
 
 /// What MPI's exchanges pass through: two at a time, 8 MiB on each side.
 const STAGING: usize = 4 * (8 << 20);
-
-/// A line of /proc/self/status, bytes.
-fn memory(line: &str) -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let found = status.lines().find_map(|text| text.strip_prefix(line)).unwrap();
-    let kib: u64 = found.trim().trim_end_matches(" kB").parse().unwrap();
-    kib * 1024
-}

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, ensure};
 use configs::{FullModule, Lora, Precision, Recomputation};
 use corpus::RowsDigest;
 use serde::{Deserialize, Serialize};
-use sharding::adamw::{self, AdamW};
 use sharding::cuda;
 use sharding::{Stage, Zero};
 use tch::{Device, Kind, Tensor};
@@ -18,8 +17,7 @@ use tch::{Device, Kind, Tensor};
 use super::{absence, llama_7b, plan};
 use crate::batch::{Batch, MicroBatch};
 use crate::hf::Weights;
-use crate::model::attention::{attend, attend_backward};
-use crate::model::{IGNORE, Model, Trains, kernels};
+use crate::model::{IGNORE, Model, Trains};
 use crate::step::Trainer;
 
 /// What is measured.
@@ -55,9 +53,6 @@ pub struct Settings {
     /// Our frozen matrices in FP8; the peer's stay bf16.
     #[arg(long)]
     fp8: bool,
-    /// Times each kernel and GEMM of a layer by itself instead.
-    #[arg(long)]
-    table: bool,
     /// Measures our side in this process and prints a line of JSON: what the program starts itself with.
     #[arg(long, hide = true)]
     ours: bool,
@@ -107,9 +102,6 @@ pub fn bench(settings: &Settings) -> Result<()> {
     if settings.ours {
         println!("{}", serde_json::to_string(&measure(settings, cuda::device(0)?)?)?);
         return Ok(());
-    }
-    if settings.table {
-        return table(cuda::device(0)?);
     }
     // From here on this process leaves the GPU to those it starts.
     let program = std::env::current_exe().context("finding this program")?;
@@ -304,145 +296,6 @@ fn measure(settings: &Settings, device: Device) -> Result<Measured> {
         memory_bytes: cuda::memory_used(0)? as f64,
         device: cuda::gpu(0)?.name,
     })
-}
-
-/// Each part of a layer's work by itself: milliseconds, and what that makes of the GPU's arithmetic or memory.
-fn table(device: Device) -> Result<()> {
-    let (n, d, f, v) = (4096, 4096, 11_008, 260_164);
-    let bf16 = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
-    let line = |name: &str, work: f64, unit: &str, run: &mut dyn FnMut()| {
-        let seconds = time(device, run);
-        println!(
-            "  {name:<40} {:9.3} ms   {:8.2} {unit}",
-            seconds * 1e3,
-            work / seconds / 1e12
-        );
-    };
-    let (tera_flop, tera_bytes) = ("TFLOP/s", "TB/s");
-    let gemm = |m: i64, n: i64, k: i64| 2.0 * m as f64 * n as f64 * k as f64;
-    let (a, b) = (bf16(&[8192, 8192]), bf16(&[8192, 8192]));
-    line("GEMM 8192³", gemm(8192, 8192, 8192), tera_flop, &mut || {
-        drop(a.matmul(&b))
-    });
-    let (x, w, wide, up) = (bf16(&[n, d]), bf16(&[d, d]), bf16(&[n, f]), bf16(&[f, d]));
-    line("forward GEMM, 4096 to 4096", gemm(n, d, d), tera_flop, &mut || {
-        drop(x.matmul(&w.tr()))
-    });
-    if cuda::check_fp8(device).is_ok() {
-        let fp8 = crate::model::fp8::Fp8::of(&up.tr().contiguous());
-        line(
-            "fp8 4096 to 11008, with quantising",
-            gemm(n, d, f),
-            tera_flop,
-            &mut || drop(fp8.forward(&x)),
-        );
-        let (bytes, quantised) = ((n * d) as f64 * 3.0, &x);
-        line("quantise rows", bytes, tera_bytes, &mut || {
-            drop(kernels::quantize_rows(quantised))
-        });
-    }
-    line("forward GEMM, 4096 to 11008", gemm(n, d, f), tera_flop, &mut || {
-        drop(x.matmul(&up.tr()))
-    });
-    line("d_input GEMM, 11008 to 4096", gemm(n, d, f), tera_flop, &mut || {
-        drop(wide.matmul(&up))
-    });
-    let row = (n * d) as f64 * 2.0;
-    let norm = bf16(&[d]);
-    line("rms_norm", 2.0 * row, tera_bytes, &mut || {
-        drop(kernels::rms_norm(&x, &norm, 1e-5))
-    });
-    line("rms_norm_backward", 4.0 * row, tera_bytes, &mut || {
-        drop(kernels::rms_norm_backward(&x, &norm, 1e-5, &x, Some(&x)))
-    });
-    let wide_bytes = (n * f) as f64 * 2.0;
-    line("swiglu", 3.0 * wide_bytes, tera_bytes, &mut || {
-        drop(kernels::swiglu(&wide, &wide))
-    });
-    line("swiglu_backward", 5.0 * wide_bytes, tera_bytes, &mut || {
-        drop(kernels::swiglu_backward(&wide, &wide, &wide))
-    });
-    let rotary = crate::model::Rotary::new(4096, 128, 10_000.0, None).on(device);
-    let mut heads = Some(bf16(&[1, n, 32, 128]));
-    line("rotate", 2.0 * row, tera_bytes, &mut || {
-        heads = heads.take().map(|heads| rotary.apply(heads));
-    });
-    let q = bf16(&[1, n, 32, 128]);
-    // Half of all pairs are causal.
-    let attention = 2.0 * gemm(n, n, d) / 2.0;
-    line("attention", attention, tera_flop, &mut || {
-        drop(attend(&q, &q, &q, None).out_bthd)
-    });
-    let attended = attend(&q, &q, &q, None);
-    line("attention_backward", 2.5 * attention, tera_flop, &mut || {
-        drop(attend_backward(&attended, &q, &q, &q, &q, None))
-    });
-    let rows = 2048;
-    let (h, head) = (bf16(&[rows, d]), bf16(&[v, d]));
-    let mut logits = h.matmul(&head.tr());
-    let targets = Tensor::randint(v, [rows], (Kind::Int64, device));
-    line("head GEMM, 2048 rows", gemm(rows, v, d), tera_flop, &mut || {
-        drop(h.matmul(&head.tr()))
-    });
-    line(
-        "cross_entropy, 2048 rows",
-        3.0 * (rows * v) as f64 * 2.0,
-        tera_bytes,
-        &mut || drop(kernels::cross_entropy(&mut logits, &targets)),
-    );
-    let grad = Tensor::zeros([v, d], (Kind::Float, device));
-    line(
-        "head d_weight GEMM into f32, 2048 rows",
-        gemm(rows, v, d),
-        tera_flop,
-        &mut || {
-            let _ = grad.addmm_dtype_out(&grad.shallow_clone(), &logits.tr(), &h, Kind::Float);
-        },
-    );
-    let n = v * d;
-    let mut state = [(); 3].map(|()| Tensor::zeros([n], (Kind::Float, device)));
-    let grad = grad.view([n]);
-    let how = AdamW {
-        lr: 1e-4,
-        beta1: 0.9,
-        beta2: 0.95,
-        epsilon: 1e-8,
-        weight_decay: 0.0,
-        updates_before: 3,
-        gradient_scale: 1.0,
-    };
-    line(
-        "adamw of one vocabulary matrix",
-        n as f64 * 28.0,
-        tera_bytes,
-        &mut || {
-            let [theta, m, moment] = &mut state;
-            adamw::update(&how, theta, m, moment, &grad, 0..n as usize);
-        },
-    );
-    line(
-        "sum_of_squares of its gradient",
-        n as f64 * 4.0,
-        tera_bytes,
-        &mut || {
-            adamw::sum_of_squares(&grad);
-        },
-    );
-    Ok(())
-}
-
-/// Seconds of one run, the median of five batches of runs, after some that are not counted.
-fn time(device: Device, run: &mut dyn FnMut()) -> f64 {
-    const RUNS: usize = 5;
-    let mut batch = || {
-        cuda::wait_for(device);
-        let began = Instant::now();
-        (0..RUNS).for_each(|_| run());
-        cuda::wait_for(device);
-        began.elapsed().as_secs_f64() / RUNS as f64
-    };
-    batch();
-    median((0..5).map(|_| batch()).collect())
 }
 
 /// Dense bf16 peak by NVIDIA's data sheets, FLOP/s.

@@ -130,10 +130,11 @@ impl Weights {
     }
 
     /// BLAKE3 over every tensor's name, type, shape and bytes, in the order of the names: the same however the model is
-    /// cut into files. Reads everything, on all of rayon's threads.
+    /// cut into files. Reads everything, on all of rayon's threads, and holds some 256 MiB of it at a time.
     pub fn digest(&self) -> String {
         // Pieces of even size keep all threads busy though one matrix may be most of the model.
         const PIECE: usize = 4 << 20;
+        const AT_ONCE: usize = 256 << 20;
         let views: Vec<(&str, &TensorInfo, &[u8])> = self
             .place
             .iter()
@@ -143,7 +144,11 @@ impl Weights {
             })
             .collect();
         let pieces: Vec<&[u8]> = views.iter().flat_map(|(_, _, bytes)| bytes.chunks(PIECE)).collect();
-        let hashes: Vec<blake3::Hash> = pieces.par_iter().map(|piece| blake3::hash(piece)).collect();
+        let mut hashes: Vec<blake3::Hash> = Vec::with_capacity(pieces.len());
+        for some in pieces.chunks(AT_ONCE / PIECE) {
+            hashes.par_extend(some.par_iter().map(|piece| blake3::hash(piece)));
+            self.files.iter().for_each(TensorFile::release);
+        }
         let mut whole = blake3::Hasher::new();
         for (name, info, _) in &views {
             whole.update(format!("{name} {} {:?}\n", info.dtype, info.shape).as_bytes());
@@ -151,7 +156,6 @@ impl Weights {
         for hash in hashes {
             whole.update(hash.as_bytes());
         }
-        self.files.iter().for_each(TensorFile::release);
         whole.finalize().to_hex().to_string()
     }
 

@@ -8,7 +8,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::layer::Qkv;
 use super::linear::{Linear, LoraPair};
-use super::{Head, Layer, Mlp, Model, Norm, Rotary, Weight, new_rows};
+use super::{
+    EMBEDDING, HEAD, Head, Layer, Mlp, Model, Norm, Rotary, Weight, embedding_weights, layer_name, new_rows, quantize,
+};
 use crate::hf::config::LinearShape;
 use crate::hf::{Family, ModelConfig, Weights};
 use crate::random;
@@ -35,6 +37,19 @@ impl Model {
     /// When a tensor is missing or mis-shaped, a LoRA target or a module to train matches nothing, or the vocabulary does not
     /// extend this base.
     pub fn load(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trains) -> Result<Model> {
+        Model::load_by_stages(config, weights, kind, trains, false, &mut |_, _| Ok(()))
+    }
+
+    /// As [`Model::load`]; as soon as a stage is read, `each` gets its name and weights, and may take their values away: the
+    /// next stage is read behind it. `fp8`: layers' frozen matrices are kept as [`Model::quantize_frozen`] says.
+    pub fn load_by_stages(
+        config: &ModelConfig,
+        weights: &Weights,
+        kind: Kind,
+        trains: &Trains,
+        fp8: bool,
+        each: &mut dyn FnMut(&str, Vec<&mut Weight>) -> Result<()>,
+    ) -> Result<Model> {
         check_names(config, trains)?;
         let from = From {
             config,
@@ -42,20 +57,36 @@ impl Model {
             kind,
             trains,
         };
-        let matrices = vocabulary_matrices(config, weights, kind, trains)?;
+        let pieces = pieces(config, trains)?;
+        let matrix = |name: &str, module| from.vocabulary_matrix(name, trains.group(module));
+        let mut embedding = matrix(&format!("{}.weight", config.names().embedding), FullModule::EmbedTokens)?;
         let positions_td = config.names().positions.map(|name| {
             let shape = [config.max_position_embeddings as i64, config.hidden_size as i64];
             let group = trains.group(FullModule::Positions);
             from.read(format!("{name}.weight"), &shape, group)
         });
-        let layers = (0..config.num_hidden_layers)
-            .map(|index| from.layer(index))
-            .collect::<Result<_>>()?;
-        let head = Head {
+        let mut positions_td = positions_td.transpose()?;
+        let rows = embedding.value.size()[0];
+        each(EMBEDDING, embedding_weights(&mut embedding, &mut positions_td))?;
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for index in 0..config.num_hidden_layers {
+            let mut layer = from.layer(index)?;
+            if fp8 {
+                quantize(&mut layer)?;
+            }
+            each(&layer_name(index), layer.weights_mut())?;
+            layers.push(layer);
+        }
+        let mut head = Head {
             norm: from.norm(config.names().final_norm)?,
-            pieces: matrices.pieces,
-            rows: matrices.embedding.value.size()[0],
+            pieces: pieces as i64,
+            rows,
         };
+        let mut head_weight = match config.tie_word_embeddings {
+            true => None,
+            false => Some(matrix("lm_head.weight", FullModule::LmHead)?),
+        };
+        each(HEAD, head.norm.weights_mut().chain(&mut head_weight).collect())?;
         let rotary = match config.family {
             Family::Llama {
                 rope_theta,
@@ -69,15 +100,15 @@ impl Model {
         };
         Ok(Model {
             rotary,
-            positions_td: positions_td.transpose()?,
+            positions_td,
             config: ModelConfig {
-                vocab_size: matrices.pieces as usize,
+                vocab_size: pieces,
                 ..config.clone()
             },
-            embedding: matrices.embedding,
+            embedding,
             layers,
             head,
-            head_weight: matrices.head,
+            head_weight,
             kind,
             stream: kind,
             device: weights.device(),
@@ -204,6 +235,27 @@ impl From<'_> {
         })
     }
 
+    /// The embedding or the head, with rows for new pieces.
+    fn vocabulary_matrix(&self, name: &str, group: Option<Group>) -> Result<Weight> {
+        let shape = [self.config.vocab_size as i64, self.config.hidden_size as i64];
+        let grown = self.trains.vocabulary.as_ref();
+        let Some((vocabulary, how)) = grown.filter(|(vocabulary, _)| !vocabulary.pieces.is_empty()) else {
+            return self.read(name.to_owned(), &shape, group);
+        };
+        let base = self.weights.tensor(name, &shape, Kind::Float)?;
+        let value = new_rows::extend(&base, vocabulary, *how, self.trains.seed, name);
+        Ok(Weight {
+            name: name.to_owned(),
+            value: if group.is_some() {
+                value
+            } else {
+                value.to_kind(self.kind)
+            },
+            grad: None,
+            group,
+        })
+    }
+
     /// The bias of a module, where the family has them; in the norms' group, whichever module it is of.
     fn bias(&self, path: &str, size: i64, trains: bool) -> Result<Option<Weight>> {
         let has = self.config.names().biases;
@@ -292,61 +344,26 @@ impl From<'_> {
     }
 }
 
-struct Matrices {
-    embedding: Weight,
-    head: Option<Weight>,
-    pieces: i64,
-}
-
-fn vocabulary_matrices(config: &ModelConfig, weights: &Weights, kind: Kind, trains: &Trains) -> Result<Matrices> {
-    let shape = [config.vocab_size as i64, config.hidden_size as i64];
-    let mut pieces = config.vocab_size;
-    if let Some((vocabulary, _)) = &trains.vocabulary {
-        ensure!(
-            vocabulary.base_size <= config.vocab_size,
-            "the vocabulary extends a base of {} pieces but this model has {}; make the vocabulary again from this base",
-            vocabulary.base_size,
-            config.vocab_size
-        );
-        // A base may have more rows than its tokenizer has pieces; new pieces take the first unused ones.
-        pieces = vocabulary.size.max(if vocabulary.pieces.is_empty() {
-            config.vocab_size
-        } else {
-            0
-        });
-    }
-    let load = |name: &str, group: Option<Group>| -> Result<Weight> {
-        let base = weights.tensor(name, &shape, Kind::Float)?;
-        let value = match &trains.vocabulary {
-            Some((vocabulary, how)) if !vocabulary.pieces.is_empty() => {
-                new_rows::extend(&base, vocabulary, *how, trains.seed, name)
-            }
-            _ => base,
-        };
-        // What trains keeps f32 until it is bound: its master weights start from here.
-        let value = if group.is_some() { value } else { value.to_kind(kind) };
-        Ok(Weight {
-            name: name.into(),
-            value,
-            grad: None,
-            group,
-        })
-    };
-    let embedding = format!("{}.weight", config.names().embedding);
-    let tied = config.tie_word_embeddings;
+/// Rows of the vocabulary matrices.
+fn pieces(config: &ModelConfig, trains: &Trains) -> Result<usize> {
     let (embed, head) = (trains.group(FullModule::EmbedTokens), trains.group(FullModule::LmHead));
     ensure!(
-        !tied || embed.is_some() == head.is_some(),
+        !config.tie_word_embeddings || embed.is_some() == head.is_some(),
         "the base ties lm_head to embed_tokens, but train.full names only one of them; name both or neither"
     );
-    Ok(Matrices {
-        embedding: load(&embedding, embed)?,
-        head: if tied {
-            None
-        } else {
-            Some(load("lm_head.weight", head)?)
-        },
-        pieces: pieces as i64,
+    let Some((vocabulary, _)) = &trains.vocabulary else {
+        return Ok(config.vocab_size);
+    };
+    ensure!(
+        vocabulary.base_size <= config.vocab_size,
+        "the vocabulary extends a base of {} pieces but this model has {}; make the vocabulary again from this base",
+        vocabulary.base_size,
+        config.vocab_size
+    );
+    // A base may have more rows than its tokenizer has pieces; new pieces take the first unused ones.
+    Ok(match vocabulary.pieces.is_empty() {
+        true => vocabulary.size.max(config.vocab_size),
+        false => vocabulary.size,
     })
 }
 

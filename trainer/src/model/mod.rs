@@ -2,6 +2,7 @@
 //! Knows nothing of ranks, files' places or schedules.
 
 pub(crate) mod attention;
+mod cached;
 pub(crate) mod fp8;
 mod gemm;
 mod head;
@@ -13,6 +14,7 @@ mod mlp;
 mod new_rows;
 mod norm;
 mod rotary;
+mod thin;
 
 use anyhow::{Result, ensure};
 use configs::planner::{Block, Sizes};
@@ -21,6 +23,7 @@ use sharding::{BucketSpec, Held, ParamSpec, Zero};
 use tch::{Device, Kind, Tensor};
 
 pub use attention::Documents;
+pub use cached::{Cache, Rows, Segment};
 use fp8::Fp8;
 pub use head::{Head, IGNORE, Loss};
 pub use layer::{Layer, Saved};
@@ -62,7 +65,7 @@ impl Weight {
     }
 
     /// Adds `a` · `b` to the gradient, without a copy of the product where all are f32.
-    fn accumulate_product(&mut self, a: &Tensor, b: &Tensor) {
+    pub(crate) fn accumulate_product(&mut self, a: &Tensor, b: &Tensor) {
         if let Some(grad) = &mut self.grad {
             add_product(grad, a, b);
         }
@@ -157,6 +160,31 @@ impl DropoutRows {
     }
 }
 
+fn quantize(layer: &mut Layer) -> Result<()> {
+    for linear in layer.linears_mut() {
+        if linear.weight_oi.group.is_some() {
+            continue;
+        }
+        let size = linear.weight_oi.value.size();
+        ensure!(
+            size.iter().all(|side| side % 16 == 0),
+            "train.frozen_precision = fp8, but {} is {size:?} and FP8's GEMMs take multiples of 16; leave it out",
+            linear.path
+        );
+        linear.fp8 = Some(Fp8::of(&linear.weight_oi.value));
+        linear.weight_oi.value = Tensor::new();
+    }
+    Ok(())
+}
+
+/// What the stages are called.
+const EMBEDDING: &str = "embedding";
+const HEAD: &str = "head";
+
+fn layer_name(index: usize) -> String {
+    format!("layers.{index}")
+}
+
 /// What the embedding stage reads.
 pub fn embedding_weights<'a>(matrix: &'a mut Weight, positions: &'a mut Option<Weight>) -> Vec<&'a mut Weight> {
     std::iter::once(matrix).chain(positions).collect()
@@ -204,20 +232,7 @@ impl Model {
     /// # Errors
     /// When a side of a matrix is no multiple of 16.
     pub fn quantize_frozen(&mut self) -> Result<()> {
-        for linear in self.layers.iter_mut().flat_map(Layer::linears_mut) {
-            if linear.weight_oi.group.is_some() {
-                continue;
-            }
-            let size = linear.weight_oi.value.size();
-            ensure!(
-                size.iter().all(|side| side % 16 == 0),
-                "train.frozen_precision = fp8, but {} is {size:?} and FP8's GEMMs take multiples of 16; leave it out",
-                linear.path
-            );
-            linear.fp8 = Some(Fp8::of(&linear.weight_oi.value));
-            linear.weight_oi.value = Tensor::new();
-        }
-        Ok(())
+        self.layers.iter_mut().try_for_each(quantize)
     }
 
     /// lm_head, or the embedding that stands for it.
@@ -249,45 +264,28 @@ impl Model {
     /// Every weight, by the stage that it belongs to, in registration order. A tied head reads the embedding's.
     pub fn stages(&mut self) -> Vec<(String, Vec<&mut Weight>)> {
         let embedding = embedding_weights(&mut self.embedding, &mut self.positions_td);
-        let mut stages = vec![("embedding".to_string(), embedding)];
+        let mut stages = vec![(EMBEDDING.to_string(), embedding)];
         for (index, layer) in self.layers.iter_mut().enumerate() {
-            stages.push((format!("layers.{index}"), layer.weights_mut()));
+            stages.push((layer_name(index), layer.weights_mut()));
         }
         let head = self.head.norm.weights_mut().chain(&mut self.head_weight);
-        stages.push(("head".to_string(), head.collect()));
+        stages.push((HEAD.to_string(), head.collect()));
         stages
-    }
-
-    /// What trains, of the stages where something does.
-    fn trained(&mut self) -> impl Iterator<Item = (String, Vec<&mut Weight>)> {
-        let trained = self.stages().into_iter().map(|(name, mut weights)| {
-            weights.retain(|weight| weight.group.is_some());
-            (name, weights)
-        });
-        trained.filter(|(_, weights)| !weights.is_empty())
     }
 
     /// What trains, as buckets in registration order.
     pub fn register(&mut self) -> Vec<BucketSpec> {
-        let param = |weight: &&mut Weight| ParamSpec {
-            name: weight.name.clone(),
-            shape: weight.value.size(),
-            group: weight.group.expect("only what trains is listed") as usize,
-        };
-        self.trained()
-            .map(|(name, weights)| BucketSpec {
-                name,
-                params: weights.iter().map(param).collect(),
-            })
-            .collect()
+        let specs = self
+            .stages()
+            .into_iter()
+            .map(|(name, weights)| bucket_of(&name, &weights));
+        specs.filter(|spec| !spec.params.is_empty()).collect()
     }
 
     /// Takes the f32 values of what trains out of the model, in registration order: [`bind`](Self::bind) gives it others.
     pub fn take_initial_values(&mut self) -> Vec<Vec<Tensor>> {
-        let take = |weight: &mut Weight| std::mem::replace(&mut weight.value, Tensor::new()).to_kind(Kind::Float);
-        self.trained()
-            .map(|(_, weights)| weights.into_iter().map(take).collect())
-            .collect()
+        let values = self.stages().into_iter().map(|(_, weights)| take_trained(weights));
+        values.filter(|values| !values.is_empty()).collect()
     }
 
     /// Makes every trained weight a view of its bucket's memory, and tells which weights each stage reads.
@@ -303,4 +301,27 @@ impl Model {
         zero.schedule(&reads);
         self.stages().into_iter().for_each(|(_, weights)| zero.bind(weights));
     }
+}
+
+/// What of a stage's weights trains; perhaps nothing.
+pub fn bucket_of(stage: &str, weights: &[&mut Weight]) -> BucketSpec {
+    let param = |weight: &&mut Weight| {
+        Some(ParamSpec {
+            name: weight.name.clone(),
+            shape: weight.value.size(),
+            group: weight.group? as usize,
+        })
+    };
+    BucketSpec {
+        name: stage.to_owned(),
+        params: weights.iter().filter_map(param).collect(),
+    }
+}
+
+/// The f32 values of those that train, taken out of them.
+pub fn take_trained(weights: Vec<&mut Weight>) -> Vec<Tensor> {
+    let trained = weights.into_iter().filter(|weight| weight.group.is_some());
+    trained
+        .map(|weight| std::mem::replace(&mut weight.value, Tensor::new()).to_kind(Kind::Float))
+        .collect()
 }

@@ -36,6 +36,14 @@ impl Rotary {
         }
     }
 
+    /// Cosines and sines of these positions, [n, head_dim / 2] each.
+    pub fn at(&self, positions_n: &Tensor) -> (Tensor, Tensor) {
+        (
+            self.cos_th.index_select(0, positions_n),
+            self.sin_th.index_select(0, positions_n),
+        )
+    }
+
     /// Turns pairs (i, i + head_dim / 2), the half-split convention of the published weights.
     pub fn apply(&self, mut x_bthd: Tensor) -> Tensor {
         rotate(&mut x_bthd, &self.cos_th, &self.sin_th, 1.0);

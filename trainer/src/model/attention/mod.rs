@@ -109,7 +109,7 @@ pub fn attend(q_bthd: &Tensor, k_btgd: &Tensor, v_btgd: &Tensor, documents: Opti
     let heads = q_bthd.size()[2];
     let (k_bthd, v_bthd) = (share_heads(k_btgd, heads), share_heads(v_btgd, heads));
     let Some(Documents { stretches, .. }) = documents else {
-        let (out_bthd, logsumexp) = causal(q_bthd, &k_bthd, &v_bthd);
+        let (out_bthd, logsumexp) = written_out([q_bthd, &k_bthd, &v_bthd]);
         return Attended {
             out_bthd,
             kept: Kept::LogSumExps(vec![logsumexp]),
@@ -117,7 +117,7 @@ pub fn attend(q_bthd: &Tensor, k_btgd: &Tensor, v_btgd: &Tensor, documents: Opti
     };
     let out_bthd = q_bthd.empty_like();
     let one = |stretch: &Stretch| {
-        let (out, logsumexp) = causal(&stretch.of(q_bthd), &stretch.of(&k_bthd), &stretch.of(&v_bthd));
+        let (out, logsumexp) = written_out([q_bthd, &k_bthd, &v_bthd].map(|x| stretch.of(x)).each_ref());
         stretch.of(&out_bthd).copy_(&out);
         logsumexp
     };
@@ -148,12 +148,12 @@ pub fn attend_backward(
     let (heads, groups) = (q_bthd.size()[2], k_btgd.size()[2]);
     let (k_bthd, v_bthd) = (share_heads(k_btgd, heads), share_heads(v_btgd, heads));
     let [d_q, d_k, d_v] = match documents {
-        None => causal_backward([d_out_bthd, q_bthd, &k_bthd, &v_bthd, out_bthd], &logsumexps[0]),
+        None => written_out_backward([d_out_bthd, q_bthd, &k_bthd, &v_bthd, out_bthd], &logsumexps[0]),
         Some(Documents { stretches, .. }) => {
             let whole = [q_bthd.empty_like(), k_bthd.empty_like(), v_bthd.empty_like()];
             for (stretch, logsumexp) in stretches.iter().zip(logsumexps) {
                 let here = [d_out_bthd, q_bthd, &k_bthd, &v_bthd, out_bthd].map(|x| stretch.of(x));
-                let parts = causal_backward(here.each_ref(), logsumexp);
+                let parts = written_out_backward(here.each_ref(), logsumexp);
                 whole.iter().zip(parts).for_each(|(d, part)| stretch.of(d).copy_(&part));
             }
             whole
@@ -215,19 +215,6 @@ fn rows_or_sequences(x_bthd: &Tensor, sequences: Option<&Sequences>) -> Tensor {
     }
 }
 
-fn causal(q_bthd: &Tensor, k_bthd: &Tensor, v_bthd: &Tensor) -> (Tensor, Tensor) {
-    let [q, k, v] = [q_bthd, k_bthd, v_bthd].map(|x| x.transpose(1, 2));
-    let (out, logsumexp) = written_out(&q, &k, &v);
-    (out.transpose(1, 2), logsumexp)
-}
-
-/// [d_q, d_k, d_v] from d_out, q, k, v and out, all bthd.
-fn causal_backward(operands: [&Tensor; 5], logsumexp: &Tensor) -> [Tensor; 3] {
-    let [d_out, q, k, v, out] = operands.map(|x_bthd| x_bthd.transpose(1, 2));
-    let (d_q, d_k, d_v) = written_out_backward(&d_out, &q, &k, &v, &out, logsumexp);
-    [d_q, d_k, d_v].map(|d_bhtd| d_bhtd.transpose(1, 2))
-}
-
 /// What the scores of the heads computed at once may take.
 const SCORES_BYTES: i64 = 256 << 20;
 
@@ -256,34 +243,30 @@ fn some_heads(x_bhtd: &Tensor, (row, head, heads): (i64, i64, i64)) -> Tensor {
     x_bhtd.get(row).narrow(0, head, heads)
 }
 
-/// Attention by the formula, in f32: (out, logsumexp [b, h, t]).
-fn written_out(q_bhtd: &Tensor, k_bhtd: &Tensor, v_bhtd: &Tensor) -> (Tensor, Tensor) {
-    let out = q_bhtd.empty_like();
-    let size = q_bhtd.size();
-    let logsumexps = Tensor::empty(&size[..3], (Kind::Float, q_bhtd.device()));
-    for portion in portions(q_bhtd) {
-        let [q, k, v] = [q_bhtd, k_bhtd, v_bhtd].map(|x| some_heads(x, portion).to_kind(Kind::Float));
+/// Attention by the formula, in f32, from q, k and v: (out, logsumexp [b, h, t]).
+fn written_out(operands_bthd: [&Tensor; 3]) -> (Tensor, Tensor) {
+    let [q, k, v] = operands_bthd.map(|x| x.transpose(1, 2));
+    let out_bhtd = q.empty_like();
+    let size = q.size();
+    let logsumexps = Tensor::empty(&size[..3], (Kind::Float, q.device()));
+    for portion in portions(&q) {
+        let [q, k, v] = [&q, &k, &v].map(|x| some_heads(x, portion).to_kind(Kind::Float));
         let (p, logsumexp) = probabilities(&q, &k, None);
-        some_heads(&out, portion).copy_(&p.matmul(&v));
+        some_heads(&out_bhtd, portion).copy_(&p.matmul(&v));
         some_heads(&logsumexps, portion).copy_(&logsumexp);
     }
-    (out, logsumexps)
+    (out_bhtd.transpose(1, 2), logsumexps)
 }
 
-/// With P the probabilities: d_v = Pᵀ d_out, d_P = d_out vᵀ, d_scores = P · (d_P − rowsum(d_out · out)).
-fn written_out_backward(
-    d_out_bhtd: &Tensor,
-    q_bhtd: &Tensor,
-    k_bhtd: &Tensor,
-    v_bhtd: &Tensor,
-    out_bhtd: &Tensor,
-    logsumexp_bht: &Tensor,
-) -> (Tensor, Tensor, Tensor) {
-    let [d_q, d_k, d_v] = [q_bhtd, k_bhtd, v_bhtd].map(Tensor::empty_like);
-    let scale = 1.0 / (q_bhtd.size()[3] as f64).sqrt();
-    for portion in portions(q_bhtd) {
-        let operands = [d_out_bhtd, q_bhtd, k_bhtd, v_bhtd, out_bhtd];
-        let [d_out, q, k, v, out] = operands.map(|x| some_heads(x, portion).to_kind(Kind::Float));
+/// [d_q, d_k, d_v] from d_out, q, k, v and out. With P the probabilities: d_v = Pᵀ d_out, d_P = d_out vᵀ,
+/// d_scores = P · (d_P − rowsum(d_out · out)).
+fn written_out_backward(operands_bthd: [&Tensor; 5], logsumexp_bht: &Tensor) -> [Tensor; 3] {
+    let operands = operands_bthd.map(|x| x.transpose(1, 2));
+    let [_, q, k, v, _] = &operands;
+    let [d_q, d_k, d_v] = [q, k, v].map(Tensor::empty_like);
+    let scale = 1.0 / (q.size()[3] as f64).sqrt();
+    for portion in portions(q) {
+        let [d_out, q, k, v, out] = operands.each_ref().map(|x| some_heads(x, portion).to_kind(Kind::Float));
         let (p, _) = probabilities(&q, &k, Some(&some_heads(logsumexp_bht, portion)));
         let row_sums = (&d_out * out).sum_dim_intlist(-1, true, Kind::Float);
         let d_scores = &p * (d_out.matmul(&v.transpose(1, 2)) - row_sums) * scale;
@@ -291,7 +274,7 @@ fn written_out_backward(
         some_heads(&d_k, portion).copy_(&d_scores.transpose(1, 2).matmul(&q));
         some_heads(&d_v, portion).copy_(&p.transpose(1, 2).matmul(&d_out));
     }
-    (d_q, d_k, d_v)
+    [d_q, d_k, d_v].map(|d_bhtd| d_bhtd.transpose(1, 2))
 }
 
 /// Repeats each key/value head for the query heads that share it.
@@ -352,11 +335,9 @@ mod tests {
         let (d_q, d_k, d_v) = attend_backward(&attended, q, k, v, &d_out, documents.as_ref());
         close("blocks", &expected, &[attended.out_bthd, d_q, d_k, d_v]);
         if documents.is_none() {
-            let [q, k, v, d_out] =
-                [q, &share_heads(k, heads), &share_heads(v, heads), &d_out].map(|x| x.transpose(1, 2));
-            let (out, logsumexp) = written_out(&q, &k, &v);
-            let (d_q, d_k, d_v) = written_out_backward(&d_out, &q, &k, &v, &out, &logsumexp);
-            let [out, d_q, d_k, d_v] = [out, d_q, d_k, d_v].map(|x| x.transpose(1, 2));
+            let (k, v) = (&share_heads(k, heads), &share_heads(v, heads));
+            let (out, logsumexp) = written_out([q, k, v]);
+            let [d_q, d_k, d_v] = written_out_backward([&d_out, q, k, v, &out], &logsumexp);
             let gathered = [out, d_q, gather_heads(&d_k, groups), gather_heads(&d_v, groups)];
             close("written out", &expected, &gathered);
         }

@@ -6,15 +6,15 @@
 
 use configs::Gelu;
 use half::bf16;
-use pulp::Arch;
 use rayon::prelude::*;
 use sharding::memory;
 use tch::{Kind, Tensor};
 
+use super::vectors::vectorized;
 use crate::random;
 
 /// Partial sums kept side by side: the widest vectors hold as many f32.
-const LANES: usize = 16;
+pub(in crate::model) const LANES: usize = 16;
 /// Terms that are summed in f32 before their sum goes into f64.
 const BLOCK: usize = 4096;
 /// Elements of one task where rows do not matter: three arrays of them stay in a second-level cache.
@@ -26,6 +26,8 @@ pub(in crate::model) trait Element: Copy + Send + Sync + 'static {
     fn round(x: f32) -> Self;
     /// The values themselves, where they are f32 already.
     fn plain(values: &[Self]) -> Option<&[f32]>;
+    /// The values themselves, where they are bf16.
+    fn halves(values: &[Self]) -> Option<&[bf16]>;
     fn of(tensor: &Tensor) -> &[Self];
     fn of_mut(tensor: &mut Tensor) -> &mut [Self];
 }
@@ -43,6 +45,10 @@ impl Element for f32 {
 
     fn plain(values: &[f32]) -> Option<&[f32]> {
         Some(values)
+    }
+
+    fn halves(_: &[f32]) -> Option<&[bf16]> {
+        None
     }
 
     fn of(tensor: &Tensor) -> &[f32] {
@@ -71,6 +77,10 @@ impl Element for bf16 {
 
     fn plain(_: &[bf16]) -> Option<&[f32]> {
         None
+    }
+
+    fn halves(values: &[bf16]) -> Option<&[bf16]> {
+        Some(values)
     }
 
     fn of(tensor: &Tensor) -> &[bf16] {
@@ -111,32 +121,46 @@ pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
     fn each<E: Element>(logits_nv: &mut Tensor, targets: &[i64]) -> Vec<f64> {
         let v = width(logits_nv);
         let rows = E::of_mut(logits_nv).par_chunks_exact_mut(v).zip(targets);
-        let one = |(row, target): (&mut [E], &i64)| {
-            Arch::new().dispatch(|| {
-                let (logsumexp, at) = (log_sum_exp(row), row[*target as usize].widen());
-                let shift = logsumexp as f32;
-                row.iter_mut().for_each(|x| *x = E::round(exp(x.widen() - shift)));
-                row[*target as usize] = E::round(exp(at - shift) - 1.0);
-                logsumexp - f64::from(at)
-            })
-        };
-        rows.map(one).collect()
+        rows.map_init(Vec::new, |powers, (row, target)| {
+            powers.resize(row.len(), 0.0);
+            cross_entropy_of_row(row, *target as usize, powers)
+        })
+        .collect()
     }
     let targets = memory::i64s(target_n);
     Tensor::from_slice(&by_kind!(logits_nv, each(logits_nv, targets)))
+}
+
+vectorized! {
+    /// `powers` has room for as many values.
+    fn cross_entropy_of_row<E>(row: &mut [E], target: usize, powers: &mut [f32]) -> f64 {
+        let (most, at) = (largest(row), row[target].widen());
+        let mut total = 0.0;
+        for (row, powers) in row.chunks(BLOCK).zip(powers.chunks_mut(BLOCK)) {
+            row.iter().zip(&mut *powers).for_each(|(x, power)| *power = exp(x.widen() - most));
+            total += f64::from(sum(powers, |x| x));
+        }
+        let share = (1.0 / total) as f32;
+        row.iter_mut().zip(&*powers).for_each(|(x, power)| *x = E::round(power * share));
+        row[target] = E::round(powers[target] * share - 1.0);
+        f64::from(most) + total.ln() - f64::from(at)
+    }
 }
 
 /// −ln p(target) of each row of `logits_nv`, nats, f64.
 pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
     fn each<E: Element>(logits_nv: &Tensor, targets: &[i64]) -> Vec<f64> {
         let rows = E::of(logits_nv).par_chunks_exact(width(logits_nv)).zip(targets);
-        let one = |(row, target): (&[E], &i64)| {
-            Arch::new().dispatch(|| log_sum_exp(row) - f64::from(row[*target as usize].widen()))
-        };
-        rows.map(one).collect()
+        rows.map(|(row, target)| nll_of_row(row, *target as usize)).collect()
     }
     let targets = memory::i64s(target_n);
     Tensor::from_slice(&by_kind!(logits_nv, each(logits_nv, targets)))
+}
+
+vectorized! {
+    fn nll_of_row<E>(row: &[E], target: usize) -> f64 {
+        log_sum_exp(row) - f64::from(row[target].widen())
+    }
 }
 
 /// ln Σ eˣ, by the largest x, so that nothing overflows.
@@ -173,18 +197,20 @@ pub fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
         let rows = E::of_mut(&mut y_nd)
             .par_chunks_exact_mut(d)
             .zip(X::of(x_nd).par_chunks_exact(d));
-        rows.for_each(|(y, x)| {
-            Arch::new().dispatch(|| {
-                let r = inverse_rms(x, epsilon);
-                for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                    *y = E::round(E::round(x.widen() * r).widen() * w.widen());
-                }
-            });
-        });
+        rows.for_each(|(y, x)| rms_norm_of_row(y, x, weight, epsilon));
         y_nd
     }
     let x_nd = x_nd.contiguous();
     by_kinds!(x_nd, weight_d, each(&x_nd, weight_d, epsilon))
+}
+
+vectorized! {
+    fn rms_norm_of_row<X, E>(y: &mut [E], x: &[X], weight: &[E], epsilon: f64) -> () {
+        let r = inverse_rms(x, epsilon);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+            *y = E::round(E::round(x.widen() * r).widen() * w.widen());
+        }
+    }
 }
 
 /// `passed_by` + d_x of [`rms_norm`]: with g = d_y·w and r = 1/√(mean(x²) + ε), d_x = r·g − x·r³·mean(g·x). `passed_by` is the
@@ -196,50 +222,80 @@ pub fn rms_norm_backward(
     d_y_nd: &Tensor,
     passed_by_nd: Option<&Tensor>,
 ) -> Tensor {
-    fn each<X: Element, E: Element>(
-        x_nd: &Tensor,
-        weight_d: &Tensor,
-        epsilon: f64,
-        d_y_nd: &Tensor,
-        passed_by: Option<&Tensor>,
-    ) -> Tensor {
-        let (d, weight) = (width(x_nd), E::of(weight_d));
-        let mut d_x_nd = x_nd.empty_like();
-        let passed_by = passed_by.map(X::of);
-        let rows = X::of_mut(&mut d_x_nd)
-            .par_chunks_exact_mut(d)
-            .zip(X::of(x_nd).par_chunks_exact(d))
-            .zip(E::of(d_y_nd).par_chunks_exact(d));
-        rows.enumerate().for_each(|(n, ((d_x, x), d_y))| {
-            Arch::new().dispatch(|| {
-                let r = inverse_rms(x, epsilon);
-                let mut lanes = [0f32; LANES];
-                for ((x, d_y), w) in x.chunks(LANES).zip(d_y.chunks(LANES)).zip(weight.chunks(LANES)) {
-                    for (((lane, x), d_y), w) in lanes.iter_mut().zip(x).zip(d_y).zip(w) {
-                        *lane += d_y.widen() * w.widen() * x.widen();
-                    }
-                }
-                let projection = total(lanes) / d as f32 * r * r * r;
-                let of_norm = |x: X, d_y: E, w: E| d_y.widen() * w.widen() * r - x.widen() * projection;
-                let outputs = d_x.iter_mut().zip(x).zip(d_y).zip(weight);
-                match passed_by {
-                    None => outputs.for_each(|(((d_x, x), d_y), w)| *d_x = X::round(of_norm(*x, *d_y, *w))),
-                    // The sum is rounded once.
-                    Some(passed_by) => outputs
-                        .zip(&passed_by[n * d..(n + 1) * d])
-                        .for_each(|((((d_x, x), d_y), w), p)| *d_x = X::round(p.widen() + of_norm(*x, *d_y, *w))),
-                }
-            });
-        });
-        d_x_nd
-    }
-    let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
-    let passed_by_nd = passed_by_nd.map(Tensor::contiguous);
     by_kinds!(
         x_nd,
         weight_d,
-        each(&x_nd, weight_d, epsilon, &d_y_nd, passed_by_nd.as_ref())
+        norm_backward(rms_norm_backward_of_row, x_nd, weight_d, epsilon, d_y_nd, passed_by_nd)
     )
+}
+
+vectorized! {
+    fn rms_norm_backward_of_row<X, E>(
+        d_x: &mut [X],
+        x: &[X],
+        d_y: &[E],
+        weight: &[E],
+        passed_by: Option<&[X]>,
+        epsilon: f64,
+    ) -> () {
+        let r = inverse_rms(x, epsilon);
+        let mut lanes = [0f32; LANES];
+        for ((x, d_y), w) in x.chunks(LANES).zip(d_y.chunks(LANES)).zip(weight.chunks(LANES)) {
+            for (((lane, x), d_y), w) in lanes.iter_mut().zip(x).zip(d_y).zip(w) {
+                *lane += d_y.widen() * w.widen() * x.widen();
+            }
+        }
+        let projection = total(lanes) / d_x.len() as f32 * r * r * r;
+        let of_norm = |x: X, d_y: E, w: E| d_y.widen() * w.widen() * r - x.widen() * projection;
+        write_sum(d_x, x, d_y, weight, passed_by, of_norm);
+    }
+}
+
+/// What the derivative of a norm does to one row: (d_x, x, d_y, weight, what passed by, ε).
+type OfRow<X, E> = fn(&mut [X], &[X], &[E], &[E], Option<&[X]>, f64);
+
+fn norm_backward<X: Element, E: Element>(
+    of_row: OfRow<X, E>,
+    x_nd: &Tensor,
+    weight_d: &Tensor,
+    epsilon: f64,
+    d_y_nd: &Tensor,
+    passed_by_nd: Option<&Tensor>,
+) -> Tensor {
+    let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
+    let passed_by_nd = passed_by_nd.map(Tensor::contiguous);
+    let (d, weight) = (width(&x_nd), E::of(weight_d));
+    let mut d_x_nd = x_nd.empty_like();
+    let passed_by = passed_by_nd.as_ref().map(X::of);
+    let rows = X::of_mut(&mut d_x_nd)
+        .par_chunks_exact_mut(d)
+        .zip(X::of(&x_nd).par_chunks_exact(d))
+        .zip(E::of(&d_y_nd).par_chunks_exact(d));
+    rows.enumerate().for_each(|(n, ((d_x, x), d_y))| {
+        let passed_by = passed_by.map(|all| &all[n * d..(n + 1) * d]);
+        of_row(d_x, x, d_y, weight, passed_by, epsilon);
+    });
+    d_x_nd
+}
+
+/// d_x = passed_by + of_norm(x, d_y, w), element by element.
+#[inline(always)]
+fn write_sum<X: Element, E: Element>(
+    d_x: &mut [X],
+    x: &[X],
+    d_y: &[E],
+    weight: &[E],
+    passed_by: Option<&[X]>,
+    of_norm: impl Fn(X, E, E) -> f32,
+) {
+    let outputs = d_x.iter_mut().zip(x).zip(d_y).zip(weight);
+    match passed_by {
+        None => outputs.for_each(|(((d_x, x), d_y), w)| *d_x = X::round(of_norm(*x, *d_y, *w))),
+        // The sum is rounded once.
+        Some(passed_by) => outputs
+            .zip(passed_by)
+            .for_each(|((((d_x, x), d_y), w), p)| *d_x = X::round(p.widen() + of_norm(*x, *d_y, *w))),
+    }
 }
 
 /// d_w of [`rms_norm`]: Σ_n d_y · x·r, f32.
@@ -257,18 +313,20 @@ pub fn layer_norm(x_nd: &Tensor, weight_d: &Tensor, bias_d: &Tensor, epsilon: f6
         let rows = E::of_mut(&mut y_nd)
             .par_chunks_exact_mut(d)
             .zip(X::of(x_nd).par_chunks_exact(d));
-        rows.for_each(|(y, x)| {
-            Arch::new().dispatch(|| {
-                let (mean, r) = moments(x, epsilon);
-                for (((y, x), w), b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
-                    *y = E::round((x.widen() - mean) * r * w.widen() + b.widen());
-                }
-            });
-        });
+        rows.for_each(|(y, x)| layer_norm_of_row(y, x, weight, bias, epsilon));
         y_nd
     }
     let x_nd = x_nd.contiguous();
     by_kinds!(x_nd, weight_d, each(&x_nd, weight_d, bias_d, epsilon))
+}
+
+vectorized! {
+    fn layer_norm_of_row<X, E>(y: &mut [E], x: &[X], weight: &[E], bias: &[E], epsilon: f64) -> () {
+        let (mean, r) = moments(x, epsilon);
+        for (((y, x), w), b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+            *y = E::round((x.widen() - mean) * r * w.widen() + b.widen());
+        }
+    }
 }
 
 /// `passed_by` + d_x of [`layer_norm`]: with g = d_y·w and z = (x − μ)·r, d_x = r·(g − mean(g) − z·mean(g·z)). `passed_by` is
@@ -280,66 +338,44 @@ pub fn layer_norm_backward(
     d_y_nd: &Tensor,
     passed_by_nd: Option<&Tensor>,
 ) -> Tensor {
-    fn each<X: Element, E: Element>(
-        x_nd: &Tensor,
-        weight_d: &Tensor,
-        epsilon: f64,
-        d_y_nd: &Tensor,
-        passed_by: Option<&Tensor>,
-    ) -> Tensor {
-        let (d, weight) = (width(x_nd), E::of(weight_d));
-        let mut d_x_nd = x_nd.empty_like();
-        let passed_by = passed_by.map(X::of);
-        let rows = X::of_mut(&mut d_x_nd)
-            .par_chunks_exact_mut(d)
-            .zip(X::of(x_nd).par_chunks_exact(d))
-            .zip(E::of(d_y_nd).par_chunks_exact(d));
-        rows.enumerate().for_each(|(n, ((d_x, x), d_y))| {
-            Arch::new().dispatch(|| {
-                let (mean, r) = moments(x, epsilon);
-                let (mut sums, mut products) = ([0f32; LANES], [0f32; LANES]);
-                for ((x, d_y), w) in x.chunks(LANES).zip(d_y.chunks(LANES)).zip(weight.chunks(LANES)) {
-                    let lanes = sums.iter_mut().zip(&mut products);
-                    for ((((sum, product), x), d_y), w) in lanes.zip(x).zip(d_y).zip(w) {
-                        let g = d_y.widen() * w.widen();
-                        *sum += g;
-                        *product += g * ((x.widen() - mean) * r);
-                    }
-                }
-                let (mean_g, projection) = (total(sums) / d as f32, total(products) / d as f32);
-                let of_norm =
-                    |x: X, d_y: E, w: E| (d_y.widen() * w.widen() - mean_g - (x.widen() - mean) * r * projection) * r;
-                let outputs = d_x.iter_mut().zip(x).zip(d_y).zip(weight);
-                match passed_by {
-                    None => outputs.for_each(|(((d_x, x), d_y), w)| *d_x = X::round(of_norm(*x, *d_y, *w))),
-                    // The sum is rounded once.
-                    Some(passed_by) => outputs
-                        .zip(&passed_by[n * d..(n + 1) * d])
-                        .for_each(|((((d_x, x), d_y), w), p)| *d_x = X::round(p.widen() + of_norm(*x, *d_y, *w))),
-                }
-            });
-        });
-        d_x_nd
-    }
-    let (x_nd, d_y_nd) = (x_nd.contiguous(), d_y_nd.contiguous());
-    let passed_by_nd = passed_by_nd.map(Tensor::contiguous);
     by_kinds!(
         x_nd,
         weight_d,
-        each(&x_nd, weight_d, epsilon, &d_y_nd, passed_by_nd.as_ref())
+        norm_backward(
+            layer_norm_backward_of_row,
+            x_nd,
+            weight_d,
+            epsilon,
+            d_y_nd,
+            passed_by_nd
+        )
     )
 }
 
-/// (d_w, d_b) of [`layer_norm`]: Σ_n d_y · z and Σ_n d_y, f32.
-pub fn layer_norm_weight_gradients(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> (Tensor, Tensor) {
-    let (x_nd, d_y_nd) = (x_nd.to_kind(Kind::Float), d_y_nd.to_kind(Kind::Float));
-    let centred_nd = &x_nd - x_nd.mean_dim(-1, true, Kind::Float);
-    let r_n1 = (centred_nd.square().mean_dim(-1, true, Kind::Float) + epsilon).rsqrt();
-    let d_bias_d = d_y_nd.sum_dim_intlist(0, false, Kind::Float);
-    (
-        (d_y_nd * centred_nd * r_n1).sum_dim_intlist(0, false, Kind::Float),
-        d_bias_d,
-    )
+vectorized! {
+    fn layer_norm_backward_of_row<X, E>(
+        d_x: &mut [X],
+        x: &[X],
+        d_y: &[E],
+        weight: &[E],
+        passed_by: Option<&[X]>,
+        epsilon: f64,
+    ) -> () {
+        let (mean, r) = moments(x, epsilon);
+        let (mut sums, mut products) = ([0f32; LANES], [0f32; LANES]);
+        for ((x, d_y), w) in x.chunks(LANES).zip(d_y.chunks(LANES)).zip(weight.chunks(LANES)) {
+            let lanes = sums.iter_mut().zip(&mut products);
+            for ((((sum, product), x), d_y), w) in lanes.zip(x).zip(d_y).zip(w) {
+                let g = d_y.widen() * w.widen();
+                *sum += g;
+                *product += g * ((x.widen() - mean) * r);
+            }
+        }
+        let d = d_x.len() as f32;
+        let (mean_g, projection) = (total(sums) / d, total(products) / d);
+        let of_norm = |x: X, d_y: E, w: E| (d_y.widen() * w.widen() - mean_g - (x.widen() - mean) * r * projection) * r;
+        write_sum(d_x, x, d_y, weight, passed_by, of_norm);
+    }
 }
 
 /// (μ, 1/√(σ² + ε)), the variance from the differences, in a second pass over what is in the nearest cache by then.
@@ -365,16 +401,18 @@ pub fn swiglu(gate_nf: &Tensor, up_nf: &Tensor) -> Tensor {
             .par_chunks_mut(TASK)
             .zip(E::of(gate_nf).par_chunks(TASK))
             .zip(E::of(up_nf).par_chunks(TASK));
-        tasks.for_each(|((y, gate), up)| {
-            Arch::new().dispatch(|| {
-                for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                    *y = E::round(gate.widen() * sigmoid(gate.widen()) * up.widen());
-                }
-            });
-        });
+        tasks.for_each(|((y, gate), up)| swiglu_of(y, gate, up));
         y_nf
     }
     by_kind!(gate_nf, each(gate_nf, up_nf))
+}
+
+vectorized! {
+    fn swiglu_of<E>(y: &mut [E], gate: &[E], up: &[E]) -> () {
+        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+            *y = E::round(gate.widen() * sigmoid(gate.widen()) * up.widen());
+        }
+    }
 }
 
 /// (d_gate, d_up) of [`swiglu`]: with s = σ(gate), d_up = d_y·gate·s and d_gate = d_y·up·s·(1 + gate·(1 − s)).
@@ -387,21 +425,23 @@ pub fn swiglu_backward(gate_nf: &Tensor, up_nf: &Tensor, d_y_nf: &Tensor) -> (Te
             .zip(E::of(gate_nf).par_chunks(TASK))
             .zip(E::of(up_nf).par_chunks(TASK))
             .zip(E::of(d_y_nf).par_chunks(TASK));
-        tasks.for_each(|((((d_gate, d_up), gate), up), d_y)| {
-            Arch::new().dispatch(|| {
-                let outputs = d_gate.iter_mut().zip(d_up);
-                for (((outputs, gate), up), d_y) in outputs.zip(gate).zip(up).zip(d_y) {
-                    let (gate, up, d_y) = (gate.widen(), up.widen(), d_y.widen());
-                    let s = sigmoid(gate);
-                    *outputs.0 = E::round(d_y * up * (s * (1.0 + gate * (1.0 - s))));
-                    *outputs.1 = E::round(d_y * (gate * s));
-                }
-            });
-        });
+        tasks.for_each(|((((d_gate, d_up), gate), up), d_y)| swiglu_backward_of(d_gate, d_up, gate, up, d_y));
         (d_gate_nf, d_up_nf)
     }
     let d_y_nf = d_y_nf.contiguous();
     by_kind!(gate_nf, each(gate_nf, up_nf, &d_y_nf))
+}
+
+vectorized! {
+    fn swiglu_backward_of<E>(d_gate: &mut [E], d_up: &mut [E], gate: &[E], up: &[E], d_y: &[E]) -> () {
+        let outputs = d_gate.iter_mut().zip(d_up);
+        for (((outputs, gate), up), d_y) in outputs.zip(gate).zip(up).zip(d_y) {
+            let (gate, up, d_y) = (gate.widen(), up.widen(), d_y.widen());
+            let s = sigmoid(gate);
+            *outputs.0 = E::round(d_y * up * (s * (1.0 + gate * (1.0 - s))));
+            *outputs.1 = E::round(d_y * (gate * s));
+        }
+    }
 }
 
 /// GELU. The form with tanh is x·σ(2u) with u = √(2/π)·(x + 0.044715 x³); the other is libtorch's own kernel.
@@ -411,19 +451,21 @@ pub fn gelu(x_nf: &Tensor, form: Gelu) -> Tensor {
         let tasks = E::of_mut(&mut y_nf)
             .par_chunks_mut(TASK)
             .zip(E::of(x_nf).par_chunks(TASK));
-        tasks.for_each(|(y, x)| {
-            Arch::new().dispatch(|| {
-                for (y, x) in y.iter_mut().zip(x) {
-                    let x = x.widen();
-                    *y = E::round(x * sigmoid(x * (TWICE_ROOT + CUBIC * x * x)));
-                }
-            });
-        });
+        tasks.for_each(|(y, x)| gelu_of(y, x));
         y_nf
     }
     match form {
         Gelu::Tanh => by_kind!(x_nf, each(x_nf)),
         Gelu::Exact => x_nf.gelu("none"),
+    }
+}
+
+vectorized! {
+    fn gelu_of<E>(y: &mut [E], x: &[E]) -> () {
+        for (y, x) in y.iter_mut().zip(x) {
+            let x = x.widen();
+            *y = E::round(x * sigmoid(x * (TWICE_ROOT + CUBIC * x * x)));
+        }
     }
 }
 
@@ -435,22 +477,24 @@ pub fn gelu_backward(x_nf: &Tensor, form: Gelu, d_y_nf: &Tensor) -> Tensor {
             .par_chunks_mut(TASK)
             .zip(E::of(x_nf).par_chunks(TASK))
             .zip(E::of(d_y_nf).par_chunks(TASK));
-        tasks.for_each(|((d_x, x), d_y)| {
-            Arch::new().dispatch(|| {
-                for ((d_x, x), d_y) in d_x.iter_mut().zip(x).zip(d_y) {
-                    let (x, d_y) = (x.widen(), d_y.widen());
-                    let s = sigmoid(x * (TWICE_ROOT + CUBIC * x * x));
-                    let slope = TWICE_ROOT + 3.0 * CUBIC * x * x;
-                    *d_x = E::round(d_y * (s * (1.0 + x * (1.0 - s) * slope)));
-                }
-            });
-        });
+        tasks.for_each(|((d_x, x), d_y)| gelu_backward_of(d_x, x, d_y));
         d_x_nf
     }
     let d_y_nf = d_y_nf.contiguous();
     match form {
         Gelu::Tanh => by_kind!(x_nf, each(x_nf, &d_y_nf)),
         Gelu::Exact => x_nf.gelu_backward(&d_y_nf, "none"),
+    }
+}
+
+vectorized! {
+    fn gelu_backward_of<E>(d_x: &mut [E], x: &[E], d_y: &[E]) -> () {
+        for ((d_x, x), d_y) in d_x.iter_mut().zip(x).zip(d_y) {
+            let (x, d_y) = (x.widen(), d_y.widen());
+            let s = sigmoid(x * (TWICE_ROOT + CUBIC * x * x));
+            let slope = TWICE_ROOT + 3.0 * CUBIC * x * x;
+            *d_x = E::round(d_y * (s * (1.0 + x * (1.0 - s) * slope)));
+        }
     }
 }
 
@@ -469,20 +513,24 @@ pub fn rotate(x_bthd: &mut Tensor, cos_th: &Tensor, sin_th: &Tensor, direction: 
         positions.enumerate().for_each(|(position, x)| {
             let t = position % time;
             let (cos, sin) = (&cos_td[t * half..(t + 1) * half], &sin_td[t * half..(t + 1) * half]);
-            Arch::new().dispatch(|| {
-                for head in x.chunks_exact_mut(dim) {
-                    let (first, second) = head.split_at_mut(half);
-                    for (((first, second), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                        let (a, b, sin) = (first.widen(), second.widen(), sin * direction);
-                        *first = E::round(a * cos - b * sin);
-                        *second = E::round(b * cos + a * sin);
-                    }
-                }
-            });
+            rotate_heads(x, cos, sin, direction);
         });
     }
     let (cos, sin) = (memory::f32s(cos_th), memory::f32s(sin_th));
     by_kind!(x_bthd, each(x_bthd, cos, sin, direction));
+}
+
+vectorized! {
+    fn rotate_heads<E>(x_hd: &mut [E], cos: &[f32], sin: &[f32], direction: f32) -> () {
+        for head in x_hd.chunks_exact_mut(2 * cos.len()) {
+            let (first, second) = head.split_at_mut(cos.len());
+            for (((first, second), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                let (a, b, sin) = (first.widen(), second.widen(), sin * direction);
+                *first = E::round(a * cos - b * sin);
+                *second = E::round(b * cos + a * sin);
+            }
+        }
+    }
 }
 
 /// Fills `mask_nd`: 0 with probability `p`, else 1 / (1 − p). Row n's elements are drawn from `streams[n]`, in order.
@@ -530,6 +578,18 @@ pub(in crate::model) fn sum<E: Element>(row: &[E], f: impl Fn(f32) -> f32) -> f3
     for chunk in chunks {
         for (x, lane) in chunk.iter().zip(&mut lanes) {
             *lane += f(x.widen());
+        }
+    }
+    total(lanes)
+}
+
+/// Σ a·b, by lanes.
+#[inline(always)]
+pub(in crate::model) fn dot<E: Element>(a: &[E], b: &[E]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += a.widen() * b.widen();
         }
     }
     total(lanes)
@@ -655,7 +715,7 @@ mod tests {
                     &layer_norm_backward(&x[0], &x[1], 1e-5, d_y, Some(&beside)),
                     &(&alone + beside),
                 );
-                let (d_weight, d_bias) = layer_norm_weight_gradients(&x[0], 1e-5, d_y);
+                let (d_weight, d_bias) = crate::model::kernels::layer_norm_weight_gradients(&x[0], 1e-5, d_y);
                 vec![alone, d_weight, d_bias]
             };
             // Off centre, as streams are.

@@ -3,9 +3,10 @@
 
 pub(super) mod cpu;
 mod cuda;
+pub(super) mod vectors;
 
 use configs::Gelu;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::random;
 
@@ -69,9 +70,14 @@ pub fn layer_norm_backward(
     where_it_lies!(x_nd, layer_norm_backward(x_nd, weight_d, epsilon, d_y_nd, passed_by_nd))
 }
 
-/// (d_w, d_b) of [`layer_norm`], f32.
+/// (d_w, d_b) of [`layer_norm`], f32: Σ_n d_y · z and Σ_n d_y with z = (x − mean) / √(variance + ε), by libtorch's own operations
+/// everywhere.
 pub fn layer_norm_weight_gradients(x_nd: &Tensor, epsilon: f64, d_y_nd: &Tensor) -> (Tensor, Tensor) {
-    where_it_lies!(x_nd, layer_norm_weight_gradients(x_nd, epsilon, d_y_nd))
+    let (x_nd, d_y_nd) = (x_nd.to_kind(Kind::Float), d_y_nd.to_kind(Kind::Float));
+    let d = x_nd.size()[1];
+    let (z_nd, _, _) = x_nd.native_layer_norm([d], None::<&Tensor>, None, epsilon);
+    let d_bias_d = d_y_nd.sum_dim_intlist(0, false, Kind::Float);
+    ((d_y_nd * z_nd).sum_dim_intlist(0, false, Kind::Float), d_bias_d)
 }
 
 /// GELU (Hendrycks and Gimpel 2016) in one of its two forms.

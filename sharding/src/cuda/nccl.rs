@@ -9,7 +9,6 @@
 //! Functions are called by name from the libnccl.so.2 that libtorch itself loads: cudarc looks for other file names, and a
 //! second copy of NCCL would be another library than the one that is reported. (cudarc's `Comm` besides aborts when it is
 //! dropped and panics where that fails, and its errors print no code.)
-#![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,10 +17,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use cudarc::driver::sys::{CUevent_flags, CUstream};
-use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use cudarc::driver::{CudaContext, CudaStream};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use super::{context, driver, index_of, stream};
 use crate::comm::{Sent, Wire};
 use crate::{Comm, Error, Pending, Result};
 
@@ -31,11 +31,39 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 type Handle = *mut c_void;
 type Code = c_int;
 
-/// nccl.h: `ncclUniqueId`.
+/// nccl.h: `ncclUniqueId`. Rank 0 makes one, and every rank joins with it: whatever brought the ranks together carries its
+/// bytes.
 #[repr(C)]
-#[derive(Clone, Copy)]
-struct UniqueId {
-    internal: [c_char; 128],
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UniqueId {
+    internal: [u8; UniqueId::BYTES],
+}
+
+impl UniqueId {
+    pub const BYTES: usize = 128;
+
+    /// A new one. It names an address of this machine's where the others find this process: rank 0 keeps running until all
+    /// have joined.
+    ///
+    /// # Errors
+    /// When NCCL is not there, or finds no network interface.
+    pub fn new() -> Result<UniqueId> {
+        let functions = Functions::load()?;
+        let mut id = UniqueId::from([0; UniqueId::BYTES]);
+        // SAFETY: writes one id.
+        functions.check("ncclGetUniqueId", unsafe { (functions.get_unique_id)(&mut id) })?;
+        Ok(id)
+    }
+
+    pub fn bytes(&self) -> &[u8; UniqueId::BYTES] {
+        &self.internal
+    }
+}
+
+impl From<[u8; UniqueId::BYTES]> for UniqueId {
+    fn from(internal: [u8; UniqueId::BYTES]) -> UniqueId {
+        UniqueId { internal }
+    }
 }
 
 const SUCCESS: Code = 0;
@@ -125,27 +153,6 @@ impl Functions {
     }
 }
 
-/// How many GPUs this process sees. Loads libtorch's CUDA half: call it before the first tensor.
-///
-/// # Errors
-/// When there is no driver, no GPU, or no libtorch for CUDA.
-pub fn gpus() -> Result<usize> {
-    let failed = |call: &'static str| move |text: String| Error::Cuda { call, text };
-    // SAFETY: opens the driver's library and looks at whether it could.
-    if !unsafe { cudarc::driver::sys::is_culib_present() } {
-        return Err(failed("loading CUDA's driver")("there is none on this machine".into()));
-    }
-    let count = CudaContext::device_count().map_err(cuda("cuDeviceGetCount"))?;
-    if count == 0 {
-        return Err(failed("cuDeviceGetCount")("this process sees no GPU".into()));
-    }
-    // SAFETY: libtorch's own library, whose initialisers register its operations.
-    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
-    // It stays: libtorch holds what it registered.
-    std::mem::forget(library.map_err(|error| failed("loading libtorch_cuda.so")(error.to_string()))?);
-    Ok(count as usize)
-}
-
 /// The loaded NCCL's version and file.
 pub fn library() -> Result<String> {
     // Its file is known while it is loaded.
@@ -169,43 +176,58 @@ struct Communicator(Option<Handle>);
 // SAFETY: NCCL allows a communicator's functions to be called from any thread, one at a time: the mutex around it sees to that.
 unsafe impl Send for Communicator {}
 
+impl Communicator {
+    fn alive(&self) -> Result<Handle> {
+        self.0.ok_or(Error::NcclAborted)
+    }
+}
+
+/// Collectives between the GPUs of a run, one a rank.
 pub struct Nccl {
-    functions: Arc<Functions>,
-    communicator: Arc<Mutex<Communicator>>,
+    connection: Connection,
     index: usize,
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
     /// Every f32 sum is made in rank order, as bf16's always are.
     ordered: bool,
     engine: String,
     host: Box<dyn Comm>,
+}
+
+/// Why this rank did not meet the others through NCCL, and the engine through which it had met them before.
+pub struct Refused {
+    pub error: Error,
+    host: Box<dyn Comm>,
+}
+
+impl Refused {
+    /// Ends all ranks at once.
+    pub fn abort(self, code: i32) -> ! {
+        self.host.abort(code)
+    }
+}
+
+/// NCCL's part of a rank: library, communicator, stream, and the thread that watches them.
+struct Connection {
+    functions: Arc<Functions>,
+    communicator: Arc<Mutex<Communicator>>,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    version: String,
     watching: Arc<AtomicBool>,
     watch: Option<JoinHandle<()>>,
 }
 
-impl Nccl {
-    /// Joins the ranks of `host` through NCCL, this one with GPU `index`. `ordered`: sums do not depend on NCCL's choice of
-    /// algorithm, for as many bytes and a slice's memory a rank more.
-    pub fn join(host: Box<dyn Comm>, index: usize, ordered: bool) -> Result<Nccl> {
+impl Connection {
+    fn new(id: &UniqueId, host: &dyn Comm, index: usize) -> Result<Connection> {
+        let context = context(index)?;
         let functions = Arc::new(Functions::load()?);
-        let context = CudaContext::new(index).map_err(cuda("cuDevicePrimaryCtxRetain"))?;
-        let stream = context.new_stream().map_err(cuda("cuStreamCreate"))?;
-        let mut id = UniqueId { internal: [0; 128] };
-        if host.rank() == 0 {
-            // SAFETY: writes one id.
-            functions.check("ncclGetUniqueId", unsafe { (functions.get_unique_id)(&mut id) })?;
-        }
-        let bytes = host.broadcast_bytes(&id.internal.map(|byte| byte as u8))?;
-        id.internal
-            .iter_mut()
-            .zip(bytes)
-            .for_each(|(to, byte)| *to = byte as c_char);
+        let version = functions.version()?;
+        let stream = context.new_stream().map_err(driver("cuStreamCreate"))?;
         let mut handle = std::ptr::null_mut();
-        context.bind_to_thread().map_err(cuda("cuCtxSetCurrent"))?;
+        context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
         let (world, rank) = (host.world() as c_int, host.rank() as c_int);
         // SAFETY: writes one handle; every rank calls it with the same id and world, and a rank of its own.
         functions.check("ncclCommInitRank", unsafe {
-            (functions.comm_init_rank)(&mut handle, world, id, rank)
+            (functions.comm_init_rank)(&mut handle, world, *id, rank)
         })?;
         let communicator = Arc::new(Mutex::new(Communicator(Some(handle))));
         let watching = Arc::new(AtomicBool::new(true));
@@ -216,35 +238,97 @@ impl Nccl {
                 .spawn(move || watch(&functions, &communicator, &watching))
                 .map_err(|_| Error::NoThread)?
         };
-        let version = functions.version()?;
-        let engine = format!(
-            "NCCL {version}, {}; {} on the host",
-            file_of("libnccl.so"),
-            host.engine()
-        );
-        Ok(Nccl {
+        Ok(Connection {
             functions,
             communicator,
-            index,
             context,
             stream,
-            ordered,
-            engine,
-            host,
+            version,
             watching,
             watch: Some(watch),
         })
     }
+}
 
-    fn is_ours(&self, tensor: &Tensor) -> bool {
-        assert!(tensor.is_contiguous());
-        match tensor.device() {
-            Device::Cuda(index) => {
-                assert_eq!(index, self.index, "a rank's tensors lie on its own GPU");
-                true
-            }
-            _ => false,
+/// Rank 0's new id, on every rank of `host`.
+fn told_id(host: &dyn Comm) -> Result<UniqueId> {
+    // What rank 0 cannot make the others must not wait for: they are told zeros.
+    let made = (host.rank() == 0).then(UniqueId::new);
+    let none = UniqueId::from([0; UniqueId::BYTES]);
+    let told = match &made {
+        Some(Ok(id)) => *id,
+        _ => none,
+    };
+    let told = host.broadcast_bytes(told.bytes())?;
+    if let Some(made) = made {
+        return made;
+    }
+    let told = UniqueId::from(<[u8; UniqueId::BYTES]>::try_from(told).expect("as many as were sent"));
+    match told == none {
+        true => Err(Error::NoNccl(
+            "rank 0 could not load it or make an id; see its log".into(),
+        )),
+        false => Ok(told),
+    }
+}
+
+impl Nccl {
+    /// Joins the ranks of `host` through NCCL, this one with GPU `index`; rank 0's id reaches the others through `host`.
+    /// `ordered`: sums are made in rank order, whatever algorithm NCCL would choose, for as many bytes and a slice's memory a
+    /// rank more.
+    ///
+    /// # Errors
+    /// When rank 0 has no NCCL, which all ranks then say; else as [`Nccl::join_with`]'s.
+    pub fn join(host: Box<dyn Comm>, index: usize, ordered: bool) -> std::result::Result<Nccl, Refused> {
+        match told_id(host.as_ref()) {
+            Ok(id) => Nccl::join_with(&id, host, index, ordered),
+            Err(error) => Err(Refused { error, host }),
         }
+    }
+
+    /// As [`Nccl::join`], with an id that all ranks have already. Returns when all have come.
+    ///
+    /// # Errors
+    /// When there is no driver, no such GPU or no NCCL, or when a rank cannot be reached. The others may be waiting for this
+    /// one: end them with [`Refused::abort`].
+    pub fn join_with(
+        id: &UniqueId,
+        host: Box<dyn Comm>,
+        index: usize,
+        ordered: bool,
+    ) -> std::result::Result<Nccl, Refused> {
+        let connection = match Connection::new(id, host.as_ref(), index) {
+            Ok(connection) => connection,
+            Err(error) => return Err(Refused { error, host }),
+        };
+        let engine = format!(
+            "NCCL {}, {}; {} on the host",
+            connection.version,
+            file_of("libnccl.so"),
+            host.engine()
+        );
+        Ok(Nccl {
+            connection,
+            index,
+            ordered,
+            engine,
+            host,
+        })
+    }
+
+    /// Whether a tensor is on this rank's GPU; else it is the host engine's.
+    ///
+    /// # Errors
+    /// When the communicator was aborted: what the GPU holds since is no sum of anything, and the host may not agree on it.
+    fn is_ours(&self, tensor: &Tensor) -> Result<bool> {
+        assert!(tensor.is_contiguous());
+        self.connection.communicator.lock().map_err(|_| Error::Gone)?.alive()?;
+        let index = index_of(tensor);
+        assert!(
+            index.is_none_or(|index| index == self.index),
+            "a rank's tensors lie on its own GPU"
+        );
+        Ok(index.is_some())
     }
 
     /// Starts `call` on NCCL's stream, behind what libtorch's stream was given. `buffers` live until the waiting is over, and
@@ -257,21 +341,34 @@ impl Nccl {
         then: impl FnOnce() -> Result<()> + 'static,
     ) -> Result<Pending> {
         let torch = self.torch_stream()?;
-        let given = torch.record_event(None).map_err(cuda("cuEventRecord"))?;
-        self.stream.wait(&given).map_err(cuda("cuStreamWaitEvent"))?;
-        let communicator = self.communicator.lock().map_err(|_| Error::Gone)?;
-        let handle = communicator.0.ok_or_else(|| self.lost(name))?;
-        self.context.bind_to_thread().map_err(cuda("cuCtxSetCurrent"))?;
-        self.functions
-            .check(name, call(&self.functions, handle, self.stream.cu_stream()))?;
+        let given = torch.record_event(None).map_err(driver("cuEventRecord"))?;
+        self.connection
+            .stream
+            .wait(&given)
+            .map_err(driver("cuStreamWaitEvent"))?;
+        let communicator = self.connection.communicator.lock().map_err(|_| Error::Gone)?;
+        let handle = communicator.alive()?;
+        self.connection
+            .context
+            .bind_to_thread()
+            .map_err(driver("cuCtxSetCurrent"))?;
+        self.connection.functions.check(
+            name,
+            call(&self.connection.functions, handle, self.connection.stream.cu_stream()),
+        )?;
         drop(communicator);
         let flags = Some(CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        let done = Arc::new(self.stream.record_event(flags).map_err(cuda("cuEventRecord"))?);
+        let done = Arc::new(
+            self.connection
+                .stream
+                .record_event(flags)
+                .map_err(driver("cuEventRecord"))?,
+        );
         let asked = Arc::clone(&done);
         Ok(Pending::until(
             move || asked.is_complete(),
             move || {
-                torch.wait(&done).map_err(cuda("cuStreamWaitEvent"))?;
+                torch.wait(&done).map_err(driver("cuStreamWaitEvent"))?;
                 drop(buffers);
                 then()
             },
@@ -280,33 +377,9 @@ impl Nccl {
 
     /// The stream that libtorch's operations on this GPU go to now.
     fn torch_stream(&self) -> Result<Arc<CudaStream>> {
-        type GetStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
-        const NAME: &str = "aoti_torch_get_current_cuda_stream";
-        let failed = |text: String| Error::Cuda { call: NAME, text };
-        let mut stream = std::ptr::null_mut();
-        // SAFETY: libtorch's own library, loaded already since a tensor of ours is on a GPU; the function's declaration in its
-        // c/shim.h; it writes one pointer.
-        let code = unsafe {
-            let library = Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL)
-                .map_err(|error| failed(error.to_string()))?;
-            let get: GetStream = *library
-                .get(NAME.as_bytes())
-                .map_err(|error| failed(error.to_string()))?;
-            get(self.index as i32, &mut stream)
-        };
-        if code != 0 {
-            return Err(failed(format!("code {code}")));
-        }
+        let torch = stream(self.index)?;
         // SAFETY: libtorch's streams belong to the device's one primary context and are never destroyed.
-        Ok(unsafe { self.context.wrap_borrowed_stream(stream.cast()) })
-    }
-
-    fn lost(&self, call: &'static str) -> Error {
-        Error::Nccl {
-            call,
-            code: -1,
-            text: "the communicator was aborted after an error of a peer or the network".into(),
-        }
+        Ok(unsafe { self.connection.context.wrap_borrowed_stream(torch.cast()) })
     }
 
     /// Every rank's share of this rank's slice, one after the other in rank order, as it travelled.
@@ -399,7 +472,7 @@ fn watch(functions: &Functions, communicator: &Mutex<Communicator>, watching: &A
     }
 }
 
-impl Drop for Nccl {
+impl Drop for Connection {
     fn drop(&mut self) {
         self.watching.store(false, Ordering::Release);
         if let Some(watch) = self.watch.take() {
@@ -429,7 +502,7 @@ impl Comm for Nccl {
     }
 
     fn reduce_scatter(&self, full: &Tensor, mine: &mut Tensor, wire: Wire) -> Result<Pending> {
-        if !self.is_ours(full) {
+        if !self.is_ours(full)? {
             return self.host.reduce_scatter(full, mine, wire);
         }
         assert_eq!((full.kind(), mine.kind()), (Kind::Float, Kind::Float));
@@ -461,7 +534,7 @@ impl Comm for Nccl {
     }
 
     fn all_reduce(&self, values: &mut Tensor, wire: Wire) -> Result<Pending> {
-        if !self.is_ours(values) {
+        if !self.is_ours(values)? {
             return self.host.all_reduce(values, wire);
         }
         assert_eq!(values.kind(), Kind::Float);
@@ -501,7 +574,7 @@ impl Comm for Nccl {
     }
 
     fn all_gather(&self, mine: &Tensor, full: &mut Tensor) -> Result<Pending> {
-        if !self.is_ours(mine) {
+        if !self.is_ours(mine)? {
             return self.host.all_gather(mine, full);
         }
         assert_eq!((full.kind(), full.numel()), (mine.kind(), mine.numel() * self.world()));
@@ -517,7 +590,7 @@ impl Comm for Nccl {
         receive: &mut Tensor,
         receive_counts: &[usize],
     ) -> Result<Pending> {
-        if !self.is_ours(send) {
+        if !self.is_ours(send)? {
             return self.host.all_to_all(send, send_counts, receive, receive_counts);
         }
         assert_eq!(send.kind(), receive.kind());
@@ -529,7 +602,7 @@ impl Comm for Nccl {
     }
 
     fn broadcast(&self, values: &mut Tensor, root: usize) -> Result<Pending> {
-        if !self.is_ours(values) {
+        if !self.is_ours(values)? {
             return self.host.broadcast(values, root);
         }
         let bytes = values.numel() * values.kind().elt_size_in_bytes();
@@ -568,13 +641,14 @@ impl Comm for Nccl {
 
     fn abort(&self, code: i32) -> ! {
         let handle = self
+            .connection
             .communicator
             .lock()
             .ok()
             .and_then(|mut communicator| communicator.0.take());
         if let Some(handle) = handle {
             // SAFETY: nobody else has the handle any more.
-            unsafe { (self.functions.comm_abort)(handle) };
+            unsafe { (self.connection.functions.comm_abort)(handle) };
         }
         self.host.abort(code)
     }
@@ -593,16 +667,26 @@ impl Nccl {
     }
 }
 
-fn cuda(call: &'static str) -> impl FnOnce(DriverError) -> Error {
-    move |error| Error::Cuda {
-        call,
-        text: error.to_string(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
+
+    #[test]
+    fn an_id_is_new_each_time_and_survives_as_bytes() {
+        let id = UniqueId::new().unwrap_or_else(|error| panic!("{error}; `make setup` provides it"));
+        assert_ne!(id, UniqueId::from([0; UniqueId::BYTES]));
+        assert_ne!(id, UniqueId::new().unwrap(), "each world has its own");
+        assert_eq!(UniqueId::from(*id.bytes()), id);
+    }
+
+    #[test]
+    fn after_an_abort_nothing_is_started() {
+        let said = Communicator(None).alive().unwrap_err().to_string();
+        assert!(said.contains("look at the first rank that stopped"), "{said}");
+        assert!(Communicator(Some(std::ptr::dangling_mut())).alive().is_ok());
+    }
 
     #[test]
     fn the_library_has_every_function_and_says_its_version_and_file() {

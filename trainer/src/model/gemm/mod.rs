@@ -1,5 +1,7 @@
-//! The door to small f32 matrix products inside one task. libtorch's are for whole tensors and bring threads of their own.
+//! The door to small matrix products inside one task. libtorch's are for whole tensors and bring threads of their own.
 #![allow(unsafe_code)]
+
+pub mod pairs;
 
 use gemm::Parallelism;
 

@@ -1,0 +1,80 @@
+//! Figures of a job's life, into `bench/results/cluster.json`: runs the tests that measure them on real processes and collects
+//! the lines that they print, a name and a number each. Of what was measured several times the worst is written.
+//!
+//!   bench_cluster [TEST …]      such as `launcher/rendezvous`; all of `TESTS` if left out
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+const RESULTS: &str = "bench/results/cluster.json";
+
+/// Packages with their test programs.
+const TESTS: [(&str, &str); 2] = [("launcher", "rendezvous"), ("whole-program-tests", "lost")];
+
+/// What may be printed, and its unit. Less is better in all of them.
+const FIGURES: [(&str, &str); 6] = [
+    ("dead_rank_noticed_s", "s"),
+    ("all_stopped_s", "s"),
+    ("orphans", "processes"),
+    ("hang_named_s", "s"),
+    ("strangers_accepted", "connections"),
+    ("rendezvous_512_s", "s"),
+];
+
+fn main() -> Result<()> {
+    let asked: Vec<String> = std::env::args().skip(1).collect();
+    let mut measured: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for (package, test) in TESTS {
+        if !asked.is_empty() && !asked.contains(&format!("{package}/{test}")) {
+            continue;
+        }
+        let mut command = Command::new("cargo");
+        command.args(["test", "--release", "--locked", "-p", package, "--test", test, "--"]);
+        // One at a time: what is measured is a job's reaction, not that of several side by side.
+        command.args(["--nocapture", "--test-threads=1"]);
+        let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{command:?} failed:\n{said}{errors}");
+        for (name, value) in said.lines().filter_map(figure) {
+            measured.entry(name.to_owned()).or_default().push(value);
+        }
+    }
+    put(&measured)
+}
+
+/// "NAME NUMBER", also behind the name of a test that libtest has not ended with a line.
+fn figure(line: &str) -> Option<(&'static str, f64)> {
+    let line = line.rsplit("... ").next().unwrap_or(line);
+    let mut words = line.split_whitespace();
+    let name = words.next()?;
+    let (name, _) = FIGURES.iter().find(|(known, _)| *known == name)?;
+    Some((name, words.next()?.parse().ok()?))
+}
+
+/// A figure that was measured again replaces the old one; the others stay.
+fn put(measured: &BTreeMap<String, Vec<f64>>) -> Result<()> {
+    let path = Path::new(RESULTS);
+    let mut entries: Vec<Value> = match fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("{RESULTS} is not ours"))?,
+        Err(_) => Vec::new(),
+    };
+    for (name, unit) in FIGURES {
+        let Some(values) = measured.get(name) else { continue };
+        let worst = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        println!("{name:<24}{worst:>10.3} {unit}, the worst of {}", values.len());
+        let entry = json!({ "name": name, "ours": worst, "unit": unit, "measured": values.len() });
+        match entries.iter_mut().find(|old| old["name"] == name) {
+            Some(old) => *old = entry,
+            None => entries.push(entry),
+        }
+    }
+    let beside = path.with_extension("json.partial");
+    fs::write(&beside, serde_json::to_vec_pretty(&entries)?)?;
+    Ok(fs::rename(&beside, path)?)
+}

@@ -1,0 +1,457 @@
+//! Four ranks of SmolLM2 on one machine against PyTorch's DDP and FSDP over gloo: bytes, speed, memory, scaling; and two ranks
+//! in network namespaces with a slow link between them: how much of the communication is hidden. Both sides in one run, in
+//! turns, the same rows a rank, one thread a rank.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use bench::training::{LINEARS, Panglot, Side, Sides, grow};
+use bench::{Entry, Report, Results, number, run, script, text_of};
+use clap::{Parser, Subcommand};
+use serde_json::json;
+
+/// SmolLM2's pieces.
+const PIECES: usize = 49_152;
+const RANKS: usize = 4;
+/// Tokens of a rank in a step.
+const TIME: usize = 256;
+const F32_BYTES: f64 = 4.0;
+
+#[derive(Parser)]
+#[command(about = "Measures sharded training side by side with what people run today")]
+struct Arguments {
+    #[command(subcommand)]
+    agent: Option<Agent>,
+    /// The Python that has `transformers` and `peft`.
+    #[arg(long, env = "PANGLOT_PYTHON", default_value = ".panglot/venv/bin/python")]
+    python: PathBuf,
+    /// SmolLM2-135M, as `panglot prepare configs/demo.yaml` leaves it.
+    #[arg(long, default_value = "runs/prepared/demo/base_model")]
+    base: PathBuf,
+    #[arg(long, default_value = "bench/results/sharding.json")]
+    out: PathBuf,
+    /// Measures only the cases whose names begin so; the other figures stay what they are in the results.
+    #[arg(long, default_value = "")]
+    only: String,
+    #[arg(long, default_value_t = 2)]
+    rounds: usize,
+    /// Steps a round and side; the first warms up and does not count.
+    #[arg(long, default_value_t = 4)]
+    steps: usize,
+}
+
+#[derive(Subcommand)]
+enum Agent {
+    /// What mpirun starts its daemons by: runs words in the network namespace that has an address.
+    Agent {
+        address: String,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    if let Some(Agent::Agent { address, words }) = &arguments.agent {
+        return agent(address, words);
+    }
+    let folder = tempfile::tempdir()?;
+    let panglot = Panglot {
+        folder: folder.path().to_path_buf(),
+    };
+    let bench = Bench {
+        panglot,
+        base: std::fs::canonicalize(&arguments.base).context("no base model; see --base")?,
+        arguments,
+    };
+    let mut results = Results::open(&bench.arguments.out)?;
+    let cases: [(&str, fn(&Bench, &mut Results) -> Result<()>); 5] = [
+        ("zero1", Bench::zero1),
+        ("zero3", Bench::zero3),
+        ("sparse", Bench::sparse),
+        ("hidden", Bench::hidden),
+        ("weak", Bench::weak),
+    ];
+    for (name, case) in cases {
+        if name.starts_with(&bench.arguments.only) {
+            case(&bench, &mut results)?;
+        }
+    }
+    results.print();
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Bench {
+    panglot: Panglot,
+    base: PathBuf,
+    arguments: Arguments,
+}
+
+impl Bench {
+    /// ZeRO-1 against DDP, and its bytes against the least there are.
+    fn zero1(&self, results: &mut Results) -> Result<()> {
+        let overrides = self.prepare("prepared", &self.base, RANKS)?;
+        let (mut ours, mut peers, mut trained) = (Sides::default(), Sides::default(), 0.0);
+        for _ in 0..self.arguments.rounds {
+            ours.add(self.panglot.train(&[], &overrides)?);
+            let report = self.peers("ddp", RANKS, &[], &[])?;
+            trained = number(&report, "trained");
+            peers.add(Side::of_training(&report));
+        }
+        results.put(
+            Entry::of("zero1_vs_ddp", speed(&ours), speed(&peers), "tokens/s")
+                .peer_is("DDP over gloo, transformers + PEFT, SDPA, fused AdamW; 4 ranks of one thread on both sides")
+                .note(format!("f32, {trained} trained, {TIME} tokens a rank and step")),
+        )?;
+        results.put(
+            Entry::of("bytes_dense", ours.bytes_sent, least_bytes(trained, RANKS), "bytes").peer_is(
+                "ZeRO's lower bound, 2Ψ(N − 1)/N f32 elements; a step and rank, the embedding tied to the head",
+            ),
+        )
+    }
+
+    /// ZeRO-3 with frozen weights divided against FSDP's `fully_shard`.
+    fn zero3(&self, results: &mut Results) -> Result<()> {
+        let mut overrides = self.prepare("prepared", &self.base, RANKS)?;
+        overrides.extend(["train.zero=3", "train.shard_frozen=true"].map(String::from));
+        let (mut ours, mut peers) = (Sides::default(), Sides::default());
+        for _ in 0..self.arguments.rounds {
+            ours.add(self.panglot.train(&[], &overrides)?);
+            peers.add(Side::of_training(&self.peers("fsdp", RANKS, &[], &[])?));
+        }
+        results.put(
+            Entry::of("zero3_vs_fsdp", speed(&ours), speed(&peers), "tokens/s")
+                .peer_is("fully_shard of every layer and the root over gloo; otherwise as zero1_vs_ddp"),
+        )?;
+        results.put(
+            Entry::of(
+                "peak_memory_vs_fsdp",
+                ours.peak_bytes / 1e6,
+                peers.peak_bytes / 1e6,
+                "MB",
+            )
+            .peer_is("the same processes' peak resident memory, loading included; the largest rank's"),
+        )
+    }
+
+    /// The embedding apart from the head: its gradient travels as rows.
+    fn sparse(&self, results: &mut Results) -> Result<()> {
+        let apart = self.apart()?;
+        let overrides = self.prepare("prepared-apart", &apart, RANKS)?;
+        let side = self.panglot.train(&[], &overrides)?;
+        let trained = self.trained(&apart)?;
+        results.put(
+            Entry::of("bytes_sparse", side.bytes_sent, least_bytes(trained, RANKS), "bytes").peer_is(
+                "ZeRO's lower bound with whole gradients; a step and rank, the embedding apart from the head, ZeRO-1",
+            ),
+        )
+    }
+
+    /// Two ranks, a namespace each, and a link on which communication takes half as long as the step's computation.
+    fn hidden(&self, results: &mut Results) -> Result<()> {
+        let link = Link::new()?;
+        let through = link.mpirun()?;
+        let overrides = self.prepare("prepared", &self.base, link::RANKS)?;
+        let train = |link: &Link, rate: Option<f64>| -> Result<(Side, Side)> {
+            link.shape(rate)?;
+            let ours = self.panglot.train(&through, &overrides)?;
+            let peers = self.peers("ddp", link::RANKS, &link::PREFIXES, &link::VARIABLES)?;
+            Ok((ours, Side::of_training(&peers)))
+        };
+        let (mut free, mut shaped) = (
+            [Sides::default(), Sides::default()],
+            [Sides::default(), Sides::default()],
+        );
+        let mut rate = 0.0;
+        let bytes = least_bytes(self.trained(&self.base)?, link::RANKS);
+        for _ in 0..self.arguments.rounds {
+            let (ours, peers) = train(&link, None)?;
+            free[0].add(ours);
+            free[1].add(peers);
+            if rate == 0.0 {
+                rate = bytes / (free[0].seconds() / 2.0);
+            }
+            let (ours, peers) = train(&link, Some(rate))?;
+            shaped[0].add(ours);
+            shaped[1].add(peers);
+        }
+        let hidden = |side: usize| {
+            let longer = shaped[side].seconds() - free[side].seconds();
+            // Nothing, or less, is said as a hundredth: there is no ratio to nothing.
+            (1.0 - longer / (bytes / rate)).max(0.01)
+        };
+        let note = format!(
+            "ZeRO-1, tied; {:.0} Mbit/s, so {:.2} s of communication a step; ours {:.2} s unshaped and {:.2} s shaped, the peer \
+             {:.2} and {:.2}; hidden = 1 − (shaped − unshaped) / (bytes / rate)",
+            8.0 * rate / 1e6,
+            bytes / rate,
+            free[0].seconds(),
+            shaped[0].seconds(),
+            free[1].seconds(),
+            shaped[1].seconds(),
+        );
+        results.put(
+            Entry::of("hidden_share", hidden(0), hidden(1), "share of communication")
+                .peer_is("DDP over gloo on the same link")
+                .note(note),
+        )
+    }
+
+    /// Four ranks together against four runs of one rank at the same time: the cores are shared alike, so what is left is the
+    /// cost of being many.
+    fn weak(&self, results: &mut Results) -> Result<()> {
+        let together = self.prepare("prepared", &self.base, RANKS)?;
+        let alone = self.prepare("prepared", &self.base, 1)?;
+        let mut seconds = [Sides::default(), Sides::default(), Sides::default(), Sides::default()];
+        for _ in 0..self.arguments.rounds {
+            for side in self.panglot.train_at_once(RANKS, &alone)? {
+                seconds[0].add(side);
+            }
+            seconds[1].add(self.panglot.train(&[], &together)?);
+            for report in self.each_peer("alone", RANKS, &[], &[])? {
+                seconds[2].add(Side::of_training(&report));
+            }
+            seconds[3].add(Side::of_training(&self.peers("ddp", RANKS, &[], &[])?));
+        }
+        let [alone, together, peers_alone, peers_together] = seconds.map(|sides| sides.seconds());
+        let note = format!(
+            "a step alone {alone:.2} s and together {together:.2} s, the peer {peers_alone:.2} and {peers_together:.2}"
+        );
+        results.put(
+            Entry::of(
+                "weak_scaling_4",
+                alone / together,
+                peers_alone / peers_together,
+                "share of the speed alone",
+            )
+            .peer_is("DDP over gloo; four runs of one rank each, at once, against four ranks on the same two cores")
+            .note(note),
+        )
+    }
+
+    fn apart(&self) -> Result<PathBuf> {
+        let folder = self.panglot.folder.join("apart");
+        grow(&self.arguments.python, &self.base, &folder, PIECES)?;
+        Ok(folder)
+    }
+
+    /// LoRA, embedding and head, f32, one row a rank.
+    fn prepare(&self, prepared: &str, base: &Path, ranks: usize) -> Result<Vec<String>> {
+        let mut overrides = self.panglot.overrides(prepared, base)?;
+        overrides.extend([
+            format!("train.steps={}", self.arguments.steps),
+            format!("train.sequence_length={TIME}"),
+            format!("train.rows_per_step={ranks}"),
+            format!("launch.ranks={ranks}"),
+        ]);
+        let same = [
+            "train.micro_rows=1",
+            "train.full=[embed_tokens, lm_head]",
+            "optimizer.lr_embeddings=1.0e-4",
+            "launch.threads_per_rank=1",
+        ];
+        overrides.extend(same.map(String::from));
+        self.panglot.prepare(&overrides)?;
+        Ok(overrides)
+    }
+
+    /// Elements that train on such a base, as `panglot model inspect` counts them.
+    fn trained(&self, base: &Path) -> Result<f64> {
+        let worker = std::env::current_exe()?.with_file_name("panglot-worker");
+        let output = Command::new(worker)
+            .args(["inspect", "--model", text_of(base)?, "--full", "embed_tokens,lm_head"])
+            .args(["--lora", &LINEARS.join(","), "--rank", "8"])
+            .output()?;
+        let said = String::from_utf8(output.stdout)?;
+        let found = said.lines().find_map(|line| {
+            let event: serde_json::Value = serde_json::from_str(line).ok()?;
+            let trained = |kind: &serde_json::Value| {
+                let number = |key: &str| kind[key].as_f64().unwrap_or(0.0);
+                let full = if kind["group"].is_null() {
+                    0.0
+                } else {
+                    number("elements")
+                };
+                full + number("lora") * number("tensors")
+            };
+            Some(event["result"]["kinds"].as_array()?.iter().map(trained).sum())
+        });
+        found.with_context(|| format!("panglot-worker inspect says nothing of what trains: {said}"))
+    }
+
+    /// Rank 0's report, with the largest rank's peak.
+    fn peers(&self, how: &str, ranks: usize, prefixes: &[&[&str]], variables: &[(&str, &str)]) -> Result<Report> {
+        let mut reports = self.each_peer(how, ranks, prefixes, variables)?;
+        let peak = reports.iter().map(|report| report.peak_bytes).max();
+        let mut report = reports.swap_remove(0);
+        report.peak_bytes = peak.unwrap_or(0);
+        Ok(report)
+    }
+
+    /// A process a rank, all at once; rank r behind the r-th prefix.
+    fn each_peer(
+        &self,
+        how: &str,
+        ranks: usize,
+        prefixes: &[&[&str]],
+        variables: &[(&str, &str)],
+    ) -> Result<Vec<Report>> {
+        let words = json!({
+            "how": how, "model": self.base, "rows": 1, "time": TIME, "steps": self.arguments.steps, "threads": 1,
+            "lora": LINEARS,
+        });
+        let words = words.to_string();
+        let rank = |rank: usize| {
+            let python = [text_of(&self.arguments.python)?];
+            let line = [prefixes.get(rank).copied().unwrap_or_default(), &python].concat();
+            let mut command = Command::new(line[0]);
+            command.args(&line[1..]).arg(script("train_sharded.py")).arg(&words);
+            command.envs([
+                ("MASTER_ADDR", "127.0.0.1"),
+                ("MASTER_PORT", "29617"),
+                ("OMP_NUM_THREADS", "1"),
+            ]);
+            command.envs(variables.iter().copied());
+            command
+                .env("RANK", rank.to_string())
+                .env("WORLD_SIZE", ranks.to_string());
+            run(&mut command)
+        };
+        thread::scope(|scope| {
+            let ranks: Vec<_> = (0..ranks).map(|index| scope.spawn(move || rank(index))).collect();
+            let join = |rank: thread::ScopedJoinHandle<Result<Report>>| rank.join().map_err(|_| anyhow!("a panic"))?;
+            ranks.into_iter().map(join).collect()
+        })
+    }
+}
+
+/// Tokens a second of all ranks.
+fn speed(sides: &Sides) -> f64 {
+    (RANKS * TIME) as f64 / sides.seconds()
+}
+
+/// What a rank sends at least for so many trained elements in f32: a reduce-scatter and an all-gather.
+fn least_bytes(trained: f64, ranks: usize) -> f64 {
+    2.0 * trained * F32_BYTES * (ranks - 1) as f64 / ranks as f64
+}
+
+/// Two network namespaces with a veth pair between them; they go when this does.
+struct Link;
+
+mod link {
+    pub const RANKS: usize = 2;
+    pub const SPACES: [&str; RANKS] = ["panglot-a", "panglot-b"];
+    pub const DEVICE: &str = "panglot0";
+    pub const ADDRESSES: [&str; RANKS] = ["10.91.7.1", "10.91.7.2"];
+    pub const NETWORK: &str = "10.91.7.0/24";
+    /// A peer's rank runs in its own.
+    pub const PREFIXES: [&[&str]; RANKS] = [
+        &["nsenter", "--net=/run/netns/panglot-a"],
+        &["nsenter", "--net=/run/netns/panglot-b"],
+    ];
+    pub const VARIABLES: [(&str, &str); 2] = [("MASTER_ADDR", ADDRESSES[0]), ("GLOO_SOCKET_IFNAME", DEVICE)];
+}
+
+impl Link {
+    fn new() -> Result<Link> {
+        // What an earlier run that was killed has left.
+        drop(Link);
+        let [a, b] = link::SPACES;
+        let made = [a, b].iter().try_for_each(|space| done("ip", &["netns", "add", space]));
+        made.context("network namespaces want root and iproute2")?;
+        let link = Link;
+        let device = link::DEVICE;
+        done(
+            "ip",
+            &[
+                "link", "add", device, "netns", a, "type", "veth", "peer", "name", device, "netns", b,
+            ],
+        )?;
+        for (space, address) in link::SPACES.iter().zip(link::ADDRESSES) {
+            done(
+                "ip",
+                &["-n", space, "addr", "add", &format!("{address}/24"), "dev", device],
+            )?;
+            done("ip", &["-n", space, "link", "set", "lo", "up"])?;
+            done("ip", &["-n", space, "link", "set", device, "up"])?;
+        }
+        Ok(link)
+    }
+
+    /// Bytes a second each way; `None`: as fast as it goes.
+    fn shape(&self, rate: Option<f64>) -> Result<()> {
+        for space in link::SPACES {
+            let tc = |words: &[&str]| done("tc", &[&["-n", space, "qdisc"], words].concat());
+            match rate {
+                Some(rate) => {
+                    let rate = format!("{:.0}bit", 8.0 * rate);
+                    let words = ["replace", "dev", link::DEVICE, "root", "tbf", "rate", &rate];
+                    tc(&[&words[..], &["burst", "256kb", "latency", "100ms"]].concat())?;
+                }
+                // There is none the first time.
+                None => drop(tc(&["del", "dev", link::DEVICE, "root"])),
+            }
+        }
+        Ok(())
+    }
+
+    /// What starts one rank in each.
+    fn mpirun(&self) -> Result<Vec<String>> {
+        let agent = format!("{} agent", text_of(&std::env::current_exe()?)?);
+        let hosts = link::ADDRESSES.map(|address| format!("{address}:1")).join(",");
+        let words = [
+            &[
+                link::PREFIXES[0],
+                &["mpirun", "--quiet", "--bind-to", "none", "-n", "2", "--host", &hosts],
+            ]
+            .concat()[..],
+            &["--mca", "plm_rsh_agent", &agent, "--mca", "btl", "tcp,self"],
+            &[
+                "--mca",
+                "btl_tcp_if_include",
+                link::NETWORK,
+                "--mca",
+                "oob_tcp_if_include",
+                link::NETWORK,
+            ],
+        ];
+        Ok(words.concat().into_iter().map(String::from).collect())
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        for space in link::SPACES {
+            // One that is not there needs no removal.
+            let _ = done("ip", &["netns", "del", space]);
+        }
+    }
+}
+
+fn done(program: &str, words: &[&str]) -> Result<()> {
+    let output = Command::new(program).args(words).output();
+    let output = output.with_context(|| format!("cannot run {program}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{program} {} failed: {said}", words.join(" "));
+    Ok(())
+}
+
+/// As `ssh` would: mpirun hands over the words of a command line.
+fn agent(address: &str, words: &[String]) -> Result<ExitCode> {
+    let Some(index) = link::ADDRESSES.iter().position(|known| known == &address) else {
+        bail!("{address} is no end of the link");
+    };
+    // A name of its own each, so that MPI takes them for two machines.
+    let line = format!("hostname {}; exec {}", link::SPACES[index], words.join(" "));
+    let prefix = link::PREFIXES[index];
+    let status = Command::new(prefix[0])
+        .args(&prefix[1..])
+        .args(["unshare", "--uts", "sh", "-c", &line])
+        .status()?;
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from))
+}

@@ -1,0 +1,207 @@
+//! Training steps, measured: our program as a user starts it, on bench/model.yaml with a case's overrides, and what a side's
+//! steps took.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::{Report, middle, numbers, peak_below, script, text_of};
+
+/// LoRA's targets on both sides.
+pub const LINEARS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+/// SmolLM2's matrices in the layers, width and pieces; FLOP and bytes follow from them.
+pub const BODY: f64 = 106_168_320.0;
+pub const WIDTH: f64 = 576.0;
+pub const PIECES: f64 = 49_152.0;
+
+/// `panglot` beside this program, on bench/model.yaml, with all that it writes in `folder`.
+pub struct Panglot {
+    pub folder: PathBuf,
+}
+
+impl Panglot {
+    /// Overrides that every case has. `prepared` names the folder of what is prepared of this base.
+    pub fn overrides(&self, prepared: &str, base: &Path) -> Result<Vec<String>> {
+        Ok(vec![
+            format!("folders.prepared={}", text_of(&self.folder.join(prepared))?),
+            format!("folders.run={}", text_of(&self.folder.join("run"))?),
+            format!("model.path={}", text_of(base)?),
+        ])
+    }
+
+    /// Corpus, vocabulary and tokens.
+    pub fn prepare(&self, overrides: &[String]) -> Result<()> {
+        let status = spawn(Command::new(self.program()?).args(self.words("prepare", overrides)?))?.wait()?;
+        ensure!(status.success(), "panglot prepare failed");
+        Ok(())
+    }
+
+    /// A run from its first step, started by `through` and its words where that is not empty.
+    pub fn train(&self, through: &[String], overrides: &[String]) -> Result<Side> {
+        let run = self.folder.join("run");
+        let _ = fs::remove_dir_all(&run);
+        let peak_bytes = watch(self.start(through, overrides)?)?;
+        Side::of_run(&run, peak_bytes)
+    }
+
+    /// So many runs at the same time, each alone in a folder of its own.
+    pub fn train_at_once(&self, runs: usize, overrides: &[String]) -> Result<Vec<Side>> {
+        let folders: Vec<PathBuf> = (0..runs)
+            .map(|index| self.folder.join(format!("run-{index}")))
+            .collect();
+        let start = |folder: &PathBuf| {
+            let _ = fs::remove_dir_all(folder);
+            // The last of two overrides holds.
+            let own = [overrides, &[format!("folders.run={}", text_of(folder)?)]].concat();
+            self.start(&[], &own)
+        };
+        let started: Vec<Child> = folders.iter().map(start).collect::<Result<_>>()?;
+        let sides = started.into_iter().zip(&folders);
+        sides
+            .map(|(child, folder)| Side::of_run(folder, watch(child)?))
+            .collect()
+    }
+
+    fn start(&self, through: &[String], overrides: &[String]) -> Result<Child> {
+        let mut command = match through.split_first() {
+            None => Command::new(self.program()?),
+            Some((first, words)) => {
+                let mut command = Command::new(first);
+                command.args(words).arg(self.program()?);
+                command
+            }
+        };
+        spawn(command.args(self.words("train", overrides)?))
+    }
+
+    fn program(&self) -> Result<PathBuf> {
+        Ok(std::env::current_exe()?.with_file_name("panglot"))
+    }
+
+    fn words(&self, command: &str, overrides: &[String]) -> Result<Vec<String>> {
+        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("model.yaml");
+        let words = [command, text_of(&config)?, "--json"].map(String::from);
+        Ok([&words[..], overrides].concat())
+    }
+}
+
+/// A base cut loose from its tied head, with so many pieces.
+pub fn grow(python: &Path, base: &Path, to: &Path, pieces: usize) -> Result<()> {
+    if to.is_dir() {
+        return Ok(());
+    }
+    let mut command = Command::new(python);
+    command
+        .arg(script("grow_model.py"))
+        .args([base, to])
+        .arg(pieces.to_string());
+    ensure!(command.status()?.success(), "grow_model.py failed");
+    Ok(())
+}
+
+/// One side's steps in one round; the first, which warms up, does not count.
+pub struct Side {
+    pub seconds: Vec<f64>,
+    pub loss: f64,
+    /// The largest process's.
+    pub peak_bytes: f64,
+    /// By rank 0 in the last step.
+    pub bytes_sent: f64,
+}
+
+impl Side {
+    fn of_run(run: &Path, peak_bytes: u64) -> Result<Side> {
+        let metrics = fs::read_to_string(run.join("metrics.jsonl")).context("the worker wrote no metrics")?;
+        let lines: Vec<Value> = metrics.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        let last = |key: &str| lines.last().and_then(|line| line[key].as_f64()).unwrap_or(f64::NAN);
+        let seconds = lines.iter().skip(1).filter_map(|line| line["seconds"].as_f64());
+        let side = Side {
+            seconds: seconds.collect(),
+            loss: last("loss"),
+            peak_bytes: peak_bytes as f64,
+            bytes_sent: last("bytes_sent"),
+        };
+        eprintln!("  ours {:?} s", side.seconds);
+        Ok(side)
+    }
+
+    /// Of a peer whose first step warms up.
+    pub fn of_training(report: &Report) -> Side {
+        let mut seconds = numbers(report, "steps");
+        seconds.remove(0);
+        let side = Side {
+            seconds,
+            loss: numbers(report, "losses").last().copied().unwrap_or(f64::NAN),
+            peak_bytes: report.peak_bytes as f64,
+            bytes_sent: f64::NAN,
+        };
+        eprintln!("  peer {:?} s", side.seconds);
+        side
+    }
+
+    /// Of a report whose every step counts.
+    pub fn of(report: &Report) -> Side {
+        Side {
+            seconds: numbers(report, "steps"),
+            loss: f64::NAN,
+            peak_bytes: report.peak_bytes as f64,
+            bytes_sent: f64::NAN,
+        }
+    }
+}
+
+/// One side's rounds.
+#[derive(Default)]
+pub struct Sides {
+    pub steps: Vec<f64>,
+    pub loss: f64,
+    /// The largest.
+    pub peak_bytes: f64,
+    pub bytes_sent: f64,
+}
+
+impl Sides {
+    pub fn add(&mut self, side: Side) {
+        self.steps.extend(side.seconds);
+        self.loss = side.loss;
+        self.peak_bytes = self.peak_bytes.max(side.peak_bytes);
+        self.bytes_sent = side.bytes_sent;
+    }
+
+    /// The median step's.
+    pub fn seconds(&self) -> f64 {
+        middle(self.steps.clone())
+    }
+}
+
+fn spawn(command: &mut Command) -> Result<Child> {
+    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    child.with_context(|| format!("cannot run {command:?}"))
+}
+
+/// Waits for a process; returns the most memory that it or one below it ever had, in bytes.
+fn watch(mut child: Child) -> Result<u64> {
+    let mut peak = 0;
+    loop {
+        // What is seen last before the end is all there is: the mark never falls.
+        peak = peak.max(peak_below(child.id()));
+        if let Some(status) = child.try_wait()? {
+            ensure!(status.success(), "panglot train failed: {status}");
+            return Ok(peak);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -1,0 +1,173 @@
+//! `panglot doctor`: looks at the nodes of a job, under the same srun or mpirun line as training.
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{App, ConfigArgs, Leave, RunFolder};
+use launcher::doctor::{ALL_REDUCE, Examined, examine};
+use launcher::events::Event;
+use launcher::place::Place;
+use launcher::worker::Job;
+use launcher::{exit, files, text};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+}
+
+/// What `panglot-worker doctor` measured.
+#[derive(Debug, Serialize, Deserialize)]
+struct Collectives {
+    engine: String,
+    sizes: Vec<Size>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Size {
+    bytes: u64,
+    /// The median of several.
+    seconds: f64,
+    /// The slowest of them.
+    worst_seconds: f64,
+}
+
+pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
+    let place = match Place::detect() {
+        Ok(place) => place,
+        Err(error) => {
+            eprintln!("refused: {error}");
+            return Err(Leave(exit::REFUSED).into());
+        }
+    };
+    let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
+    let worker = app.worker();
+    let program = worker.as_ref().ok().map(|worker| worker.program().to_owned());
+    let examined = match examine(&plan, &place, program.as_deref()) {
+        Ok(examined) => examined,
+        Err(error) => {
+            eprintln!("refused: {error:#}");
+            return Err(Leave(exit::REFUSED).into());
+        }
+    };
+    let collectives = if examined.refused {
+        None
+    } else {
+        // Beside the run's own, which a running job reads.
+        let file = RunFolder(&plan.folders.run)
+            .0
+            .join("doctor")
+            .join(format!("plan-{}.json", place.rank));
+        files::write_json(&file, &plan)?;
+        let words = vec!["doctor".into(), "--plan".into(), file.clone().into()];
+        let measured = all_reduce(&worker?.alone(plan.launch.threads_per_rank, words));
+        let _ = std::fs::remove_file(&file);
+        Some(measured)
+    };
+    let failed = matches!(collectives, Some(Err(_)));
+    if place.rank == 0 {
+        examined.clean();
+        print(app, &examined, &place, collectives)?;
+    }
+    if examined.refused || failed {
+        return Err(Leave(exit::REFUSED).into());
+    }
+    Ok(())
+}
+
+/// Runs the ranks' collectives, for a bounded time.
+fn all_reduce(job: &Job) -> anyhow::Result<Option<Collectives>> {
+    let mut child = Command::new(&job.program)
+        .args(&job.args)
+        .envs(job.env.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start {}", job.program.display()))?;
+    let mut out = child.stdout.take().context("piped")?;
+    let said = std::thread::spawn(move || {
+        let mut text = String::new();
+        let _ = out.read_to_string(&mut text);
+        text
+    });
+    let began = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if began.elapsed() > ALL_REDUCE {
+            child.kill()?;
+            child.wait()?;
+            bail!("the ranks did not meet or finish within {} s", ALL_REDUCE.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    if !status.success() {
+        bail!("a rank ended with {status}");
+    }
+    let said = said.join().unwrap_or_default();
+    let done = said
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .find_map(|event| match event {
+            Event::Done { result } => Some(result),
+            _ => None,
+        });
+    Ok(done.map(serde_json::from_value).transpose()?)
+}
+
+fn print(
+    app: &App,
+    examined: &Examined,
+    place: &Place,
+    collectives: Option<anyhow::Result<Option<Collectives>>>,
+) -> anyhow::Result<()> {
+    let error = match &collectives {
+        Some(Err(error)) => Some(format!("{error:#}")),
+        _ => None,
+    };
+    let measured = collectives.and_then(Result::ok).flatten();
+    let hosts: std::collections::BTreeSet<&String> = examined.hosts.values().map(|host| &host.host).collect();
+    let seconds = examined.began.elapsed().as_secs_f64();
+    let result = json!({ "ranks": place.world, "hosts": hosts, "findings": examined.findings, "links": examined.links,
+        "collectives": measured, "collectives_error": error, "seconds": seconds });
+    app.print(&result, || {
+        let mut lines: Vec<String> = examined.findings.iter().map(ToString::to_string).collect();
+        if let Some(error) = &error {
+            lines.push(format!(
+                "refused: {}: collectives do not work: {error}; look at the lines of these ranks above, and at what carries \
+                 them (OMPI_MCA_btl_tcp_if_include, NCCL_SOCKET_IFNAME)",
+                hosts.iter().map(|host| host.as_str()).collect::<Vec<_>>().join(", ")
+            ));
+        }
+        for size in measured.iter().flat_map(|measured| &measured.sizes) {
+            let late = if size.worst_seconds > 4.0 * size.seconds { ", the worst " } else { "" };
+            let worst = if late.is_empty() { String::new() } else { milliseconds(size.worst_seconds) };
+            lines.push(format!(
+                "all-reduce of {}: {} ({}/s){late}{worst}",
+                text::bytes(size.bytes),
+                milliseconds(size.seconds),
+                text::bytes((size.bytes as f64 / size.seconds) as u64)
+            ));
+        }
+        let count = |refuses| examined.findings.iter().filter(|finding| finding.refuses == refuses).count();
+        let refusals = count(true) + usize::from(error.is_some());
+        lines.push(format!(
+            "{} on {} looked at in {seconds:.1} s: {}, {}",
+            text::counted(place.world, "rank"),
+            text::counted(hosts.len(), "host"),
+            text::counted(refusals, "refusal"),
+            text::counted(count(false), "warning"),
+        ));
+        lines.join("\n")
+    })
+}
+
+fn milliseconds(seconds: f64) -> String {
+    format!("{:.2} ms", 1e3 * seconds)
+}

@@ -1,0 +1,217 @@
+//! Process 1 of a Slurm cluster on one machine: a login node and compute nodes, each with its own network, host name and
+//! /dev/shm, joined by a bridge. Started by fixture.rs inside fresh namespaces, so that the kernel takes all of it down with it.
+//!
+//!   test-cluster cluster FOLDER NODE…     the login node: munge, slurmctld, the bridge; starts the others
+//!   test-cluster node FOLDER NAME ADDR    one compute node: slurmd, started again when it ends
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+
+/// The login node's address on the bridge; node k has 10.77.0.k.
+const LOGIN: &str = "10.77.0.254";
+const CPUS: usize = 2;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    let words: Vec<&str> = arguments[1..].iter().map(String::as_str).collect();
+    let done = match words[..] {
+        ["cluster", folder, ref nodes @ ..] => cluster(Path::new(folder), nodes),
+        ["node", folder, name, address] => node(Path::new(folder), name, address),
+        _ => Err(anyhow::anyhow!("see the head of tests/cluster/keeper.rs")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("test-cluster: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Brings everything up, says `up` and the nodes' process numbers on standard output, and lives until its standard input ends.
+fn cluster(folder: &Path, nodes: &[&str]) -> Result<()> {
+    die_with_standard_input();
+    for name in ["etc", "state", "tmp"] {
+        std::fs::create_dir_all(folder.join(name))?;
+    }
+    write_configuration(folder, nodes)?;
+    must("hostname", &["login"])?;
+    for (own, place) in [("etc", "/etc/slurm"), ("hosts", "/etc/hosts")] {
+        must("mount", &["--bind", path(&folder.join(own)), place])?;
+    }
+    bridge()?;
+    let socket = folder.join("munge.socket");
+    let munge = |option: &str, name: &str| format!("--{option}={}", folder.join(name).display());
+    let munged = Command::new("munged")
+        .args(["--foreground", "--force", &format!("--socket={}", socket.display())])
+        .args([munge("key-file", "munge.key"), munge("pid-file", "munge.pid")])
+        .args([munge("log-file", "munge.log"), munge("seed-file", "munge.seed")])
+        .stdin(Stdio::null())
+        .spawn()
+        .context("munged")?;
+    wait_for(&socket)?;
+    let mut numbers = vec![];
+    for (i, name) in nodes.iter().enumerate() {
+        numbers.push(format!("{name}={}", start_node(folder, name, i + 1)?));
+    }
+    let slurmctld = Command::new("slurmctld").arg("-D").stdin(Stdio::null()).spawn();
+    slurmctld.context("slurmctld")?;
+    println!("up {} munged={}", numbers.join(" "), munged.id());
+    std::io::stdout().flush()?;
+    reap_for_ever()
+}
+
+/// Whoever started us holds the other end of this pipe. With process 1 gone the kernel ends every process of the cluster,
+/// and with the last of them its networks and mounts are gone.
+fn die_with_standard_input() {
+    std::thread::spawn(|| {
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(0);
+    });
+}
+
+/// Daemons and their steps leave orphans, and orphans come to process 1.
+fn reap_for_ever() -> ! {
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(status) if status.pid().is_some() => {}
+            Ok(_) | Err(Errno::ECHILD | Errno::EINTR) => std::thread::sleep(Duration::from_millis(50)),
+            Err(error) => panic!("waiting for children: {error}"),
+        }
+    }
+}
+
+fn bridge() -> Result<()> {
+    must("ip", &["link", "set", "lo", "up"])?;
+    must("ip", &["link", "add", "br0", "type", "bridge"])?;
+    must("ip", &["address", "add", &format!("{LOGIN}/24"), "dev", "br0"])?;
+    must("ip", &["link", "set", "br0", "up"])
+}
+
+/// A node begins in namespaces of its own and waits there for its cable.
+fn start_node(folder: &Path, name: &str, number: usize) -> Result<u32> {
+    let mut node = Command::new("unshare")
+        .args(["--net", "--uts", "--mount", "--ipc", "--"])
+        .arg(std::env::current_exe()?)
+        .args(["node", path(folder), name, &format!("10.77.0.{number}")])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("unshare")?;
+    // unshare becomes the node, so this is the node's number.
+    let (id, cable) = (node.id().to_string(), format!("to-{name}"));
+    expect(&mut node, "ready")?;
+    must(
+        "ip",
+        &[
+            "link", "add", &cable, "type", "veth", "peer", "name", "eth0", "netns", &id,
+        ],
+    )?;
+    must("ip", &["link", "set", &cable, "master", "br0", "up"])?;
+    writeln!(node.stdin.take().context("piped")?, "go")?;
+    Ok(node.id())
+}
+
+fn expect(child: &mut Child, word: &str) -> Result<()> {
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().context("piped")?).read_line(&mut line)?;
+    ensure!(line.trim() == word, "a node said {line:?} where {word:?} was due");
+    Ok(())
+}
+
+fn node(folder: &Path, name: &str, address: &str) -> Result<()> {
+    println!("ready");
+    std::io::stdout().flush()?;
+    std::io::stdin().read_line(&mut String::new())?;
+    must("hostname", &[name])?;
+    must("ip", &["link", "set", "lo", "up"])?;
+    must("ip", &["address", "add", &format!("{address}/24"), "dev", "eth0"])?;
+    must("ip", &["link", "set", "eth0", "up"])?;
+    must("mount", &["-t", "tmpfs", "-o", "size=1g,mode=1777", "shm", "/dev/shm"])?;
+    std::fs::create_dir_all(folder.join("tmp").join(name))?;
+    loop {
+        let slurmd = Command::new("slurmd")
+            .args(["-D", "-N", name])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status();
+        slurmd.context("slurmd")?;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn write_configuration(folder: &Path, nodes: &[&str]) -> Result<()> {
+    let at = folder.display();
+    let mut conf = format!(
+        "ClusterName=test\n\
+         SlurmctldHost=login({LOGIN})\n\
+         SlurmUser=root\n\
+         AuthType=auth/munge\n\
+         # A requeued job is held for as long as its old credential is valid: 120 s would be Slurm's own choice.\n\
+         AuthInfo=socket={at}/munge.socket,cred_expire=10\n\
+         StateSaveLocation={at}/state\n\
+         SlurmdSpoolDir={at}/spool_%n\n\
+         TmpFS={at}/tmp/%n\n\
+         SlurmctldPidFile={at}/slurmctld.pid\n\
+         SlurmdPidFile={at}/slurmd_%n.pid\n\
+         SlurmctldLogFile={at}/slurmctld.log\n\
+         SlurmdLogFile={at}/slurmd_%n.log\n\
+         ProctrackType=proctrack/linuxproc\n\
+         TaskPlugin=task/none\n\
+         SelectType=select/cons_tres\n\
+         SelectTypeParameters=CR_CPU\n\
+         MpiDefault=pmix\n\
+         SlurmdTimeout=6\n\
+         KillWait=3\n\
+         MessageTimeout=5\n\
+         InactiveLimit=0\n\
+         ReturnToService=2\n\
+         SlurmdParameters=config_overrides\n\
+         SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1\n"
+    );
+    let mut hosts = format!("127.0.0.1 localhost\n{LOGIN} login\n");
+    for (i, name) in nodes.iter().enumerate() {
+        let address = format!("10.77.0.{}", i + 1);
+        conf += &format!("NodeName={name} NodeAddr={address} NodeHostname={name} CPUs={CPUS} State=UNKNOWN\n");
+        hosts += &format!("{address} {name}\n");
+    }
+    conf += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n";
+    std::fs::write(folder.join("etc/slurm.conf"), conf)?;
+    std::fs::write(folder.join("hosts"), hosts)?;
+    // Not a secret: nobody outside this machine's test ever meets it.
+    std::fs::write(folder.join("munge.key"), [7; 128])?;
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(folder.join("munge.key"), std::fs::Permissions::from_mode(0o600))?;
+    Ok(())
+}
+
+fn wait_for(file: &Path) -> Result<()> {
+    for _ in 0..200 {
+        if file.exists() {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(25));
+    }
+    bail!("{} did not appear in 5 s", file.display())
+}
+
+fn must(program: &str, arguments: &[&str]) -> Result<()> {
+    let status = Command::new(program).args(arguments).stdin(Stdio::null()).status();
+    let status = status.with_context(|| program.to_owned())?;
+    ensure!(
+        status.success(),
+        "{program} {} ended with {status}",
+        arguments.join(" ")
+    );
+    Ok(())
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("a test's folder is plain text")
+}

@@ -1,0 +1,17 @@
+//! Checkpoints of a run: what of the training state goes into one and comes back out, and how the ranks agree on it. The files
+//! themselves are `launcher::checkpoint`'s.
+
+mod resume;
+mod saver;
+mod snapshot;
+
+pub use resume::{choose, load, set_aside};
+pub use saver::{Committed, Outcome, Saver, WritesFailed};
+pub use snapshot::Snapshot;
+
+/// Where a run stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    pub step: u64,
+    pub targets_so_far: u64,
+}

@@ -1,0 +1,30 @@
+//! Functions over slices that use the widest vectors of the processor they run on.
+
+/// Defines a function whose body is compiled for several kinds of vectors, of which the processor's widest are used.
+///
+/// A closure given to `pulp` does not do: the compiler may leave a large one out of line, and then compiles it for the least
+/// processor of all. A method that must be inlined is compiled for each.
+macro_rules! vectorized {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident $(<$($kind:ident),+>)? ($($argument:ident: $type:ty),* $(,)?) -> $result:ty $body:block
+    ) => {
+        $(#[$meta])*
+        $vis fn $name $(<$($kind: $crate::model::kernels::cpu::Element),+>)? ($($argument: $type),*) -> $result {
+            struct Task<T>(T);
+
+            impl $(<$($kind: $crate::model::kernels::cpu::Element),+>)? pulp::WithSimd for Task<($($type,)*)> {
+                type Output = $result;
+
+                #[inline(always)]
+                fn with_simd<S: pulp::Simd>(self, _: S) -> $result {
+                    let ($($argument,)*) = self.0;
+                    $body
+                }
+            }
+
+            pulp::Arch::new().dispatch(Task(($($argument,)*)))
+        }
+    };
+}
+pub(in crate::model) use vectorized;
