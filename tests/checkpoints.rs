@@ -283,7 +283,9 @@ fn a_full_disk_is_said_and_after_three_failures_ends_the_run_with_what_was_there
         said.contains("3 checkpoints in a row could not be written, the last of step 20"),
         "{said}"
     );
-    assert_eq!(run.metrics().len(), 20, "the steps went on meanwhile");
+    let taken = run.metrics().len();
+    // What came of a save is agreed on at the end of a later step.
+    assert!((20..30).contains(&taken), "the steps went on meanwhile: {taken}");
     assert_eq!(step_folders(&run), ["step-00000005"], "nothing half-written is left");
 
     disk.becomes("size=8m");

@@ -13,7 +13,7 @@ use whole_program_tests::{panglot, prepared, program, root, succeed};
 
 /// Nats of a document, relative: f32 in another order.
 const NATS: f64 = 1e-4;
-const LANGUAGES: [&str; 3] = ["eng_Latn", "hin_Deva", "cmn_Hans"];
+const LANGUAGES: [&str; 3] = ["eng_Latn", "hin_Deva", "jpn_Jpan"];
 
 #[test]
 fn likelihoods_are_those_of_transformers_in_windows_too() {
@@ -273,17 +273,17 @@ fn few_shot_scores_are_those_of_a_straightforward_program_label_by_label() {
     ];
     let taxi = ["Recommendation", "Faith", "Description", "Sin", "Grace", "Violence"];
     // The forms the data sets are published in: TSV, a folder or a file a language.
-    let cases: [(&str, &[&str], &str, [&str; 3], &str); 2] = [
+    let cases = [
         (
             "sib200",
-            &sib,
+            &sib[..],
             "The topic of the news \"{text}\" is {label}",
             ["index_id", "category", "text"],
             "{l}/{s}.tsv",
         ),
         (
             "taxi1500",
-            &taxi,
+            &taxi[..],
             "The topic of the verse \"{text}\" is {label}",
             ["id", "classification", "verse"],
             "{l}/{l}_{s}.tsv",
@@ -438,6 +438,8 @@ fn articles(language: &str, labels: &[&str]) -> [Vec<Value>; 2] {
         let item = |(number, text): &(usize, String)| {
             let middle = text.char_indices().nth(text.chars().count() / 2).unwrap().0;
             let text = if second { &text[middle..] } else { &text[..middle] };
+            // Short: a byte is a token in some scripts, and four texts make a prompt.
+            let text: String = text.chars().take(80).collect();
             json!({ "text": text.trim(), "label": labels[number % labels.len()] })
         };
         articles.iter().map(item).collect()

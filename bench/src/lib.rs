@@ -90,8 +90,8 @@ pub struct Entry {
     name: String,
     ours: f64,
     peer: f64,
-    /// How many times better ours is.
-    ratio: f64,
+    /// How many times better ours is; `None` beside nothing.
+    ratio: Option<f64>,
     unit: String,
     #[serde(default)]
     peer_is: String,
@@ -112,7 +112,7 @@ impl Entry {
             name: name.to_owned(),
             ours,
             peer,
-            ratio: if less_is_better { peer / ours } else { ours / peer },
+            ratio: Some(if less_is_better { peer / ours } else { ours / peer }).filter(|ratio| ratio.is_finite()),
             unit: unit.to_owned(),
             peer_is: String::new(),
             floor: None,
@@ -180,9 +180,10 @@ impl Results {
         );
         for entry in &self.entries {
             let floor = entry.floor.map_or(String::new(), |floor| format!("{floor:.3}"));
+            let ratio = entry.ratio.map_or("—".to_owned(), |ratio| format!("{ratio:.2}×"));
             println!(
-                "{:<18}{:>14.3}{:>14.3}{:>8.2}×{:>14}  {}",
-                entry.name, entry.ours, entry.peer, entry.ratio, floor, entry.unit
+                "{:<18}{:>14.3}{:>14.3}{:>9}{:>14}  {}",
+                entry.name, entry.ours, entry.peer, ratio, floor, entry.unit
             );
         }
     }

@@ -1,7 +1,7 @@
 //! Exit codes: what a job script or a supervisor may conclude from each.
 
 pub const FINISHED: i32 = 0;
-/// `panglot job done`: something is left to do.
+/// `panglot job is-finished`: something is left to do.
 pub const NOT_DONE: i32 = 1;
 /// `panglot job ended`: another attempt is due, at once on the same nodes. No code of a run's own, so that no end is taken for it.
 pub const AGAIN_HERE: i32 = 3;

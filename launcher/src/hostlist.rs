@@ -19,7 +19,8 @@ pub enum HostlistError {
     TooMany { list: String },
 }
 
-/// The names in order, doubles kept. Zero padding is the lower bound's; several brackets multiply, the last runs fastest.
+/// The names in order, doubles kept. Zero padding is the lower bound's; several brackets multiply: the last runs fastest,
+/// and of those before it the first, which is Slurm's order.
 /// A name may go on behind its bracket, which Slurm 22.05 itself refuses.
 pub fn parse(list: &str) -> Result<Vec<String>, HostlistError> {
     let mut reader = Reader { list, at: 0 };
@@ -45,27 +46,42 @@ struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// One entry between commas: plain parts and brackets in any order.
     fn host(&mut self, most: usize) -> Result<Vec<String>, HostlistError> {
-        let mut names = vec![String::new()];
         let began = self.at;
+        let mut parts: Vec<Vec<String>> = Vec::new();
+        let (mut count, mut last_bracket) = (1, 0);
         loop {
             match self.peek() {
                 Some('[') => {
                     let numbers = self.bracket()?;
-                    if names.len() * numbers.len() > most {
-                        return Err(self.too_many());
-                    }
-                    let joined = |name: &String| numbers.iter().map(|n| format!("{name}{n}")).collect::<Vec<_>>();
-                    names = names.iter().flat_map(joined).collect();
+                    count *= numbers.len();
+                    last_bracket = parts.len();
+                    parts.push(numbers);
                 }
-                Some(c) if is_of_a_name(c) => {
-                    let part = self.take_while(is_of_a_name);
-                    names.iter_mut().for_each(|name| name.push_str(part));
-                }
-                _ if self.at == began => return Err(self.unexpected("a host's name")),
-                _ if names.len() > most => return Err(self.too_many()),
-                _ => return Ok(names),
+                Some(c) if is_of_a_name(c) => parts.push(vec![self.take_while(is_of_a_name).to_owned()]),
+                _ => break,
+            }
+            if count > most {
+                return Err(self.too_many());
             }
         }
+        if self.at == began {
+            return Err(self.unexpected("a host's name"));
+        }
+        let mut names = vec![String::new()];
+        for (index, part) in parts.iter().enumerate() {
+            let join = |name: &String, end: &String| format!("{name}{end}");
+            names = if index == last_bracket {
+                names
+                    .iter()
+                    .flat_map(|name| part.iter().map(move |end| join(name, end)))
+                    .collect()
+            } else {
+                part.iter()
+                    .flat_map(|end| names.iter().map(move |name| join(name, end)))
+                    .collect()
+            };
+        }
+        Ok(names)
     }
 
     /// "[001-003,010]" → 001 002 003 010
@@ -166,6 +182,10 @@ mod tests {
         );
         check("n[9-11]", "n9 n10 n11");
         check("n[098-101]-ib0", "n098-ib0 n099-ib0 n100-ib0 n101-ib0");
+        check(
+            "a[1-2]b[3-4]c[5-6]",
+            "a1b3c5 a1b3c6 a2b3c5 a2b3c6 a1b4c5 a1b4c6 a2b4c5 a2b4c6",
+        );
         check("b,a,b", "b a b");
         check("x[2,1]", "x2 x1");
         check("nid[000007]", "nid000007");

@@ -78,7 +78,7 @@ enum Kind {
     Time,
     /// Names and lists of them, as Slurm writes them.
     Words,
-    /// Anything on one line.
+    /// A name or a file's path.
     Text,
 }
 
@@ -168,7 +168,12 @@ impl Settings {
                     "holds characters that no such name has; use letters, digits and _.,:@+=/&|*[]()-",
                 ));
             }
-            Kind::Text if value.is_empty() => return Err(wrong("is empty; leave it out or give it a value")),
+            // Lines of #SBATCH are read by Slurm, whose quotes are not a shell's: nothing that would need any.
+            Kind::Text if !allowed("_.,:@+=/%~-") => {
+                return Err(wrong(
+                    "cannot stand in a line of #SBATCH; use letters, digits and _.,:@+=/%~-",
+                ));
+            }
             _ => {}
         }
         match key {
@@ -302,7 +307,7 @@ fn directives(job: &Submission) -> String {
     };
     let lines = lines
         .iter()
-        .map(|(option, value)| format!("#SBATCH --{option}={}\n", quoted_for_sbatch(value)));
+        .map(|(option, value)| format!("#SBATCH --{option}={value}\n"));
     lines.collect::<String>() + &format!("#SBATCH --{requeue}")
 }
 
@@ -388,16 +393,6 @@ fn one_line(what: &str, value: &str) -> Result<(), SubmitError> {
 /// For bash: inside single quotes nothing means anything but the quote itself.
 pub fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
-}
-
-/// For a line of #SBATCH, which no shell reads: Slurm takes quotes away itself, and a backslash before any character.
-fn quoted_for_sbatch(value: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_.,:@+=/%&|*-".contains(c);
-    if !value.is_empty() && value.chars().all(plain) {
-        return value.to_owned();
-    }
-    let escaped = |c: char| if plain(c) { vec![c] } else { vec!['\\', c] };
-    value.chars().flat_map(escaped).collect()
 }
 
 /// "90", "30:00", "12:00:00", "1-12", "1-12:00", "1-12:00:00"

@@ -192,6 +192,12 @@ fn what_does_not_fit_is_refused_with_the_rule() {
     assert!(refused("account=a b").contains("characters that no such name has"));
     assert!(refused("partition=--wrap=id").contains("characters"));
     assert!(refused("job_name=a\nb").contains("line break"));
+    for name in ["a b", "a'b", "$(id)", "a#b", "a\\b"] {
+        assert!(
+            refused(&format!("job_name={name}")).contains("cannot stand in a line of #SBATCH"),
+            "{name}"
+        );
+    }
     let broken = Submission {
         config: "a\n#SBATCH --wrap=id".to_owned(),
         ..job("")

@@ -217,17 +217,17 @@ fn twelve_misconfigurations_are_one_line_each() {
         signal(process.id, Signal::SIGKILL);
     }
 
-    // 9: a way that is closed between two nodes.
-    on("n1", &["ip", "route", "add", "blackhole", "10.77.0.4/32"]);
+    // 9: a way that is closed between two nodes. Not n1's: srun runs there.
+    on("n2", &["ip", "route", "add", "blackhole", "10.77.0.4/32"]);
     check(
         &training,
         "closed way",
         "",
         "",
         77,
-        &["refused: n4: not reached from n1", "open the ports"],
+        &["refused: n4: not reached from n2", "open the ports"],
     );
-    on("n1", &["ip", "route", "del", "blackhole", "10.77.0.4/32"]);
+    on("n2", &["ip", "route", "del", "blackhole", "10.77.0.4/32"]);
 
     // 10: a name that resolves to the host's own loopback, as Debian's installer writes it.
     let hosts = cluster.folder().join("hosts-n2");
@@ -254,7 +254,7 @@ fn twelve_misconfigurations_are_one_line_each() {
     );
 
     // 12: a slow cable.
-    cluster.slow("n3", "20mbit");
+    cluster.slow("n3", "100mbit");
     check(
         &training,
         "slow link",

@@ -297,7 +297,7 @@ impl Cluster {
     /// Everything to this node goes at `rate` (as tc writes it, such as 10mbit).
     pub fn slow(&self, node: &str, rate: &str) {
         let cable = format!("to-{node}");
-        let bucket = ["tbf", "rate", rate, "burst", "32kbit", "latency", "400ms"];
+        let bucket = ["tbf", "rate", rate, "burst", "256kb", "latency", "400ms"];
         self.must(
             "tc",
             &[&["qdisc", "replace", "dev", &cable, "root"][..], &bucket].concat(),

@@ -41,9 +41,9 @@ def models(arguments):
 
     pieces = 32000
     llama = LlamaConfig(vocab_size=pieces, hidden_size=60, intermediate_size=100, num_hidden_layers=3, num_attention_heads=6,
-                        num_key_value_heads=2, head_dim=14, max_position_embeddings=512, tie_word_embeddings=False,
+                        num_key_value_heads=2, head_dim=14, max_position_embeddings=2048, tie_word_embeddings=False,
                         bos_token_id=1, eos_token_id=2)
-    gpt2 = GPT2Config(vocab_size=pieces, n_embd=36, n_layer=2, n_head=3, n_inner=50, n_positions=400, bos_token_id=1,
+    gpt2 = GPT2Config(vocab_size=pieces, n_embd=36, n_layer=2, n_head=3, n_inner=50, n_positions=2048, bos_token_id=1,
                       eos_token_id=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     for name, model in {"llama": LlamaForCausalLM(llama), "gpt2": GPT2LMHeadModel(gpt2)}.items():
         generator = torch.Generator().manual_seed(7)

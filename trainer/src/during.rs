@@ -106,7 +106,10 @@ impl During {
         let bits = held_out.macro_bits_per_byte;
         let is_best = bits.is_finite() && self.best.is_none_or(|best| bits < best.macro_bits_per_byte);
         if comm.rank() == 0 {
-            self.write_line(step, &held_out, &languages)?;
+            if let Err(error) = self.write_line(step, &held_out, &languages) {
+                let text = format!("what was measured by language after step {step} is not written: {error:#}");
+                Event::Note { text }.emit();
+            }
             let best = if is_best { ", the best so far" } else { "" };
             let text = format!(
                 "after step {step}: {bits:.4} bits per byte of held-out text in {} languages{best} ({:.1} s)",

@@ -160,7 +160,11 @@ fn language_part(
             let label = |(label, nats): (usize, f64)| LabelScore {
                 nats,
                 tokens: way.ids[label].len() - way.label_from[label],
-                bytes: task.task.labels[label].shown().len(),
+                bytes: match task.protocol {
+                    Protocol::Mala => task.task.labels[label].shown().len(),
+                    // Of a label only one token is scored: there is no length to divide by.
+                    Protocol::Emma => 1,
+                },
             };
             scored.push(ItemScores {
                 item: first + offset,
@@ -297,7 +301,7 @@ fn batch(subject: &Subject, cache: &mut Cache, prefix: usize, items: &[&Ways]) -
                 at += length;
                 row += length;
             }
-            for target in ways.label_from[label]..ids.len() {
+            for (target, id) in ids.iter().enumerate().skip(ways.label_from[label]) {
                 let from = target - 1;
                 wanted.push(Wanted {
                     row: if from < fork {
@@ -305,7 +309,7 @@ fn batch(subject: &Subject, cache: &mut Cache, prefix: usize, items: &[&Ways]) -
                     } else {
                         own_row + from - fork
                     },
-                    id: ids[target],
+                    id: *id,
                     item,
                     label,
                 });

@@ -13,6 +13,7 @@ pub mod gpu;
 pub mod guard;
 pub mod hf;
 pub mod inspect;
+pub mod joining;
 pub mod measure;
 pub mod memory;
 pub mod model;

@@ -243,7 +243,11 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let ends = done || asked || boundary.time_is_short;
         if let Some(during) = during.as_ref().filter(|_| is_best && rank_0) {
             // Before it is saved, so that it is not taken for one of the old.
-            during.note_best()?;
+            if let Err(error) = during.note_best() {
+                // A disk that takes nothing costs a note, not the run.
+                let text = format!("the best step so far is not noted, and may be pruned: {error:#}");
+                say(Event::Note { text });
+            }
         }
         if ends {
             comm.at(Mark::Save);

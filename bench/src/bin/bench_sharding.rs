@@ -52,6 +52,8 @@ enum Agent {
     },
 }
 
+type Case = fn(&Bench, &mut Results) -> Result<()>;
+
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     if let Some(Agent::Agent { address, words }) = &arguments.agent {
@@ -67,7 +69,7 @@ fn main() -> Result<ExitCode> {
         arguments,
     };
     let mut results = Results::open(&bench.arguments.out)?;
-    let cases: [(&str, fn(&Bench, &mut Results) -> Result<()>); 5] = [
+    let cases: [(&str, Case); 5] = [
         ("zero1", Bench::zero1),
         ("zero3", Bench::zero3),
         ("sparse", Bench::sparse),
@@ -179,8 +181,7 @@ impl Bench {
         }
         let hidden = |side: usize| {
             let longer = shaped[side].seconds() - free[side].seconds();
-            // Nothing, or less, is said as a hundredth: there is no ratio to nothing.
-            (1.0 - longer / (bytes / rate)).max(0.01)
+            (1.0 - longer / (bytes / rate)).max(0.0)
         };
         let note = format!(
             "ZeRO-1, tied; {:.0} Mbit/s, so {:.2} s of communication a step; ours {:.2} s unshaped and {:.2} s shaped, the peer \

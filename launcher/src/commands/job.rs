@@ -7,7 +7,7 @@ use launcher::exit;
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Succeeds if nothing is left of the run; clears what ranks of an earlier attempt left
-    Done(ConfigArgs),
+    IsFinished(ConfigArgs),
     /// After srun: exits with 3 where another attempt is due on the same nodes, with 4 where it is by way of the queue, and else
     /// with what the attempt was really about
     Ended {
@@ -24,12 +24,12 @@ pub enum Command {
 
 pub fn run(_: &App, command: &Command) -> anyhow::Result<()> {
     match command {
-        Command::Done(config) => done(config),
+        Command::IsFinished(config) => is_finished(config),
         Command::Ended { config, code, series } => ended(config, *code, series),
     }
 }
 
-fn done(config: &ConfigArgs) -> anyhow::Result<()> {
+fn is_finished(config: &ConfigArgs) -> anyhow::Result<()> {
     let plan = config.load()?;
     Attempts::of(&plan.folders.run).clear_notes();
     let step = newest_step(&plan.folders.run.join("checkpoints")).unwrap_or(0);

@@ -129,7 +129,7 @@ fn resolve(host: &str) -> Vec<IpAddr> {
 }
 
 fn free(folder: &Path) -> u64 {
-    statvfs(folder).map_or(0, |stat| stat.blocks_available() as u64 * stat.fragment_size() as u64)
+    statvfs(folder).map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
 }
 
 /// Workers of this machine whose launcher is gone. No rank runs while the doctor does, but another job's may, under its own.

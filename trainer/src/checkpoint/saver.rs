@@ -48,9 +48,12 @@ enum Room {
     None,
 }
 
+/// Gives back the room of its snapshot, and what it wrote.
+type Writer = JoinHandle<(Option<Box<Snapshot>>, Result<Option<Written>>)>;
+
 enum UnderWay {
     Nothing,
-    Writing(Box<Save>, JoinHandle<(Option<Box<Snapshot>>, Result<Option<Written>>)>),
+    Writing(Box<Save>, Writer),
     /// The thread is rank 0's.
     Committing(Box<Save>, Option<JoinHandle<Result<f64>>>),
 }
@@ -261,11 +264,7 @@ impl<'a> Saver<'a> {
     }
 
     /// Every rank has written or failed; all learn what the others did.
-    fn collect(
-        &mut self,
-        mut save: Box<Save>,
-        thread: JoinHandle<(Option<Box<Snapshot>>, Result<Option<Written>>)>,
-    ) -> Result<Option<Outcome>> {
+    fn collect(&mut self, mut save: Box<Save>, thread: Writer) -> Result<Option<Outcome>> {
         let (snapshot, written) = joined(thread);
         self.room = snapshot.map_or(Room::None, Room::Ready);
         let report = match &written {

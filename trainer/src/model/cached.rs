@@ -187,7 +187,11 @@ fn by_tensors(q_nhd: &Tensor, kept: &[Tensor; 2], segments: &[Segment]) -> Tenso
     let mut first = 0;
     let one = |segment: &Segment| {
         let length = segment.ids.len();
-        let spans = segment.sees.iter().cloned().chain([segment.at..segment.at + length]);
+        let spans = segment
+            .sees
+            .iter()
+            .cloned()
+            .chain(std::iter::once(segment.at..segment.at + length));
         let spans: Vec<(i64, i64)> = spans.map(|span| (span.start as i64, span.len() as i64)).collect();
         let [k, v] = kept.each_ref().map(|kept| {
             let parts: Vec<Tensor> = spans

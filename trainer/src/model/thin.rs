@@ -169,7 +169,8 @@ impl Weights for f32 {
     fn dots<S: Simd, const W: usize, const X: usize>(simd: S, w: [&[f32]; W], x: [&[f32]; X]) -> [[f32; X]; W] {
         let width = w[0].len();
         let whole = width / S::F32_LANES;
-        let (mut ws, mut xs): ([&[S::f32s]; W], [&[S::f32s]; X]) = ([&[]; W], [&[]; X]);
+        let mut ws: [&[S::f32s]; W] = [&[]; W];
+        let mut xs: [&[S::f32s]; X] = [&[]; X];
         for o in 0..W {
             ws[o] = &S::as_simd_f32s(w[o]).0[..whole];
         }
@@ -229,7 +230,8 @@ impl Weights for half::bf16 {
         let whole = pairs / S::F32_LANES;
         let mut words: [&[u32]; W] = [&[]; W];
         let mut ws: [&[S::u32s]; W] = [&[]; W];
-        let (mut evens, mut odds): ([&[S::f32s]; X], [&[S::f32s]; X]) = ([&[]; X], [&[]; X]);
+        let mut evens: [&[S::f32s]; X] = [&[]; X];
+        let mut odds: [&[S::f32s]; X] = [&[]; X];
         for o in 0..W {
             words[o] = bytemuck::cast_slice(w[o]);
             ws[o] = &S::as_simd_u32s(words[o]).0[..whole];

@@ -114,13 +114,11 @@ vectorized! {
     }
 }
 
+/// Lays out (keys, values) of one group within (first position, length).
+type Make = fn(&[bf16], &[bf16], Sizes, (usize, usize), usize) -> Packed;
+
 /// Keys and values by stretch and group as `make` lays them out; `None` where blocks go by plain products.
-fn packed<E: Element>(
-    [k, v]: [&[E]; 2],
-    sizes: Sizes,
-    stretches: &[Stretch],
-    make: fn(&[bf16], &[bf16], Sizes, (usize, usize), usize) -> Packed,
-) -> Option<Vec<Packed>> {
+fn packed<E: Element>([k, v]: [&[E]; 2], sizes: Sizes, stretches: &[Stretch], make: Make) -> Option<Vec<Packed>> {
     let (k, v) = (E::halves(k)?, E::halves(v)?);
     if !pairs::are_there() {
         return None;

@@ -1,0 +1,282 @@
+//! How a rank comes together with its peers, by the engine of their collectives and by the rendezvous that watches over them, and
+//! what it says and does when one of them is lost.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use configs::Plan;
+use launcher::events::Event;
+use launcher::exit;
+use launcher::place::{Place, Surroundings, is_wired_for_mpi};
+use launcher::pulse::Pulse;
+use launcher::rendezvous::{
+    Hooks, Invitation, Invited, Loss, MeetError, Meeting, Report, Settings, Timing, sameness, towards,
+};
+use sharding::Comm;
+use sharding::cuda::nccl::{self, Nccl, UniqueId};
+use sharding::staged::{NoHost, Staged};
+use tch::Device;
+
+use crate::timeline::Timeline;
+use crate::watched::Watched;
+
+/// Brings this process together with its peers, twice: by the engine of their collectives, and beside it, where they prove that
+/// they run the same and watch over each other. MPI makes a world first, if it has started the ranks; else they meet by a file,
+/// and NCCL makes the world.
+pub fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: Option<String>) -> Result<Watched> {
+    let pulse = Arc::new(Pulse::default());
+    let ordered = plan.is_some_and(|plan| plan.debug.deterministic);
+    let (comm, meeting) = match (plan, device) {
+        (Some(plan), Device::Cuda(index)) if place.world > 1 && !is_wired_for_mpi() => {
+            let engine = nccl::library()?;
+            let meeting = meet(engine, By::File, place, plan, config_digest, &pulse)?;
+            let comm = or_tell(Some(&meeting), nccl_alone(&meeting, place, index, ordered))?;
+            (comm, Some(meeting))
+        }
+        _ => {
+            let host = sharding::join(place.world)?;
+            let meeting = match plan {
+                Some(plan) if place.world > 1 => {
+                    let met = meet(
+                        host.engine(),
+                        By::Mpi(host.as_ref()),
+                        place,
+                        plan,
+                        config_digest,
+                        &pulse,
+                    );
+                    Some(met.unwrap_or_else(|error| refuse(host.as_ref(), place, &error)))
+                }
+                _ => None,
+            };
+            let comm: Box<dyn Comm> = match device {
+                Device::Cuda(index) if place.world > 1 => match Nccl::join(host, index, ordered) {
+                    Ok(nccl) => Box::new(nccl),
+                    Err(refused) => {
+                        // The others may wait for this rank already, in NCCL or in MPI.
+                        eprintln!("panglot-worker: {place}: {}", refused.error);
+                        if let Some(meeting) = &meeting {
+                            meeting.fail(exit::PEER, &refused.error.to_string());
+                        }
+                        refused.abort(exit::PEER)
+                    }
+                },
+                _ => host,
+            };
+            (comm, meeting)
+        }
+    };
+    if place.world > 1 {
+        let engine = comm.engine();
+        tracing::info!(%place, ?device, engine, "the ranks have met");
+        if comm.rank() == 0 {
+            let text = format!("{} ranks over {engine}", place.world);
+            Event::Note { text }.emit();
+        }
+    }
+    let timeline = match plan {
+        Some(plan) if plan.debug.timeline => {
+            let path = plan
+                .folders
+                .run
+                .join("timeline")
+                .join(format!("rank-{}.json", place.rank));
+            let timeline = Timeline::create(&path, place.rank, &place.node);
+            Some(Arc::new(timeline.with_context(|| path.display().to_string())?))
+        }
+        _ => None,
+    };
+    Ok(Watched::new(comm, pulse, meeting, timeline))
+}
+
+/// Collectives by NCCL only; its id travels where the ranks have met.
+fn nccl_alone(meeting: &Meeting, place: &Place, index: usize, ordered: bool) -> Result<Box<dyn Comm>> {
+    let id = match place.rank {
+        0 => UniqueId::new()?,
+        _ => UniqueId::from([0; UniqueId::BYTES]),
+    };
+    let told = meeting.broadcast(id.bytes())?;
+    let told: [u8; UniqueId::BYTES] = told
+        .try_into()
+        .ok()
+        .context("rank 0 told another thing than NCCL's id")?;
+    let host = Box::new(NoHost::new(place.rank, place.world));
+    let nccl = Nccl::join_with(&UniqueId::from(told), host, index, ordered).map_err(|refused| refused.error)?;
+    Ok(Box::new(Staged::new(Box::new(nccl), Device::Cuda(index))))
+}
+
+/// The others wait for what failed here: they are told.
+fn or_tell<T>(meeting: Option<&Meeting>, made: Result<T>) -> Result<T> {
+    made.inspect_err(|error| {
+        if let Some(meeting) = meeting {
+            meeting.fail(code_of(error), &format!("{error:#}"));
+        }
+    })
+}
+
+/// The ranks are in MPI's world and wait there for this one.
+fn refuse(comm: &dyn Comm, place: &Place, error: &anyhow::Error) -> ! {
+    // What rank 0 refuses it has told all; it alone says it.
+    let told = matches!(error.downcast_ref(), Some(MeetError::Refused { .. }));
+    if place.rank == 0 || !told {
+        eprintln!("panglot-worker: rank {} on {}: {error:#}", place.rank, place.node);
+    }
+    tracing::info!("{error:#}");
+    comm.abort(code_of(error))
+}
+
+/// How the others learn where rank 0 listens.
+enum By<'a> {
+    Mpi(&'a dyn Comm),
+    /// In the run's folder.
+    File,
+}
+
+fn meet(
+    engine: String,
+    by: By,
+    place: &Place,
+    plan: &Plan,
+    config_digest: Option<String>,
+    pulse: &Arc<Pulse>,
+) -> Result<Meeting> {
+    let around = Surroundings::detect().map_err(MeetError::from)?;
+    let mut runs = vec![
+        (
+            "build".to_owned(),
+            sameness::this_program().context("reading this very program")?,
+        ),
+        (
+            "config".to_owned(),
+            config_digest.map_or_else(|| launcher::files::digest_of(plan), Ok)?,
+        ),
+        ("engine".to_owned(), engine),
+    ];
+    runs.extend(sameness::loaded(&[
+        "libtorch_cpu.so",
+        "libtorch_cuda.so",
+        "libmpi.so",
+        "libnccl.so",
+        "libcudart.so",
+    ]));
+    let settings = Settings {
+        rank: place.rank,
+        world: place.world,
+        one_host: around.one_host,
+        job: around.job,
+        secret: around.secret,
+        report: Report {
+            host: place.node.clone(),
+            process: std::process::id(),
+            runs,
+        },
+        interface: around.interface,
+        near: around.launch_node.and_then(towards),
+        timing: Timing::of(place.world),
+    };
+    // Where the environment has no secret, it is in this file; where the ranks have met by MPI, MPI tells the rest.
+    let file = plan.folders.run.join("rendezvous.json");
+    let hooks = hooks(place, around.beats, around.ear);
+    if place.rank > 0 {
+        let invited = match by {
+            By::Mpi(comm) => {
+                let length = comm.broadcast_bytes(&[0; 8])?;
+                let length = u64::from_le_bytes(length.try_into().expect("8 bytes"));
+                let told = comm.broadcast_bytes(&vec![0; length as usize])?;
+                Invited::Told(serde_json::from_slice(&told).context("rank 0's invitation")?, file)
+            }
+            By::File => Invited::ByFile(file),
+        };
+        return Ok(Meeting::attend(settings, invited, Arc::clone(pulse), hooks)?);
+    }
+    let publish = |invitation: &Invitation| -> std::result::Result<(), MeetError> {
+        if invitation.secret.is_some() || matches!(by, By::File) {
+            invitation.publish(&file)?;
+        }
+        if let By::Mpi(comm) = by {
+            let told = Invitation {
+                secret: None,
+                ..invitation.clone()
+            };
+            let told = serde_json::to_vec(&told).map_err(std::io::Error::other)?;
+            let tell = |bytes: &[u8]| comm.broadcast_bytes(bytes).map_err(std::io::Error::other);
+            tell(&(told.len() as u64).to_le_bytes())?;
+            tell(&told)?;
+        }
+        let addresses: Vec<String> = invitation.addresses.iter().map(ToString::to_string).collect();
+        tracing::info!(
+            interface = invitation.interface,
+            addresses = addresses.join(" "),
+            "the ranks are watched from here"
+        );
+        if place.world > place.local_world {
+            let text = format!("the ranks meet on {} ({})", invitation.interface, addresses.join(", "));
+            Event::Note { text }.emit();
+        }
+        Ok(())
+    };
+    let meeting = Meeting::host(settings, publish, Arc::clone(pulse), hooks);
+    // All have read it, or nobody will.
+    let _ = std::fs::remove_file(&file);
+    Ok(meeting?)
+}
+
+/// What this process does when the job is over, and with every beat.
+fn hooks(place: &Place, beats: bool, ear: Option<PathBuf>) -> Hooks {
+    // Rank 0 says what it finds; what it cannot say, since it is itself the culprit, one rank a host does.
+    let says = place.local_rank <= 1;
+    let parent = std::os::unix::process::parent_id();
+    let mut last_sign = std::time::Instant::now();
+    Hooks {
+        lost: Box::new(move |Loss { code, text, told }| {
+            tracing::info!("ends with code {code}: {text}");
+            if says && !told {
+                let lost = Event::Lost {
+                    code,
+                    text: text.clone(),
+                };
+                // mpirun passes nothing on while it ends the ranks, a second long: the launcher is told past it.
+                if !ear.is_some_and(|ear| lost.tell(&ear)) {
+                    eprintln!("panglot-worker: {text}");
+                }
+                lost.emit();
+            }
+            // No destructors: the training thread may be anywhere, and the libraries' own would wait for peers.
+            signal_hook::low_level::exit(code)
+        }),
+        notice: Box::new(|text| {
+            tracing::info!("{text}");
+            Event::Note { text: text.to_owned() }.emit();
+        }),
+        beat: Box::new(move || {
+            if beats && last_sign.elapsed() >= std::time::Duration::from_secs(1) {
+                last_sign = std::time::Instant::now();
+                Event::Beat.emit();
+            }
+            (std::os::unix::process::parent_id() != parent).then(|| Loss {
+                code: exit::PEER,
+                text: "the process that started this rank is gone".into(),
+                told: false,
+            })
+        }),
+        takes_sigterm: true,
+    }
+}
+
+/// What a job script may conclude: files at fault, peers at fault, or the user.
+pub fn code_of(error: &anyhow::Error) -> i32 {
+    let has = |is: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(is);
+    if let Some(error) = error.downcast_ref::<MeetError>() {
+        error.code()
+    } else if has(|cause| cause.is::<sharding::Error>()) {
+        exit::PEER
+    } else if has(|cause| {
+        let missing = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
+        cause.is::<crate::checkpoint::WritesFailed>() || cause.downcast_ref().is_some_and(|error| !missing(error))
+    }) {
+        exit::IO
+    } else {
+        exit::USER
+    }
+}
