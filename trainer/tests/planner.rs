@@ -13,9 +13,9 @@ use trainer::batch::{Batch, MicroBatch};
 use trainer::memory::Resident;
 use trainer::step::Trainer;
 
-/// What resident memory at its fullest may differ from the plan's, as a share of the plan. Seen: see docs/scaling.md. The
-/// allocator rounds and keeps some of what is freed; libtorch's GEMMs have buffers of their own.
-const PEAK: f64 = 0.50;
+/// What resident memory at its fullest may differ from the plan's, as a share of the plan. Seen: +14 % on one rank while glibc kept
+/// what was freed, which it does not here. libtorch's GEMMs have buffers of their own, which at 170 MiB in all still count.
+const PEAK: f64 = 0.30;
 
 type Case = (&'static str, fn(&dyn Comm, &Path));
 
