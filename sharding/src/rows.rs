@@ -1,6 +1,7 @@
 //! A matrix of which a batch names few rows travels as rows: the embedding's gradient, which has a row for every piece; and
 //! the embedding itself where a forward pass would have to wait for all of it.
 
+use configs::planner::traffic::FEW_ROWS;
 use tch::{Device, Kind, Tensor};
 
 use crate::layout::Bucket;
@@ -30,14 +31,11 @@ pub(crate) enum When {
     Behind,
 }
 
-/// Rows that are at most this share of their matrix are few: on any rank.
-const FEW: usize = 16;
-
-/// Whether every rank's rows are few. `counts` as in [`RowPlan`]; a row that goes to several ranks counts for each.
+/// Whether every rank's rows are few: at most one of [`FEW_ROWS`] of their matrix's. `counts` as in [`RowPlan`]; a row that goes to several ranks counts for each.
 fn few(counts: &[Vec<usize>], bucket: &Bucket) -> bool {
     let of_rank = |to: &Vec<usize>| to.iter().sum::<usize>();
     let most = counts.iter().map(of_rank).max().unwrap_or(0);
-    FEW * most * width(bucket) <= bucket.numel * copies(bucket, counts.len())
+    FEW_ROWS * most * width(bucket) <= bucket.numel * copies(bucket, counts.len())
 }
 
 /// How many ranks a slice goes to: all where there is one only.

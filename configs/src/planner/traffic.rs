@@ -24,8 +24,10 @@ pub struct Traffic {
     pub frozen: u64,
     /// Loss, norm, digests, counts.
     pub numbers: u64,
-    /// Whether the embedding's gradient may travel as rows. The figures hold where it does not; then they are what ranks send
-    /// at most on average.
+    /// Rows of the embedding that may travel beside all that, at most: those of a tied head's gradient behind it, and those
+    /// that the first micro-batch needs before the publication.
+    pub rows: u64,
+    /// Whether rows of the embedding, or of its gradient, may travel. Then the figures are what ranks send at most on average.
     pub rows_may_travel: bool,
 }
 
@@ -59,19 +61,25 @@ impl Traffic {
             (true, 2..) => micro_batches,
             (true, _) => 1,
         };
-        let counts = reductions * world * 2;
+        // Who wants which of the rows that are fetched ahead of the publication is told as well.
+        let fetched = usize::from(rows_may_travel && division.zero > 0);
+        let counts = reductions * world * 2 + fetched * world;
         let others = |elements: usize| (elements * (world - 1)) as u64;
         Traffic {
             gradients: others(gradients),
             parameters: others(parameters),
             frozen: others(of_frozen.sum()),
             numbers: others(8 * (NUMBERS + counts)),
+            rows: match rows_may_travel {
+                true => rows_beside(sizes, division, wire, reductions, fetched) as u64,
+                false => 0,
+            },
             rows_may_travel,
         }
     }
 
     pub fn total(&self) -> u64 {
-        self.gradients + self.parameters + self.frozen + self.numbers
+        self.gradients + self.parameters + self.frozen + self.numbers + self.rows
     }
 }
 
@@ -99,9 +107,23 @@ pub fn visits(buckets: &Buckets, bucket: usize) -> usize {
         .sum()
 }
 
-/// Where the embedding trains alone in its bucket and its gradient has rows of zeros, which a tied head's has not.
+/// Rows are sent beside a whole matrix where they are at most this share of it.
+pub const FEW_ROWS: usize = 16;
+
+/// Bytes of the rows that a rank sends beside whole matrices in a step, at most; values, and 8 bytes of number each.
+fn rows_beside(sizes: &Sizes, division: &Division, wire: usize, reductions: usize, fetched: usize) -> usize {
+    let rows = sizes.rows / FEW_ROWS;
+    // With one slice a row goes to all ranks.
+    let copies = if division.zero == 0 { division.world } else { 1 };
+    let behind = usize::from(sizes.tied) * reductions * copies * rows * (sizes.hidden * wire + 8);
+    behind + fetched * rows * (sizes.hidden * division.width + 8)
+}
+
+/// Where the embedding trains alone in its bucket, on CPUs; with one slice only where the head is tied, since all ranks' rows
+/// would go to all.
 fn rows_may_travel(sizes: &Sizes, train: &Train, division: &Division) -> bool {
     let alone = !(sizes.block == super::Block::Gpt2 && train.full.contains(&FullModule::Positions));
     let on_cpu = train.device == Device::Cpu;
-    !sizes.tied && train.full.contains(&FullModule::EmbedTokens) && alone && division.zero > 0 && on_cpu
+    let trains = sizes.embedding_trains(&train.full);
+    trains && alone && on_cpu && (sizes.tied || division.zero > 0)
 }
