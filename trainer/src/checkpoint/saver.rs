@@ -128,14 +128,16 @@ impl<'a> Saver<'a> {
     /// Takes the run over from any earlier attempt. Rank 0 draws the attempt's nonce and tells all.
     pub fn begin(comm: &'a dyn Comm, run: &Path, identity: Identity, zero: &Zero) -> Result<Saver<'a>> {
         let checkpoints = run.join(files::FOLDER);
-        let nonce = Nonce::new()?;
-        let nonce = comm.broadcast_bytes(nonce.as_str().as_bytes())?;
-        let nonce = Nonce::from_text(std::str::from_utf8(&nonce).context("rank 0's nonce")?);
-        let fence = if comm.rank() == 0 {
-            Some(Fence::take(run, &checkpoints, &nonce)?)
-        } else {
-            None
+        let mut nonce = Nonce::new()?;
+        // Others hear of the attempt when it has the run: what they write from then on is not taken for an earlier one's.
+        let fence = match comm.rank() {
+            0 => Some(Fence::take(run, &checkpoints, &nonce)?),
+            _ => None,
         };
+        let told = comm.broadcast_bytes(nonce.as_str().as_bytes())?;
+        if fence.is_none() {
+            nonce = Nonce::from_text(std::str::from_utf8(&told).context("rank 0's nonce")?);
+        }
         Ok(Saver {
             comm,
             checkpoints,
