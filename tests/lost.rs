@@ -115,7 +115,7 @@ struct End {
 impl End {
     /// The first line after the last of the run's ordinary ones.
     fn first_of_the_failure(&self) -> &str {
-        let usual = |line: &String| line.starts_with("  ");
+        let usual = |line: &String| line.starts_with("  ") || line.starts_with("measured after ");
         let last = self.said.iter().rposition(usual).map_or(0, |at| at + 1);
         self.said.get(last).map_or("", String::as_str)
     }
