@@ -154,7 +154,13 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     let (mut trainer, identity) = build(plan, comm, device, shards)?;
     comm.at(Mark::Restore);
     // From here on no earlier attempt commits a checkpoint; so what is chosen now stays the newest.
-    let mut saver = Saver::begin(comm, &plan.folders.run, identity.clone(), &trainer.zero)?;
+    let mut saver = Saver::begin(
+        comm,
+        &plan.folders.run,
+        identity.clone(),
+        &trainer.zero,
+        saves_on_the_way(plan),
+    )?;
     let mut progress = resume(&mut saver, &mut trainer, &identity)?;
     let mut during = During::prepare(plan, comm, progress.step)?;
     let mut log = if rank_0 {
@@ -441,6 +447,13 @@ fn save_and_wait(saver: &mut Saver, trainer: &Trainer, progress: Progress, clock
         }
         std::thread::sleep(Duration::from_secs(1));
     }
+}
+
+/// Whether a run saves before its last step without being asked. One that does not needs no second copy of its state.
+fn saves_on_the_way(plan: &Plan) -> bool {
+    plan.checkpoint.every_steps < plan.train.steps
+        || plan.checkpoint.every_minutes.is_some()
+        || plan.evaluation.every_steps.is_some()
 }
 
 /// Goes on from the newest checkpoint that verifies, the same on every rank, if there is one.

@@ -131,7 +131,7 @@ fn folder(shared: &Path, world: usize, stage: Stage) -> PathBuf {
 }
 
 fn save(comm: &dyn Comm, zero: &Zero, run: &Path) {
-    let mut saver = Saver::begin(comm, run, identity(), zero).expect("the run is taken");
+    let mut saver = Saver::begin(comm, run, identity(), zero, true).expect("the run is taken");
     let progress = Progress {
         step: STEP,
         targets_so_far: 1,

@@ -14,8 +14,9 @@ use trainer::memory::Resident;
 use trainer::step::Trainer;
 
 /// What resident memory at its fullest may differ from the plan's, as a share of the plan. Seen: +14 % on one rank while glibc kept
-/// what was freed, which it does not here. libtorch's GEMMs have buffers of their own, which at 170 MiB in all still count.
-const PEAK: f64 = 0.30;
+/// what was freed, which it does not here. libtorch's GEMMs have buffers of their own, which at 170 MiB in all still count;
+/// and what attention in bf16 lays out for its products is not planned yet: +32 % of 90 MiB.
+const PEAK: f64 = 0.40;
 
 type Case = (&'static str, fn(&dyn Comm, &Path));
 

@@ -216,7 +216,7 @@ fn save(elements: usize, saves: usize, folder: &Path) -> Result<Report> {
     if ours.exists() {
         fs::remove_dir_all(&ours)?;
     }
-    let mut saver = Saver::begin(comm.as_ref(), &ours, identity()?, &zero)?;
+    let mut saver = Saver::begin(comm.as_ref(), &ours, identity()?, &zero, true)?;
     // What a copy costs at the least: three tensors into memory that is there.
     let mut room: Vec<Tensor> = (0..3)
         .map(|_| Tensor::zeros([elements as i64], (Kind::Float, Device::Cpu)))

@@ -33,6 +33,8 @@ pub struct Saver<'a> {
     fence: Option<Fence>,
     /// Tries of this attempt.
     number: u64,
+    /// Saves go on beside training.
+    beside: bool,
     room: Room,
     under_way: UnderWay,
     failures_in_a_row: u32,
@@ -44,6 +46,8 @@ pub struct Saver<'a> {
 enum Room {
     Making(JoinHandle<Snapshot>),
     Ready(Box<Snapshot>),
+    /// None of its own: the slices themselves are written, while training waits.
+    Direct,
     /// Lent to the save under way, or this rank saves nothing.
     None,
 }
@@ -125,8 +129,9 @@ enum Verdict {
 }
 
 impl<'a> Saver<'a> {
-    /// Takes the run over from any earlier attempt. Rank 0 draws the attempt's nonce and tells all.
-    pub fn begin(comm: &'a dyn Comm, run: &Path, identity: Identity, zero: &Zero) -> Result<Saver<'a>> {
+    /// Takes the run over from any earlier attempt. Rank 0 draws the attempt's nonce and tells all. `beside`: saves go on beside
+    /// training, from memory of their own; else whoever starts one waits for it.
+    pub fn begin(comm: &'a dyn Comm, run: &Path, identity: Identity, zero: &Zero, beside: bool) -> Result<Saver<'a>> {
         let checkpoints = run.join(files::FOLDER);
         let mut nonce = Nonce::new()?;
         // Others hear of the attempt when it has the run: what they write from then on is not taken for an earlier one's.
@@ -145,7 +150,11 @@ impl<'a> Saver<'a> {
             nonce,
             fence,
             number: 0,
-            room: Snapshot::prepare(comm, zero).map_or(Room::None, Room::Making),
+            beside,
+            room: match beside {
+                true => Snapshot::prepare(comm, zero).map_or(Room::None, Room::Making),
+                false => Room::Direct,
+            },
             under_way: UnderWay::Nothing,
             failures_in_a_row: 0,
             newest: None,
@@ -215,9 +224,10 @@ impl<'a> Saver<'a> {
         let mut snapshot = match std::mem::replace(&mut self.room, Room::None) {
             Room::Making(thread) => Some(Box::new(joined(thread))),
             Room::Ready(snapshot) => Some(snapshot),
+            Room::Direct => Snapshot::of(self.comm, zero).map(Box::new),
             Room::None => None,
         };
-        if let Some(snapshot) = &mut snapshot {
+        if let Some(snapshot) = snapshot.as_mut().filter(|_| self.beside) {
             snapshot.take(zero)?;
         }
         let folder = partial.clone();
@@ -268,7 +278,10 @@ impl<'a> Saver<'a> {
     /// Every rank has written or failed; all learn what the others did.
     fn collect(&mut self, mut save: Box<Save>, thread: Writer) -> Result<Option<Outcome>> {
         let (snapshot, written) = joined(thread);
-        self.room = snapshot.map_or(Room::None, Room::Ready);
+        self.room = match self.beside {
+            true => snapshot.map_or(Room::None, Room::Ready),
+            false => Room::Direct,
+        };
         let report = match &written {
             Ok(written) => Report::Wrote(written.as_ref().map(|written| written.entry.clone())),
             Err(error) => Report::Failed(format!("{error:#}")),

@@ -52,6 +52,31 @@ impl Snapshot {
         }))
     }
 
+    /// The slices themselves, where they lie on the host: until it is dropped, training must wait. `None` as above.
+    pub fn of(comm: &dyn Comm, zero: &Zero) -> Option<Snapshot> {
+        let n_slices = zero.layout().n_slices;
+        if comm.rank() >= n_slices {
+            return None;
+        }
+        let (mut tensors, mut ranges) = (Vec::new(), Vec::new());
+        for (index, bucket) in zero.layout().buckets.iter().enumerate() {
+            let (range, Slice { theta, m, v }) = zero.slice(index);
+            ranges.push((range.start as u64, range.end as u64));
+            for (name, tensor) in [("theta", theta), ("m", m), ("v", v)] {
+                tensors.push((
+                    format!("{}.{name}", bucket.name),
+                    range.len(),
+                    tensor.to_device(Device::Cpu),
+                ));
+            }
+        }
+        Some(Snapshot {
+            slice: (comm.rank(), n_slices),
+            ranges,
+            tensors,
+        })
+    }
+
     /// Copies the state as it is now. When this returns, training may change it.
     pub fn take(&mut self, zero: &Zero) -> Result<()> {
         let mut hosts = self.tensors.iter_mut().map(|(_, _, host)| host);
