@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
+use clap::{Args as _, FromArgMatches as _, Subcommand as _};
 use configs::Plan;
 use corpus::Split;
 
@@ -16,14 +17,38 @@ use launcher::measurement::{Generate, GenerationResult, Order, Sampling, Task};
 use launcher::writing::{self, WritingResult};
 use launcher::{files, stages::Stage};
 
-/// `panglot eval CONFIG` is `panglot eval nll CONFIG`.
-#[derive(Debug, clap::Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-pub struct Args {
-    #[command(subcommand)]
-    pub command: Option<Command>,
-    #[command(flatten)]
-    pub nll: Option<NllArgs>,
+/// `panglot eval CONFIG` is `panglot eval nll CONFIG`: written out, since a derived optional group is not seen to be given when
+/// all that is given belongs to a group within it.
+#[derive(Debug)]
+pub struct Args(Command);
+
+impl clap::Args for Args {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        Command::augment_subcommands(NllArgs::augment_args(command))
+            .subcommand_required(false)
+            .arg_required_else_help(true)
+            .args_conflicts_with_subcommands(true)
+            .subcommand_negates_reqs(true)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl clap::FromArgMatches for Args {
+    fn from_arg_matches(given: &clap::ArgMatches) -> Result<Self, clap::Error> {
+        match given.subcommand() {
+            Some(_) => Command::from_arg_matches(given),
+            None => NllArgs::from_arg_matches(given).map(Command::Nll),
+        }
+        .map(Self)
+    }
+
+    fn update_from_arg_matches(&mut self, given: &clap::ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(given)?;
+        Ok(())
+    }
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -135,11 +160,10 @@ pub struct WritingArgs {
 }
 
 pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
-    match (&args.command, &args.nll) {
-        (Some(Command::Nll(args)), _) | (None, Some(args)) => nll(app, args),
-        (Some(Command::FewShot(args)), _) => few_shot(app, args),
-        (Some(Command::GenerateEval(args)), _) => generate_eval(app, args),
-        (None, None) => anyhow::bail!("name a config, such as configs/demo.yaml, or nll, fewshot or generate-eval"),
+    match &args.0 {
+        Command::Nll(args) => nll(app, args),
+        Command::FewShot(args) => few_shot(app, args),
+        Command::GenerateEval(args) => generate_eval(app, args),
     }
 }
 
