@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use clap::{Args as _, FromArgMatches as _, Subcommand as _};
+use clap::Subcommand as _;
 use configs::Plan;
 use corpus::Split;
 
