@@ -29,6 +29,20 @@ pub fn write_json(file: &Path, value: &impl Serialize) -> anyhow::Result<()> {
     write_atomically(file, &text)
 }
 
+/// Of a file of JSON objects, one a line, the whole lines whose `step` is before this one stay; the others, and what a death
+/// left of the last, go. A file that is not there is well.
+pub fn keep_steps_before(file: &Path, step: u64) -> anyhow::Result<()> {
+    let Ok(text) = fs::read_to_string(file) else {
+        return Ok(());
+    };
+    let early = |line: &&str| {
+        let line: Option<serde_json::Value> = serde_json::from_str(line).ok();
+        line.and_then(|line| line["step"].as_u64()).is_some_and(|of| of < step)
+    };
+    let kept: String = text.lines().filter(early).flat_map(|line| [line, "\n"]).collect();
+    write_atomically(file, kept.as_bytes())
+}
+
 /// Of the value as JSON, in hexadecimal digits.
 pub fn digest_of(value: &impl Serialize) -> anyhow::Result<String> {
     Ok(blake3::hash(&serde_json::to_vec(value)?).to_hex().to_string())

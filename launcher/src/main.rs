@@ -42,7 +42,6 @@ Examples:
   panglot report configs/demo.yaml              one page to look at: runs/demo/report.html";
 
 #[derive(Debug, Subcommand)]
-#[expect(clippy::large_enum_variant, reason = "one a process")]
 enum Command {
     /// Make the corpus: documents by language, cleaned, deduplicated, some held out; or verify it
     Corpus(commands::stage::CorpusArgs),

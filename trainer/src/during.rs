@@ -66,7 +66,7 @@ impl During {
             plan.folders.corpus.display()
         );
         if comm.rank() == 0 {
-            during.keep_lines_to(step)?;
+            files::keep_steps_before(&during.lines, step + 1)?;
         }
         Ok(Some(during))
     }
@@ -147,18 +147,6 @@ impl During {
             writeln!(file, "{line}")
         };
         write().with_context(|| self.lines.display().to_string())
-    }
-
-    fn keep_lines_to(&self, step: u64) -> Result<()> {
-        let Ok(text) = fs::read_to_string(&self.lines) else {
-            return Ok(());
-        };
-        let early = |line: &&str| {
-            let line: Option<serde_json::Value> = serde_json::from_str(line).ok();
-            line.and_then(|line| line["step"].as_u64()).is_some_and(|of| of <= step)
-        };
-        let kept: String = text.lines().filter(early).flat_map(|line| [line, "\n"]).collect();
-        files::write_atomically(&self.lines, kept.as_bytes())
     }
 }
 
