@@ -33,6 +33,15 @@ pub struct Plan {
     pub hardware: Option<Hardware>,
 }
 
+impl Plan {
+    /// Whether a run saves before its last step without being asked. One that does not needs no second copy of its state.
+    pub fn saves_on_the_way(&self) -> bool {
+        self.checkpoint.every_steps < self.train.steps
+            || self.checkpoint.every_minutes.is_some()
+            || self.evaluation.every_steps.is_some()
+    }
+}
+
 /// Where each stage of the road leaves its result. All absolute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Folders {

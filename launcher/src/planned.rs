@@ -51,7 +51,7 @@ pub fn lines(plan: &Plan, layers: usize, forecast: &Forecast) -> Vec<String> {
     if let Some(why) = &forecast.impossible {
         line("impossible", why.clone());
     }
-    let room = if forecast.fits() {
+    let room = if forecast.memory.total() <= forecast.usable {
         "of"
     } else {
         "which does NOT fit the"
@@ -72,6 +72,23 @@ pub fn lines(plan: &Plan, layers: usize, forecast: &Forecast) -> Vec<String> {
             forecast.recompute.sentence(layers)
         ),
     );
+    if forecast.memory.host > 0 {
+        let room = match forecast.usable_on_host {
+            None => String::new(),
+            Some(usable) if forecast.fits_host() => format!(", of {} there are to plan with", text::bytes(usable)),
+            Some(usable) => format!(
+                ", which does NOT fit the {} there are to plan with",
+                text::bytes(usable)
+            ),
+        };
+        line(
+            "on its host",
+            format!(
+                "{}: what is written as checkpoints or offloaded{room}",
+                text::bytes(forecast.memory.host)
+            ),
+        );
+    }
     line(
         "sent in a step",
         format!("{} by each rank, on average", traffic(&forecast.traffic)),

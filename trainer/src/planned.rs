@@ -51,7 +51,13 @@ pub fn recomputation(plan: &Plan, sizes: &Sizes, comm: &dyn Comm, device: Device
         hardware.memory = device_bytes(device)? as f64;
     }
     let usable = -comm.max(&[-(hardware.usable() as f64)])?[0];
-    let budget = Budget::new(sizes, &train, &division(plan, comm.world(), shards), shards.1);
+    let budget = Budget::new(
+        sizes,
+        &train,
+        &division(plan, comm.world(), shards),
+        shards.1,
+        plan.saves_on_the_way(),
+    );
     let (selective, full) = time::recomputation(sizes, &train, &hardware);
     let all = Mix {
         full: sizes.layers,
@@ -109,7 +115,7 @@ impl Watch {
         let division = division(plan, world, shards);
         let micro_batches = train.rows_per_step / world / train.micro_rows;
         let planned = Planned {
-            memory: Budget::new(&sizes, &train, &division, shards.1).with(&trainer.recompute),
+            memory: Budget::new(&sizes, &train, &division, shards.1, plan.saves_on_the_way()).with(&trainer.recompute),
             traffic: Traffic::of(&sizes, &train, &division, shards.1, micro_batches),
             recompute: trainer.recompute.sentence(sizes.layers),
         };

@@ -19,7 +19,7 @@ use tch::Device;
 
 pub use self::build::{build, build_model, sharding};
 use self::log::{Log, Measured, languages, metrics};
-use self::saving::{Boundary, Clock, save_and_wait, saves_on_the_way, start_save};
+use self::saving::{Boundary, Clock, save_and_wait, start_save};
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Progress, Saver};
 use crate::during::During;
@@ -56,7 +56,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         &plan.folders.run,
         identity.clone(),
         &trainer.zero,
-        saves_on_the_way(plan),
+        plan.saves_on_the_way(),
     )?;
     let mut progress = resume(&mut saver, &mut trainer, &identity)?;
     let mut during = During::prepare(plan, comm, progress.step)?;

@@ -25,6 +25,8 @@ pub struct Forecast {
     pub memory: Memory,
     /// Bytes of a rank's device that may be planned with.
     pub usable: u64,
+    /// Of its host, where that is another memory and known.
+    pub usable_on_host: Option<u64>,
     pub traffic: Traffic,
     pub step: StepTime,
     pub tokens_per_second: f64,
@@ -95,6 +97,7 @@ impl Forecast {
             place,
             hardware: &mine,
             usable,
+            saves: plan.saves_on_the_way(),
             costs,
         };
         let own = way(train.zero, train.shard_frozen);
@@ -133,6 +136,7 @@ impl Forecast {
             memory: budget.with(&recompute),
             recompute,
             usable,
+            usable_on_host: own.usable_on_host(),
             traffic: own.traffic(),
             step,
             tokens_per_second: tokens / step.total,
@@ -154,7 +158,11 @@ impl Forecast {
     }
 
     pub fn fits(&self) -> bool {
-        self.memory.total() <= self.usable
+        self.memory.total() <= self.usable && self.fits_host()
+    }
+
+    pub fn fits_host(&self) -> bool {
+        self.usable_on_host.is_none_or(|usable| self.memory.host <= usable)
     }
 }
 
@@ -193,12 +201,21 @@ struct Way<'a> {
     /// Of one rank.
     hardware: &'a Hardware,
     usable: u64,
+    /// Checkpoints are written beside the steps.
+    saves: bool,
     costs: (f64, f64),
 }
 
 impl Way<'_> {
     fn budget(&self) -> Budget {
-        Budget::new(self.sizes, self.train, &self.division, self.shard_frozen)
+        Budget::new(self.sizes, self.train, &self.division, self.shard_frozen, self.saves)
+    }
+
+    /// Where nothing is divided one rank of all writes checkpoints, and has its node's whole memory to copy them to.
+    fn usable_on_host(&self) -> Option<u64> {
+        let writes_for_all = self.division.zero == 0 && !self.train.offload_optimizer;
+        let shares = if writes_for_all { self.place.ranks_per_node } else { 1 };
+        self.hardware.usable_on_host().map(|share| share * shares as u64)
     }
 
     fn cheapest(&self, budget: &Budget) -> Option<Mix> {
@@ -231,8 +248,14 @@ impl Way<'_> {
         let budget = self.budget();
         let with = |mode| budget.with(&all(self.sizes, mode));
         let [none, selective, full] = [Recompute::None, Recompute::Selective, Recompute::Full].map(with);
-        let cheapest = self.cheapest(&budget);
-        let why = if none.total() <= self.usable {
+        let host = self.usable_on_host().filter(|usable| none.host > *usable);
+        let cheapest = self.cheapest(&budget).filter(|_| host.is_none());
+        let why = if let Some(usable) = host {
+            Some(format!(
+                "of the host's memory {:.1} GiB more than a rank's share",
+                gib(none.host - usable)
+            ))
+        } else if none.total() <= self.usable {
             None
         } else if cheapest.is_some() {
             Some(lack("without recomputation", &none, self.usable))
@@ -256,14 +279,17 @@ impl Way<'_> {
 
 /// "even with full recomputation 12.3 GiB more than there are, most of it gradients (52.1 GiB)".
 fn lack(what: &str, memory: &Memory, usable: u64) -> String {
-    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     let kinds = memory.kinds();
-    let (name, most) = kinds.iter().max_by_key(|(_, bytes)| *bytes).expect("six kinds");
+    let (name, most) = kinds.iter().max_by_key(|(_, bytes)| *bytes).expect("seven kinds");
     format!(
         "{what} {:.1} GiB more than there are; most is {name}, {:.1} GiB",
         gib(memory.total().saturating_sub(usable)),
         gib(*most)
     )
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
 }
 
 #[cfg(test)]
@@ -306,7 +332,13 @@ mod tests {
                 device: Device::Cuda,
                 ..plan.train.clone()
             };
-            let budget = Budget::new(&sizes(&plan), &train, &Division::of(1, plan.train.precision, 16), false);
+            let budget = Budget::new(
+                &sizes(&plan),
+                &train,
+                &Division::of(1, plan.train.precision, 16),
+                false,
+                true,
+            );
             let (selective, full) = time::recomputation(&sizes(&plan), &train, &hardware);
             let cost = |mix: &Mix| mix.selective as f64 * selective + mix.full as f64 * full;
             let chosen = found.recompute;

@@ -36,6 +36,13 @@ pub struct Hardware {
     pub bandwidth_share: f64,
     pub link_share: f64,
     pub reserved: f64,
+    /// Of the node's, for one device; 0 where it is not known, or where the device is the host.
+    #[serde(default)]
+    pub host_memory: f64,
+    #[serde(default)]
+    pub host_bandwidth: f64,
+    #[serde(default)]
+    pub host_link: f64,
 }
 
 /// Peaks of dense matrix products; 0 where there are no units for them.
@@ -125,6 +132,9 @@ impl Hardware {
             "bandwidth_share" => &mut self.bandwidth_share,
             "link_share" => &mut self.link_share,
             "reserved" => &mut self.reserved,
+            "host_memory" => &mut self.host_memory,
+            "host_bandwidth" => &mut self.host_bandwidth,
+            "host_link" => &mut self.host_link,
             _ => return None,
         })
     }
@@ -139,7 +149,9 @@ impl Hardware {
                     (0.0..1.0).contains(&value),
                     "a share of the memory, 0 or more and below 1",
                 ),
-                "flops_fp8" | "latency_within" | "latency_between" => (value >= 0.0, "0 or more"),
+                "flops_fp8" | "latency_within" | "latency_between" | "host_memory" | "host_bandwidth" | "host_link" => {
+                    (value >= 0.0, "0 or more")
+                }
                 _ if share => (value > 0.0 && value <= 1.0, "a share above 0 and at most 1"),
                 _ => (value > 0.0, "above 0"),
             };
@@ -177,10 +189,15 @@ impl Hardware {
     pub fn usable(&self) -> u64 {
         (self.memory * (1.0 - self.reserved)) as u64
     }
+
+    /// Bytes of the host's memory to plan with; `None` where nobody said how many there are.
+    pub fn usable_on_host(&self) -> Option<u64> {
+        (self.host_memory > 0.0).then_some((self.host_memory * (1.0 - self.reserved)) as u64)
+    }
 }
 
 /// What a config may put over an entry.
-const FIGURES: [&str; 17] = [
+const FIGURES: [&str; 20] = [
     "memory",
     "flops_f32",
     "flops_bf16",
@@ -198,6 +215,9 @@ const FIGURES: [&str; 17] = [
     "bandwidth_share",
     "link_share",
     "reserved",
+    "host_memory",
+    "host_bandwidth",
+    "host_link",
 ];
 
 /// The entries that every build has, by name.

@@ -33,6 +33,10 @@ pub fn head_chunk(n: usize, pieces: usize, width: usize, device: Device) -> usiz
     n.div_ceil(n.div_ceil(most).max(1)).max(1)
 }
 
+/// A product of bf16 matrices that is added to an f32 gradient on the CPU is made a stretch of rows at a time, of about this many
+/// bytes: it is still in the cache when it is added.
+pub const PRODUCT_BYTES: usize = 16 << 20;
+
 /// Elements of one exchange between MPI's ranks take at most about this much on each side, and two are under way at a time.
 /// Large enough that a message's latency does not count, small enough that staging is nothing beside a bucket.
 pub const STAGING_BYTES: usize = 8 << 20;
@@ -239,6 +243,8 @@ pub struct Activations {
     stream: usize,
     /// The widest input that a dropout mask is made of; 0 without dropout.
     masked: usize,
+    /// Bytes of a product on its way to the gradient of the head's matrix, and of a layer's linear, at most.
+    products: [u64; 2],
     device: Device,
 }
 
@@ -257,6 +263,14 @@ impl Activations {
                 Residual::F32 => 4,
             },
             masked: targets.map(|linear| linear.input).max().unwrap_or(0),
+            products: if train.device == Device::Cpu && width != 4 {
+                let trained = linears.iter().filter(|linear| train.full.contains(&linear.module));
+                let head = sizes.pieces * sizes.hidden * usize::from(sizes.head_trains(&train.full));
+                [head, trained.map(|linear| linear.input * linear.out).max().unwrap_or(0)]
+                    .map(|elements| (elements * width).min(PRODUCT_BYTES) as u64)
+            } else {
+                [0; 2]
+            },
             device: train.device,
         }
     }
@@ -300,11 +314,13 @@ impl Activations {
         let (q, kv) = sizes.q_and_kv();
         let cast = u64::from(self.stream != self.width) * self.of_width(hidden);
         // d of the activation and of what it reads, and three of the stream's width.
-        let mlp = self.of_width(sizes.feed_forward + wide + 3 * hidden);
+        let mlp = self.of_width(sizes.feed_forward + wide + 3 * hidden) + self.products[1];
         // From here on the MLP's d_x, d of the middle and of attention's result are there.
         let between = self.of_width(hidden + q) + self.x();
         let heads = match self.device {
-            // Each head's d_q, d_k and d_v in f32, before they are summed and rounded.
+            // Each head's d_q, d_k and d_v in f32, before they are summed and rounded; in bf16 keys twice and values, laid out
+            // for products.
+            Device::Cpu if self.width == 2 => (3 * self.n * q * 4) as u64 + self.of_width(3 * kv),
             Device::Cpu => (3 * self.n * q * 4) as u64,
             Device::Cuda => 0,
         };
@@ -316,7 +332,8 @@ impl Activations {
                 // d_q, d_k and d_v, all three in one, d_x.
                 Block::Gpt2 => self.of_width(6 * q + hidden),
             }
-            + self.x();
+            + self.x()
+            + self.products[1];
         // LoRA under dropout: d_x, the mask, what it leaves, and d of that before and after the mask.
         let masks = self.of_width(5 * self.masked);
         self.kept(Recompute::None) + self.x() + cast + mlp.max(attention).max(inputs).max(masks)
@@ -336,7 +353,7 @@ impl Activations {
         let chunks = 2 * self.x() + self.of_width(2 * hidden) + (2 * rows * hidden * self.width) as u64;
         // The chunks' d in one, d before the norm, zeros and what is put into them.
         let joined = 5 * self.x() + self.of_width(3 * hidden);
-        (chunks + self.head_chunk()).max(joined)
+        (chunks + self.head_chunk() + self.products[0]).max(joined)
     }
 
     /// What the embedding's backward has in hand.
@@ -379,6 +396,10 @@ pub struct Memory {
     pub activations: u64,
     /// The chunk of logits.
     pub head: u64,
+    /// The copy of optimizer state from which checkpoints are written beside the steps, where the device's memory is the host's.
+    pub snapshot: u64,
+    /// Beside the device's: that copy, and state that is offloaded with what travels to it and from it.
+    pub host: u64,
 }
 
 impl Memory {
@@ -388,11 +409,11 @@ impl Memory {
     }
 
     pub fn total(&self) -> u64 {
-        self.kept() + self.communication + self.activations + self.head
+        self.kept() + self.communication + self.activations + self.head + self.snapshot
     }
 
     /// (name, bytes), in the order in which they are shown.
-    pub fn kinds(&self) -> [(&'static str, u64); 6] {
+    pub fn kinds(&self) -> [(&'static str, u64); 7] {
         [
             ("weights", self.weights),
             ("gradients", self.gradients),
@@ -400,6 +421,7 @@ impl Memory {
             ("communication", self.communication),
             ("activations", self.activations),
             ("head chunk", self.head),
+            ("checkpoint's copy", self.snapshot),
         ]
     }
 }
@@ -408,22 +430,32 @@ impl Memory {
 #[derive(Clone, Debug)]
 pub struct Budget {
     kept: [u64; 3],
+    snapshot: u64,
+    host: u64,
     activations: Activations,
     /// Each moment of a step, and what communication takes then.
     moments: Vec<(At, u64)>,
 }
 
 impl Budget {
-    pub fn new(sizes: &Sizes, train: &Train, division: &Division, shard_frozen: bool) -> Budget {
+    /// `saves`: checkpoints are written beside the steps ([`crate::Plan::saves_on_the_way`]).
+    pub fn new(sizes: &Sizes, train: &Train, division: &Division, shard_frozen: bool, saves: bool) -> Budget {
         let [trained, frozen] = sizes.buckets(train.lora.as_ref(), &train.full);
         let divides = shard_frozen && division.world > 1;
         let of_trained = division.of_trained(&trained.numels, &trained.stages);
         let of_frozen = division.of_frozen(divides, &frozen.numels, &frozen.stages);
-        let largest = trained.numels.iter().max().copied().unwrap_or(0) * train.reduce.bytes();
-        let staging = match (division.world, train.device) {
-            // What is sent and what is received, of two pieces.
-            (2.., Device::Cpu) => 2 * largest.min(2 * STAGING_BYTES) as u64,
-            _ => 0,
+        // MPI's ranks sum what they exchange in pieces: what is sent and what is received, of two pieces, while a reduction is
+        // under way. Before stage 2 that of any stage above may be, since nothing waits for it.
+        let staging = |moment: &Moment| -> u64 {
+            if division.world == 1 || train.device != Device::Cpu {
+                return 0;
+            }
+            let above = match moment.at {
+                At::Backward(stage) if division.zero < 2 => trained.stages[stage + 1..].concat(),
+                _ => moment.reducing.iter().copied().collect(),
+            };
+            let largest = above.iter().map(|bucket| trained.numels[*bucket]).max().unwrap_or(0);
+            2 * (largest * train.reduce.bytes()).min(2 * STAGING_BYTES) as u64
         };
         let frozen_moments: Vec<Moment> = moments(&frozen.stages).collect();
         let each = moments(&trained.stages)
@@ -431,15 +463,23 @@ impl Budget {
             .map(|(moment, of_frozen)| {
                 let frozen = u64::from(divides) * division.passing_frozen(of_frozen, &frozen.numels);
                 let passing = division.passing_trained(&moment, &trained.numels) + frozen;
-                (moment.at, passing + staging)
+                (moment.at, passing + staging(&moment))
             });
-        let publication = (At::Publication, division.casts(&trained.numels) + staging);
+        let publication = (At::Publication, division.casts(&trained.numels));
+        let on_gpu = train.device != Device::Cpu;
+        let offloads = on_gpu && train.offload_optimizer;
+        let snapshot = u64::from(saves) * of_trained.optimizer;
+        // A bucket's gradient comes down, and its parameters go up, one bucket at a time.
+        let travels = division.slices(&trained.numels).into_iter().max().unwrap_or(0) * (4 + division.width);
+        let offloaded = u64::from(offloads) * (of_trained.optimizer + travels as u64);
         Budget {
             kept: [
                 of_trained.parameters + of_frozen.parameters,
                 of_trained.gradients,
-                of_trained.optimizer,
+                if offloads { 0 } else { of_trained.optimizer },
             ],
+            snapshot: if on_gpu { 0 } else { snapshot },
+            host: if on_gpu { snapshot + offloaded } else { 0 },
             activations: Activations::of(sizes, train),
             moments: each.chain([publication]).collect(),
         }
@@ -465,6 +505,8 @@ impl Budget {
             communication,
             activations: activations - head,
             head,
+            snapshot: self.snapshot,
+            host: self.host,
         }
     }
 
@@ -518,6 +560,30 @@ mod tests {
         // the head; or 4 · (1280 + 1024 / 4) + 2 · 512 in the last layer.
         assert_eq!(bytes(3), [0, all, 3 * all, 4 * (1024 + 1024 / 4) + 2 * 1280]);
         assert!((0..3).all(|zero| at(zero).total() > at(zero + 1).total()));
+    }
+
+    #[test]
+    fn offloaded_state_is_the_hosts_and_so_is_a_gpus_copy_for_checkpoints() {
+        let recipe = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("mala500-7b.yaml");
+        let plan = crate::load(&recipe, &[]).unwrap();
+        let sizes = super::super::sizes::published("llama-2-7b").unwrap();
+        let of = |device, offload_optimizer, saves| {
+            let train = Train {
+                device,
+                offload_optimizer,
+                ..plan.train.clone()
+            };
+            Budget::new(&sizes, &train, &Division::of(1, Precision::Bf16, 8), false, saves).with(&Mix::default())
+        };
+        let (gpu, cpu) = (of(Device::Cuda, false, true), of(Device::Cpu, false, true));
+        assert_eq!((gpu.snapshot, gpu.host), (0, gpu.optimizer));
+        assert_eq!((cpu.snapshot, cpu.host), (cpu.optimizer, 0));
+        let offloaded = of(Device::Cuda, true, false);
+        assert_eq!(offloaded.optimizer, 0);
+        assert_eq!(gpu.total() - offloaded.total(), gpu.optimizer);
+        // Embedding and head, 32,000 × 4,096 each, are the largest: an eighth of either comes down in f32 and goes up in bf16.
+        assert_eq!(offloaded.host - gpu.optimizer, 32_000 * 4096 / 8 * 6);
+        assert_eq!(of(Device::Cuda, true, true).host, offloaded.host + gpu.optimizer);
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod rotary;
 mod thin;
 
 use anyhow::{Result, ensure};
+use configs::planner::memory::PRODUCT_BYTES;
 use configs::planner::{Block, Sizes};
 use configs::{Group, Recompute};
 use sharding::{BucketSpec, Held, ParamSpec, Zero};
@@ -91,8 +92,8 @@ fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) {
     if a.kind() == sum.kind() {
         let _ = sum.addmm_(a, b);
     } else if sum.device() == Device::Cpu {
-        // A stretch of rows at a time: its product is still in the cache when it is added.
-        let rows = (PRODUCT_BYTES / (a.kind().elt_size_in_bytes() as i64 * b.size()[1])).max(1);
+        // A stretch of rows at a time.
+        let rows = (PRODUCT_BYTES as i64 / (a.kind().elt_size_in_bytes() as i64 * b.size()[1])).max(1);
         for start in (0..a.size()[0]).step_by(rows as usize) {
             let rows = rows.min(a.size()[0] - start);
             let _ = sum.narrow(0, start, rows).g_add_(&a.narrow(0, start, rows).matmul(b));
@@ -102,8 +103,6 @@ fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) {
         let _ = sum.addmm_dtype_out(&sum.shallow_clone(), a, b, sum.kind());
     }
 }
-
-const PRODUCT_BYTES: i64 = 16 << 20;
 
 pub struct Model {
     pub config: ModelConfig,

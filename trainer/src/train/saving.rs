@@ -177,10 +177,3 @@ pub fn save_and_wait(saver: &mut Saver, trainer: &Trainer, progress: Progress, c
         std::thread::sleep(Duration::from_secs(1));
     }
 }
-
-/// Whether a run saves before its last step without being asked. One that does not needs no second copy of its state.
-pub fn saves_on_the_way(plan: &Plan) -> bool {
-    plan.checkpoint.every_steps < plan.train.steps
-        || plan.checkpoint.every_minutes.is_some()
-        || plan.evaluation.every_steps.is_some()
-}

@@ -23,28 +23,20 @@ pub struct Packed {
 impl Packed {
     /// What [`forward`] reads.
     pub fn for_forward(k: &[bf16], v: &[bf16], sizes: Sizes, stretch: (usize, usize), group: usize) -> Packed {
+        let [k, v] = [k, v].map(|x| move || rows(x, stretch, (group, sizes.groups), sizes.dim));
         let mut packed = Packed::default();
-        packed
-            .keys_t
-            .transposed(rows(k, stretch, (group, sizes.groups), sizes.dim), sizes.dim);
-        packed
-            .values
-            .stacked(rows(v, stretch, (group, sizes.groups), sizes.dim), sizes.dim);
+        packed.keys_t.transposed(k(), sizes.dim);
+        packed.values.stacked(v(), sizes.dim);
         packed
     }
 
     /// What [`backward`] reads.
     pub fn for_backward(k: &[bf16], v: &[bf16], sizes: Sizes, stretch: (usize, usize), group: usize) -> Packed {
+        let [k, v] = [k, v].map(|x| move || rows(x, stretch, (group, sizes.groups), sizes.dim));
         let mut packed = Packed::default();
-        packed
-            .keys_t
-            .transposed(rows(k, stretch, (group, sizes.groups), sizes.dim), sizes.dim);
-        packed
-            .values_t
-            .transposed(rows(v, stretch, (group, sizes.groups), sizes.dim), sizes.dim);
-        packed
-            .keys
-            .stacked(rows(k, stretch, (group, sizes.groups), sizes.dim), sizes.dim);
+        packed.keys_t.transposed(k(), sizes.dim);
+        packed.values_t.transposed(v(), sizes.dim);
+        packed.keys.stacked(k(), sizes.dim);
         packed
     }
 }
