@@ -268,7 +268,8 @@ fn kills(_: bool) {
     assert!(unusable.is_empty(), "{unusable:?}");
 }
 
-fn failures(_: bool) {
+/// The short form takes every third call.
+fn failures(soak: bool) {
     let faults = [
         ("write", "error=ENOSPC"),
         ("write", "error=EIO"),
@@ -288,6 +289,7 @@ fn failures(_: bool) {
                 .iter()
                 .filter(|(known, ..)| *known == call)
                 .map(|(_, number, _)| *number)
+                .step_by(if soak { 1 } else { 3 })
             {
                 let run = run_before();
                 let status = under_strace(&inject(call, fault, number), role, run.path())
@@ -307,10 +309,12 @@ fn failures(_: bool) {
     println!("failing_calls {tried} unusable 0");
 }
 
-fn frozen(_: bool) {
+/// The short form takes every third call.
+fn frozen(soak: bool) {
     let (mut tried, mut accepted) = (0, Vec::new());
     // Who freezes before it has taken the run is the newer attempt when it wakes: it takes the run over and chooses anew.
-    for (call, number, _) in every_call("rank-0").into_iter().filter(|(.., taken)| *taken) {
+    let after = every_call("rank-0").into_iter().filter(|(.., taken)| *taken);
+    for (call, number, _) in after.step_by(if soak { 1 } else { 3 }) {
         let run = run_before();
         let mut strace = under_strace(&inject(call, "signal=SIGSTOP", number), "rank-0", run.path());
         let Some(writer) = stopped(&mut strace) else {

@@ -1,6 +1,7 @@
 //! What any number of ranks at any ZeRO stage has saved, any other reads, to the bit; ranks under MPI that are killed at a call of
 //! their save, or cannot write. Starts itself under mpirun, and there under strace. `--soak`: 1, 2, 3, 4, 6 and 8 ranks, every call.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -243,16 +244,21 @@ fn every_call(chain: &mut Chain, rank: usize) -> Vec<(usize, &'static str, usize
     for (place, path) in paths.iter().enumerate() {
         let (named, opened) = (format!("\"{}\"", path.display()), format!("<{}>", path.display()));
         for call in CALLS {
-            let begins = format!(" {call}(");
-            let of_call = text.lines().filter(|line| {
-                line.trim_start_matches(|c: char| c.is_ascii_digit())
+            let mut by_thread = BTreeMap::new();
+            for (thread, made) in text.lines().filter_map(|line| line.split_once(' ')) {
+                let made = made
                     .trim_start()
-                    .starts_with(begins.trim_start())
-                    && (line.contains(&named) || line.contains(&opened))
-            });
-            let mut by_thread = std::collections::BTreeMap::new();
-            for line in of_call {
-                *by_thread.entry(line.split_whitespace().next()).or_insert(0) += 1;
+                    .strip_prefix(call)
+                    .and_then(|rest| rest.strip_prefix('('));
+                let concerns = |made: &str| match call {
+                    // strace tells a call's place by the first name only.
+                    "rename" | "mkdir" => made.starts_with(&named),
+                    "openat" => made.contains(&named),
+                    _ => made.contains(&opened),
+                };
+                if made.is_some_and(concerns) {
+                    *by_thread.entry(thread).or_insert(0) += 1;
+                }
             }
             found.extend(by_thread.into_values().max().map(|most| (place, call, most)));
         }
