@@ -100,11 +100,18 @@ fn side_by_side(arguments: &Arguments) -> Result<()> {
     let resumes = Resumes::prepare(folder)?;
     let (mut our_steps, mut their_steps) = (Vec::new(), Vec::new());
     them_train(arguments, &resumes, "save")?;
+    // The disk of a shared machine has its moods: more rounds of saves than of the rest, begun by each side in turn.
+    for round in 0..2 * arguments.rounds {
+        for side in [round % 2, (round + 1) % 2] {
+            match side {
+                0 => ours.push(run(us().args(["save", &elements, &saves]).arg(folder))?),
+                _ => theirs.push(run(them().args(["save", &elements, &saves]).arg(folder))?),
+            }
+        }
+    }
     for round in 0..arguments.rounds {
         our_steps.push(resumes.first_step(1 + round as u64)?);
         their_steps.push(them_train(arguments, &resumes, "resume")?);
-        ours.push(run(us().args(["save", &elements, &saves]).arg(folder))?);
-        theirs.push(run(them().args(["save", &elements, &saves]).arg(folder))?);
         our_loads.push(from_start(us().args(["load", &elements]).arg(folder))?);
         their_loads.push(from_start(them().args(["load", &elements]).arg(folder))?);
     }

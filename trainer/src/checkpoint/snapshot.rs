@@ -6,14 +6,10 @@ use std::thread::JoinHandle;
 use anyhow::Result;
 use launcher::checkpoint::Part;
 use launcher::checkpoint::manifest::STATE;
-use rayon::prelude::*;
-use sharding::memory::{bytes, f32s, f32s_mut};
+use sharding::memory::{bytes, f32s_mut};
 use sharding::zero::Slice;
 use sharding::{Comm, Zero};
 use tch::{Device, Kind, Tensor};
-
-/// Elements that a task copies.
-const TASK: usize = 1 << 18;
 
 pub struct Snapshot {
     /// Which file of how many it becomes.
@@ -58,7 +54,7 @@ impl Snapshot {
     /// Copies the state as it is now. When this returns, training may change it.
     pub fn take(&mut self, zero: &Zero) -> Result<()> {
         for ((_, _, from), (_, _, host)) in tensors(zero).zip(&mut self.tensors) {
-            copy(from, host)?;
+            host.f_copy_(from)?;
         }
         Ok(())
     }
@@ -96,14 +92,4 @@ fn tensors(zero: &Zero) -> impl Iterator<Item = (String, usize, &Tensor)> {
         let named = STATE.into_iter().zip([theta, m, v]);
         named.map(move |(name, tensor)| (format!("{}.{name}", bucket.name), range.len(), tensor))
     })
-}
-
-fn copy(from: &Tensor, to: &mut Tensor) -> Result<()> {
-    if from.device() == Device::Cpu {
-        let tasks = f32s_mut(to).par_chunks_mut(TASK).zip(f32s(from).par_chunks(TASK));
-        tasks.for_each(|(to, from)| to.copy_from_slice(from));
-    } else {
-        to.f_copy_(from)?;
-    }
-    Ok(())
 }
