@@ -71,9 +71,11 @@ impl Snapshot {
     }
 }
 
-/// Which file of how many this rank writes, and its elements of each bucket, from and to; `None` where another rank holds the
-/// same.
-fn share(comm: &dyn Comm, zero: &Zero) -> Option<((usize, usize), Vec<(u64, u64)>)> {
+/// As [`Snapshot::slice`] and [`Snapshot::ranges`].
+type Share = ((usize, usize), Vec<(u64, u64)>);
+
+/// Which file this rank writes, and what of each bucket is in it; `None` where another rank holds the same.
+fn share(comm: &dyn Comm, zero: &Zero) -> Option<Share> {
     let (rank, layout) = (comm.rank(), zero.layout());
     let range = |bucket| {
         let (range, _) = zero.slice(bucket);
