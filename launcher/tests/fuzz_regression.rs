@@ -38,7 +38,8 @@ fn damaged_bytes_are_refused() {
             .wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % below.max(1)
     };
-    let readers: [(&str, fn(&[u8])); 3] = [
+    type Reader = (&'static str, fn(&[u8]));
+    let readers: [Reader; 3] = [
         ("rendezvous", fuzz),
         ("manifest", manifest::fuzz),
         ("slice", read::fuzz),
