@@ -43,11 +43,12 @@ fuzz: setup  ## arbitrary bytes through the readers of other programs' files, a 
 soak-corpus: build  ## imports 2 GB of generated text under a limit of 1 GiB of memory; minutes, 6 GB of disk
 	@$(ENV) cargo test --release --locked -p corpus --test import -- --ignored --exact two_gigabytes_are_imported_in_one --nocapture
 
-soak-checkpoint: setup-test build  ## a thousand kills, 10,000 damages, 36 pairs of numbers of ranks; about an hour
-	@mkdir -p runs
-	@$(ENV) { cargo test --release --locked -p launcher --test checkpoints -- --soak && \
-	  cargo test --release --locked -p trainer --test elastic -- --soak && \
-	  cargo test --release --locked -p whole-program-tests --test checkpoints -- --ignored --nocapture; } | tee runs/soak-checkpoint.log
+soak-checkpoint: setup-test build  ## a thousand kills, 10,000 damages, 36 pairs of numbers of ranks; about an hour, goes on where it was stopped
+	@mkdir -p runs/soak-checkpoint
+	@$(ENV) cargo test --release --locked -p launcher --test checkpoints -- --soak | tee runs/soak-checkpoint/calls.log
+	@$(ENV) cargo test --release --locked -p trainer --test elastic -- --soak | tee runs/soak-checkpoint/ranks.log
+	@$(ENV) cargo test --release --locked -p whole-program-tests --test checkpoints -- --ignored --nocapture | tee runs/soak-checkpoint/kills.log
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_checkpoint" counts
 
 bench-corpus: setup-test build  ## the corpus crate side by side with its peers, into bench/results/corpus.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml

@@ -1139,6 +1139,7 @@ fn checkpoint(typed: raw::Checkpoint) -> Checkpoint {
     Checkpoint {
         every_steps: typed.every_steps,
         every_minutes: typed.every_minutes,
+        lose_at_most: typed.lose_at_most,
         keep: typed.keep,
         keep_every: typed.keep_every,
         failures_in_a_row: typed.failures_in_a_row.unwrap_or(3),
@@ -1151,6 +1152,7 @@ fn check_checkpoint(plan: &Plan, rules: &mut Rules) {
     let Checkpoint {
         every_steps,
         every_minutes,
+        lose_at_most,
         keep,
         keep_every,
         failures_in_a_row,
@@ -1166,6 +1168,14 @@ fn check_checkpoint(plan: &Plan, rules: &mut Rules) {
     if let Some(minutes) = every_minutes {
         rules.require(minutes.is_finite() && *minutes > 0.0, || {
             format!("checkpoint.every_minutes = {minutes} is not above 0; remove the line to save by steps alone")
+        });
+    }
+    if let Some(most) = lose_at_most {
+        rules.require(most >= every_steps, || {
+            format!(
+                "checkpoint.lose_at_most = {most} is less than checkpoint.every_steps = {every_steps}: so many steps lie between \
+                 two saves; save every {most} steps, or allow {every_steps}"
+            )
         });
     }
     if let Some(every) = keep_every {

@@ -1041,6 +1041,9 @@ pub struct Checkpoint {
     pub every_steps: u64,
     /// Besides, when so many minutes have passed since the last one began.
     pub every_minutes: Option<f64>,
+    /// Steps that a kill may cost: training waits for the save under way rather than be further from the newest on the disk.
+    #[serde(default)]
+    pub lose_at_most: Option<u64>,
     /// The newest this many are kept; at least 2.
     pub keep: usize,
     /// Besides, those whose step is a multiple of this, for good.

@@ -254,6 +254,8 @@ pub struct Checkpoint {
     pub every_steps: u64,
     /// None: by steps alone.
     pub every_minutes: Option<f64>,
+    /// None: training never waits for a save under way but to begin the next.
+    pub lose_at_most: Option<u64>,
     pub keep: usize,
     /// None: only the newest are kept.
     pub keep_every: Option<u64>,

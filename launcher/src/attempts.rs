@@ -9,6 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::FOLDER;
+use crate::checkpoint::manifest::{MANIFEST, step_of};
 use crate::{exit, files};
 
 /// So many attempts in a row that moved no checkpoint, and the run is given up: something is wrong that time does not mend.
@@ -138,7 +140,7 @@ impl Attempts {
             } else {
                 most_telling(&noted, srun_code)
             },
-            step: newest_step(&self.run.join("checkpoints")).unwrap_or(0),
+            step: newest_step(&self.run.join(FOLDER)).unwrap_or(0),
             unix_time: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .unwrap_or_default()
@@ -200,10 +202,8 @@ fn most_telling(noted: &[i32], srun_code: i32) -> i32 {
 /// The step of the newest whole checkpoint: those still being written have another name.
 pub fn newest_step(checkpoints: &Path) -> Option<u64> {
     let entries = fs::read_dir(checkpoints).ok()?.flatten();
-    let whole = entries.filter(|entry| entry.path().join("manifest.json").is_file());
-    whole
-        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok())
-        .max()
+    let whole = entries.filter(|entry| entry.path().join(MANIFEST).is_file());
+    whole.filter_map(|entry| step_of(entry.file_name().to_str()?)).max()
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@ use anyhow::Context;
 use configs::{Plan, Precision};
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::FOLDER;
+use crate::checkpoint::manifest::step_name;
 use crate::files;
 
 /// One order to a worker.
@@ -188,7 +190,7 @@ impl Kept {
 
 /// The checkpoint that was best on held-out text, if a run has measured any: what `checkpoints/best.json` says.
 pub fn best_step(run: &Path) -> Option<u64> {
-    let best: Best = files::read_json(&best_file(&run.join("checkpoints"))).ok()?;
+    let best: Best = files::read_json(&best_file(&run.join(FOLDER))).ok()?;
     Some(best.step)
 }
 
@@ -202,7 +204,7 @@ pub struct Best {
 /// The checkpoint that no pruning takes, whatever its age.
 pub fn best_checkpoint(checkpoints: &Path) -> Option<PathBuf> {
     let best: Best = files::read_json(&best_file(checkpoints)).ok()?;
-    Some(checkpoints.join(format!("step-{:08}", best.step)))
+    Some(checkpoints.join(step_name(best.step)))
 }
 
 pub fn best_file(checkpoints: &Path) -> PathBuf {

@@ -14,6 +14,8 @@ use configs::Plan;
 use serde::{Deserialize, Serialize};
 
 use crate::attempts::{Attempt, Attempts, newest_step};
+use crate::checkpoint::FOLDER;
+use crate::checkpoint::manifest::{MANIFEST, step_name};
 use crate::events::StepMetrics;
 use crate::place::{self, Place};
 use crate::rendezvous::sameness::printable;
@@ -174,10 +176,10 @@ impl Status {
             .with_context(|| format!("{} holds no run yet", files::shown(run)))?;
         ensure!(plan.train.steps > 0, "{} has no steps", files::shown(run));
         let steps = last_steps(&run.join("metrics.jsonl"));
-        let checkpoints = run.join("checkpoints");
+        let checkpoints = run.join(FOLDER);
         let checkpoint = newest_step(&checkpoints);
         let written = checkpoint.and_then(|step| {
-            let manifest = checkpoints.join(format!("step-{step:08}/manifest.json"));
+            let manifest = checkpoints.join(step_name(step)).join(MANIFEST);
             let modified = fs::metadata(manifest).ok()?.modified().ok()?;
             Some(modified.duration_since(UNIX_EPOCH).ok()?.as_secs_f64())
         });

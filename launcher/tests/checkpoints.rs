@@ -13,7 +13,8 @@ use launcher::checkpoint::identity::Identity;
 use launcher::checkpoint::manifest::{CHUNK_BYTES, FORMAT, partial_name, step_name};
 use launcher::checkpoint::read::list;
 use launcher::checkpoint::{
-    Fence, FileEntry, GuardState, Keep, Manifest, Nonce, Part, TensorEntry, commit, newest, verify, write_slices,
+    FOLDER, Fence, FileEntry, GuardState, Keep, Manifest, Nonce, Part, TensorEntry, commit, newest, verify,
+    write_slices,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -86,7 +87,7 @@ fn range(slice: usize) -> (u64, u64) {
 }
 
 fn checkpoints(run: &Path) -> PathBuf {
-    run.join("checkpoints")
+    run.join(FOLDER)
 }
 
 fn write_one(run: &Path, nonce: &Nonce, step: u64, slice: usize) -> anyhow::Result<FileEntry> {
@@ -225,9 +226,9 @@ fn every_call(role: &str) -> Vec<(&'static str, usize, bool)> {
     }
     let count = |call: &str| calls.iter().filter(|(known, ..)| *known == call).count();
     let least = if role == "rank-0" {
-        [10, 8, 7, 3, 1]
+        [8, 8, 7, 3, 1]
     } else {
-        [2, 2, 1, 0, 1]
+        [1, 2, 1, 0, 1]
     };
     for (call, least) in CALLS.into_iter().zip(least) {
         assert!(
@@ -267,7 +268,8 @@ fn kills(_: bool) {
     assert!(unusable.is_empty(), "{unusable:?}");
 }
 
-fn failures(_: bool) {
+/// The short form takes every third call.
+fn failures(soak: bool) {
     let faults = [
         ("write", "error=ENOSPC"),
         ("write", "error=EIO"),
@@ -287,6 +289,7 @@ fn failures(_: bool) {
                 .iter()
                 .filter(|(known, ..)| *known == call)
                 .map(|(_, number, _)| *number)
+                .step_by(if soak { 1 } else { 3 })
             {
                 let run = run_before();
                 let status = under_strace(&inject(call, fault, number), role, run.path())
@@ -306,10 +309,12 @@ fn failures(_: bool) {
     println!("failing_calls {tried} unusable 0");
 }
 
-fn frozen(_: bool) {
+/// The short form takes every third call.
+fn frozen(soak: bool) {
     let (mut tried, mut accepted) = (0, Vec::new());
     // Who freezes before it has taken the run is the newer attempt when it wakes: it takes the run over and chooses anew.
-    for (call, number, _) in every_call("rank-0").into_iter().filter(|(.., taken)| *taken) {
+    let after = every_call("rank-0").into_iter().filter(|(.., taken)| *taken);
+    for (call, number, _) in after.step_by(if soak { 1 } else { 3 }) {
         let run = run_before();
         let mut strace = under_strace(&inject(call, "signal=SIGSTOP", number), "rank-0", run.path());
         let Some(writer) = stopped(&mut strace) else {

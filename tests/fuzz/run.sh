@@ -21,7 +21,7 @@ host="$(rustc --version --verbose | sed -n 's/^host: //p')"
 echo "Building the fuzz targets"
 RUSTFLAGS="$(tr '\n' ' ' <<< "$instrument")" \
     cargo build --release --locked --quiet --target "$host" --manifest-path tests/fuzz/Cargo.toml --target-dir "$out"
-for target in hostlist indexed jsonl rendezvous sentencepiece; do
+for target in hostlist indexed jsonl manifest rendezvous sentencepiece slice; do
     seen="$out/corpus/$target"
     mkdir -p -- "$seen" "$out/crashes"
     echo "Fuzzing $target for $seconds s"

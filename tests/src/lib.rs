@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
+use launcher::checkpoint::FOLDER;
+use launcher::checkpoint::manifest::{MANIFEST, step_name};
 use serde_json::Value;
 
 /// The repository's root.
@@ -81,10 +83,7 @@ impl Run {
 
     /// Digests of the slices in the checkpoint of `step`.
     pub fn state(&self, step: u64) -> Vec<String> {
-        let path = self
-            .folder
-            .path()
-            .join(format!("checkpoints/step-{step:08}/manifest.json"));
+        let path = self.folder.path().join(FOLDER).join(step_name(step)).join(MANIFEST);
         let manifest: Value = serde_json::from_str(&fs::read_to_string(&path).expect("a manifest")).expect("JSON");
         let files = manifest["files"].as_array().expect("files");
         files

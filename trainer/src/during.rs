@@ -44,7 +44,7 @@ impl During {
             .iter()
             .map(|(language, documents)| evaluate::prepare(language, documents, &tokenizer, &plan.evaluation, start))
             .collect::<Result<Vec<_>>>()?;
-        let checkpoints = plan.folders.run.join("checkpoints");
+        let checkpoints = plan.folders.run.join(launcher::checkpoint::FOLDER);
         let during = During {
             sample: sample
                 .into_iter()

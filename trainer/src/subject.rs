@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use configs::{Plan, Precision, Residual};
 use corpus::Tokenizer;
+use launcher::checkpoint::manifest::step_name;
 use launcher::measurement::{MadeBy, ModelRef};
 use serde_json::Value;
 use sharding::{Comm, Stage};
@@ -71,7 +72,7 @@ impl Subject {
         let folder = plan.folders.run.join(launcher::checkpoint::FOLDER);
         let (path, manifest) = match step {
             Some(step) => {
-                let path = folder.join(format!("step-{step:08}"));
+                let path = folder.join(step_name(step));
                 let manifest = launcher::checkpoint::verify(&path)?;
                 (path, manifest)
             }

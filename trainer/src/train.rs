@@ -19,7 +19,7 @@ use tch::Device;
 
 pub use self::build::{build, build_model, sharding};
 use self::log::{Log, Measured, languages, metrics};
-use self::saving::{Boundary, Clock, save_and_wait, start_save};
+use self::saving::{Boundary, Clock, save_and_wait, start_save, wait_rather_than_lose};
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Progress, Saver};
 use crate::during::During;
@@ -158,6 +158,10 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         } else if boundary.save_is_due || is_best || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
             comm.at(Mark::Save);
             start_save(&mut saver, &trainer, progress, &mut clock)?;
+        }
+        if let Some(most) = plan.checkpoint.lose_at_most {
+            comm.at(Mark::Save);
+            wait_rather_than_lose(most, &mut saver, &trainer, &mut clock)?;
         }
         if plan.debug.die_after == Some(trainer.step) {
             let outcome = saver.finish()?;

@@ -1,5 +1,5 @@
-//! Saves and resumes against torch's asynchronous distributed checkpoint: the same state, the same disk, in turns, each side in
-//! a process of its own. What the soak has counted stands beside it.
+//! Saves and resumes against torch's distributed checkpoint: the same state, the same disk, in turns, each side in a process of
+//! its own. What the soak has counted is put beside it, by `counts` alone at the soak's end.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,10 +7,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use bench::{Entry, Report, Results, median, number, report, run};
+use bench::{Entry, Report, Results, median, middle, number, peer, report, run, script, text_of};
 use clap::{Parser, Subcommand};
+use launcher::checkpoint::commit::unix_time;
 use launcher::checkpoint::{FOLDER, GuardState, Identity, verify};
-use serde_json::json;
+use serde_json::{Value, json};
 use sharding::memory::{f32s, f32s_mut};
 use sharding::{BucketSpec, ParamSpec, Stage, Zero};
 use tch::{Device, Kind, Tensor};
@@ -34,9 +35,9 @@ struct Arguments {
     /// Where both sides write
     #[arg(long, default_value = "runs/bench-checkpoint")]
     folder: PathBuf,
-    /// What `make soak-checkpoint` has printed
-    #[arg(long, default_value = "runs/soak-checkpoint.log")]
-    counts: PathBuf,
+    /// Where `make soak-checkpoint` leaves what it prints
+    #[arg(long, default_value = "runs/soak-checkpoint")]
+    soak: PathBuf,
     #[arg(long, default_value = "bench/results/checkpoint.json")]
     out: PathBuf,
 }
@@ -52,6 +53,8 @@ enum Alone {
         elements: usize,
         folder: PathBuf,
     },
+    /// Only take over what the soak has counted
+    Counts,
 }
 
 const PEER: &str = "torch.distributed.checkpoint.async_save, synced files";
@@ -65,6 +68,7 @@ fn main() -> Result<()> {
             folder,
         }) => say(&save(*elements, *saves, folder)?),
         Some(Alone::Load { elements, folder }) => say(&read(*elements, folder)?),
+        Some(Alone::Counts) => counts(&arguments.soak, &mut Results::open(&arguments.out)?),
         None => side_by_side(&arguments),
     }
 }
@@ -86,17 +90,28 @@ fn side_by_side(arguments: &Arguments) -> Result<()> {
     }
     fs::create_dir_all(folder)?;
     let (elements, saves) = (elements.to_string(), saves.to_string());
-    let peer = Path::new("bench/peers/save_checkpoint.py");
     let us = || Command::new(std::env::current_exe().unwrap_or_default());
     let them = || {
         let mut command = Command::new(&arguments.python);
-        command.arg(peer);
+        command.arg(script("save_checkpoint.py"));
         command
     };
     let (mut ours, mut theirs, mut our_loads, mut their_loads) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..arguments.rounds {
-        ours.push(run(us().args(["save", &elements, &saves]).arg(folder))?);
-        theirs.push(run(them().args(["save", &elements, &saves]).arg(folder))?);
+    let resumes = Resumes::prepare(folder)?;
+    let (mut our_steps, mut their_steps) = (Vec::new(), Vec::new());
+    them_train(arguments, &resumes, "save")?;
+    // The disk of a shared machine has its moods: more rounds of saves than of the rest, begun by each side in turn.
+    for round in 0..2 * arguments.rounds {
+        for side in [round % 2, (round + 1) % 2] {
+            match side {
+                0 => ours.push(run(us().args(["save", &elements, &saves]).arg(folder))?),
+                _ => theirs.push(run(them().args(["save", &elements, &saves]).arg(folder))?),
+            }
+        }
+    }
+    for round in 0..arguments.rounds {
+        our_steps.push(resumes.first_step(1 + round as u64)?);
+        their_steps.push(them_train(arguments, &resumes, "resume")?);
         our_loads.push(from_start(us().args(["load", &elements]).arg(folder))?);
         their_loads.push(from_start(them().args(["load", &elements]).arg(folder))?);
     }
@@ -121,16 +136,26 @@ fn side_by_side(arguments: &Arguments) -> Result<()> {
         Entry::of("verify_share_of_save", share, 0.03, "of a save's time")
             .peer_is("the target")
             .note(format!(
-                "digests, and reading back; verifying alone goes at {:.2} GB/s",
+                "what digests and reading back add to a save beyond the sync that they go on beside; their thread works {:.0} % \
+                 of it. Verifying a checkpoint goes at {:.2} GB/s",
+                100.0 * of(&ours, "verify_work"),
                 of(&ours, "verify_gb_per_s")
             )),
     )?;
     results.put(
-        Entry::of("resume_s", seconds(&our_loads), seconds(&their_loads), "s")
+        Entry::of("load_s", seconds(&our_loads), seconds(&their_loads), "s")
             .peer_is("torch imported, torch.distributed.checkpoint.load; it verifies nothing")
             .note("from the process's start to the state in memory, ours with every digest compared".into()),
     )?;
-    counts(&arguments.counts, &mut results)?;
+    results.put(
+        Entry::of("resume_s", middle(our_steps), middle(their_steps), "s")
+            .peer_is("transformers + PEFT with torch.distributed.checkpoint.load, on random ids; it verifies nothing")
+            .note(format!(
+                "from the process's start to the end of the first step, of the tiny config's model {WIDTH} wide, \
+                 {ROWS} rows of {TIME} tokens; ours is `panglot train` with all that it checks"
+            )),
+    )?;
+    counts(&arguments.soak, &mut results)?;
     results.print();
     fs::remove_dir_all(folder)?;
     Ok(())
@@ -144,37 +169,119 @@ fn from_start(command: &mut Command) -> Result<Report> {
     Ok(report)
 }
 
-/// Lines "NAME tried WHAT bad" of the soak, as entries of their own.
-fn counts(log: &Path, results: &mut Results) -> Result<()> {
-    let Ok(text) = fs::read_to_string(log) else {
-        eprintln!(
-            "{} is not there: run `make soak-checkpoint` for the counts",
-            log.display()
+/// Of the model whose runs are resumed; the tiny config's is 64 wide.
+const WIDTH: usize = 256;
+const ROWS: usize = 4;
+const TIME: usize = 64;
+
+/// A run that is stopped after each step and goes on.
+struct Resumes {
+    folder: PathBuf,
+    overrides: Vec<String>,
+}
+
+impl Resumes {
+    /// Prepares the model and its data, and takes the first step.
+    fn prepare(folder: &Path) -> Result<Resumes> {
+        let folder = std::path::absolute(folder)?;
+        let model = [
+            format!("folders.prepared={}", text_of(&folder.join("prepared"))?),
+            format!("folders.run={}", text_of(&folder.join("run"))?),
+            format!("model.shape.hidden_size={WIDTH}"),
+            format!("train.sequence_length={TIME}"),
+            format!("train.rows_per_step={ROWS}"),
+            format!("train.micro_rows={ROWS}"),
+        ];
+        // No save on the way, so that a resume is what is measured.
+        let run = ["train.steps=1000", "checkpoint.every_steps=1000"].map(str::to_owned);
+        let resumes = Resumes {
+            folder,
+            overrides: model.into_iter().chain(run).collect(),
+        };
+        let prepared = resumes.panglot("prepare").output()?;
+        ensure!(
+            prepared.status.success(),
+            "{}",
+            String::from_utf8_lossy(&prepared.stderr)
         );
-        return Ok(());
-    };
+        resumes.first_step(0)?;
+        Ok(resumes)
+    }
+
+    fn panglot(&self, what: &str) -> Command {
+        let program = std::env::current_exe().unwrap_or_default().with_file_name("panglot");
+        let mut command = Command::new(program);
+        command.args([what, "configs/tiny.yaml"]).args(&self.overrides);
+        command
+    }
+
+    /// Seconds from the start of `panglot train` until `step` has been taken, the first of this attempt.
+    fn first_step(&self, step: u64) -> Result<f64> {
+        let started = unix_time();
+        let mut command = self.panglot("train");
+        let output = command.arg(format!("debug.stop_after={}", step + 1)).output()?;
+        // It wants more time.
+        let said = String::from_utf8_lossy(&output.stdout);
+        ensure!(
+            output.status.code() == Some(75),
+            "{said}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let lines = fs::read_to_string(self.folder.join("run/metrics.jsonl"))?;
+        let line: Value = serde_json::from_str(lines.lines().last().context("a step was taken")?)?;
+        ensure!(line["step"] == step, "it took step {}, not {step}", line["step"]);
+        Ok(line["unix_time"].as_f64().context("a step's time")? - started)
+    }
+}
+
+/// As [`Resumes::first_step`], theirs.
+fn them_train(arguments: &Arguments, resumes: &Resumes, what: &str) -> Result<f64> {
+    let (rows, time) = (ROWS.to_string(), TIME.to_string());
+    let (model, saved) = (
+        resumes.folder.join("prepared/base_model"),
+        resumes.folder.join("theirs"),
+    );
+    let started = unix_time().to_string();
+    let words = [what, text_of(&model)?, text_of(&saved)?, &rows, &time, &started];
+    Ok(peer(&arguments.python, "resume_training.py", &words)?.seconds)
+}
+
+/// Lines "NAME tried WHAT bad" that the soak has left, the last of each name, as entries of their own.
+fn counts(soak: &Path, results: &mut Results) -> Result<()> {
+    let mut text = String::new();
+    for entry in fs::read_dir(soak).into_iter().flatten() {
+        let file = entry?.path();
+        if file.extension().is_some_and(|extension| extension == "log") {
+            text += &fs::read_to_string(&file)?;
+        }
+    }
     for (line_name, entry) in [
         ("syscall_kills", "syscall_kills_unusable"),
+        ("rank_kills", "rank_kills_unusable"),
+        ("failing_calls", "failing_calls_unusable"),
         ("random_kills", "random_kills_unequal"),
         ("damages", "flips_undetected"),
         ("frozen_writers", "stale_bytes_accepted"),
         ("power_cuts", "power_cuts_unusable"),
         ("reshard_pairs", "reshard_pairs_equal"),
     ] {
-        let named = |line: &'_ str| line.find(&format!("{line_name} ")).map(|at| line[at..].to_owned());
-        let Some(line) = text.lines().find_map(named) else {
+        let Some(line) = text.lines().rfind(|line| line.starts_with(&format!("{line_name} "))) else {
+            eprintln!(
+                "{} has no line of {line_name}: run `make soak-checkpoint`",
+                soak.display()
+            );
             continue;
         };
         let words: Vec<&str> = line.split_whitespace().collect();
         let [_, tried, _, counted, ..] = words[..] else {
-            bail!("{} has the line {line:?}", log.display())
+            bail!("{} has the line {line:?}", soak.display())
         };
-        let (tried, counted): (f64, f64) = (tried.parse()?, counted.parse()?);
+        let (tried, counted): (f64, f64) = (tried.parse()?, counted.trim_end_matches(';').parse()?);
         let target = if entry == "reshard_pairs_equal" { tried } else { 0.0 };
         results.put(
             Entry::of(entry, counted, target, &format!("of {tried}"))
                 .peer_is("the target")
-                .note(line.clone()),
+                .note(line.to_owned()),
         )?;
     }
     Ok(())
@@ -222,8 +329,8 @@ fn save(elements: usize, saves: usize, folder: &Path) -> Result<Report> {
         .map(|_| Tensor::zeros([elements as i64], (Kind::Float, Device::Cpu)))
         .collect();
     room.iter_mut().for_each(|tensor| f32s_mut(tensor).fill(1.0));
-    let (mut stalls, mut copies, mut durables, mut shares, mut bytes) =
-        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), 0.0);
+    let (mut stalls, mut copies, mut durables) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut shares, mut works, mut bytes) = (Vec::new(), Vec::new(), 0.0);
     for step in 0..=saves as u64 {
         let started = Instant::now();
         let (_, slice) = zero.slice(0);
@@ -254,7 +361,8 @@ fn save(elements: usize, saves: usize, folder: &Path) -> Result<Report> {
             stalls.push(stall);
             copies.push(copy);
             durables.push(committed.seconds);
-            shares.push((committed.digest + committed.verify) / committed.seconds);
+            shares.push(committed.waited / committed.seconds);
+            works.push((committed.digest + committed.verify) / committed.seconds);
             bytes = committed.bytes as f64;
         }
     }
@@ -262,18 +370,15 @@ fn save(elements: usize, saves: usize, folder: &Path) -> Result<Report> {
     let started = Instant::now();
     verify(&newest.folder)?;
     let rate = bytes / 1e9 / started.elapsed().as_secs_f64();
-    let middle = |values: &mut Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
     let more = json!({
-        "stall": middle(&mut stalls),
-        "copy": middle(&mut copies),
-        "verify_share": middle(&mut shares),
+        "stall": middle(stalls),
+        "copy": middle(copies),
+        "verify_share": middle(shares),
+        "verify_work": middle(works),
         "verify_gb_per_s": rate,
         "bytes": bytes,
     });
-    report(middle(&mut durables), more)
+    report(middle(durables), more)
 }
 
 fn read(elements: usize, folder: &Path) -> Result<Report> {

@@ -1,11 +1,12 @@
-//! How a checkpoint comes to be, in the order in which it does: each rank writes its slices into the partial folder, digests
-//! them from memory, syncs and reads them back; then rank 0 writes the manifest, syncs, looks at the fence, renames. Until the
+//! How a checkpoint comes to be, in the order in which it does: each rank writes its slices into the partial folder, syncs them, and
+//! meanwhile digests them from memory and compares what reads back; then rank 0 writes the manifest, syncs, looks at the fence, renames. Until the
 //! rename there is no checkpoint, after it there is a whole one.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use safetensors::Dtype;
@@ -13,7 +14,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::Fence;
 use super::manifest::{CHUNK_BYTES, FileEntry, MANIFEST, Manifest, digest_of_chunks, slice_file, step_name};
-use super::read::{read_manifest, verify_file};
+use super::read::read_manifest;
 
 /// A tensor of a slice: its name, the elements of the bucket that it covers, and their f32 bytes.
 pub struct Part<'a> {
@@ -37,6 +38,8 @@ pub struct Seconds {
     pub sync: f64,
     /// Reading back what was written.
     pub verify: f64,
+    /// What digesting and reading back took beyond the sync that they go on beside.
+    pub waited: f64,
 }
 
 /// A checkpoint of this step is there already and is not this attempt's.
@@ -72,7 +75,7 @@ pub fn write_slices(
         .collect();
     let name = slice_file(slice, n_slices);
     let path = folder.join(&name);
-    let (chunks, mut seconds) = write_synced(&path, &pieces)?;
+    let (chunks, seconds) = write_synced(&path, &pieces)?;
     let entry = FileEntry {
         bytes: pieces.iter().map(|piece| piece.len() as u64).sum(),
         blake3: digest_of_chunks(&chunks).to_hex().to_string(),
@@ -80,9 +83,6 @@ pub fn write_slices(
         name,
         ranges,
     };
-    let started = std::time::Instant::now();
-    verify_file(folder, &entry, CHUNK_BYTES).context("read back at once")?;
-    seconds.verify = started.elapsed().as_secs_f64();
     Ok(Written { entry, seconds })
 }
 
@@ -113,10 +113,7 @@ pub fn commit(partial: &Path, manifest: &Manifest, fence: &Fence) -> Result<Path
     let checkpoints = partial.parent().context("checkpoints lie in a folder")?;
     let target = checkpoints.join(step_name(manifest.step));
     let text = manifest.seal()?;
-    let path = partial.join(MANIFEST);
-    write_synced(&path, &[&text])?;
-    let read = fs::read(&path).with_context(|| path.display().to_string())?;
-    ensure!(read == text, "{} does not hold what was written", path.display());
+    write_synced(&partial.join(MANIFEST), &[&text])?;
     sync_folder(partial)?;
     fence.check()?;
     if target.exists() {
@@ -137,42 +134,33 @@ pub fn commit(partial: &Path, manifest: &Manifest, fence: &Fence) -> Result<Path
     Ok(target)
 }
 
-/// Writes a new file of these pieces, straight from where they lie, and syncs it. The digests are of memory, chunk by chunk.
+/// Writes a new file of these pieces, straight from where they lie, and syncs it. While the disk is at it, one more thread
+/// digests what lies in memory, chunk by chunk, and compares it with what reads back: most saves wait for their disk, so
+/// that costs them next to nothing. The other cores belong to the step that goes on meanwhile.
 fn write_synced(path: &Path, pieces: &[&[u8]]) -> Result<(Vec<blake3::Hash>, Seconds)> {
     let in_file = || format!("writing {}", path.display());
     let mut file = OpenOptions::new()
+        .read(true)
         .write(true)
         .create_new(true)
         .open(path)
         .with_context(in_file)?;
     let mut seconds = Seconds::default();
-    let (mut chunks, mut hasher, mut room) = (Vec::new(), blake3::Hasher::new(), CHUNK_BYTES as usize);
-    for piece in pieces {
-        let mut rest = *piece;
-        while !rest.is_empty() {
-            let (now, later) = rest.split_at(rest.len().min(room));
-            rest = later;
-            // On this thread alone: the others belong to the step that goes on meanwhile.
-            seconds.digest += timed(|| {
-                hasher.update(now);
-            });
-            room -= now.len();
-            if room == 0 {
-                chunks.push(hasher.finalize());
-                hasher.reset();
-                room = CHUNK_BYTES as usize;
-            }
-            let mut result = Ok(());
-            seconds.write += timed(|| result = file.write_all(now));
-            result.with_context(in_file)?;
-        }
-    }
-    if room < CHUNK_BYTES as usize {
-        chunks.push(hasher.finalize());
-    }
     let mut result = Ok(());
-    seconds.sync += timed(|| result = file.sync_all());
-    result.with_context(|| format!("syncing {}", path.display()))?;
+    seconds.write = timed(|| result = pieces.iter().try_for_each(|piece| file.write_all(piece)));
+    result.with_context(in_file)?;
+    let started = Instant::now();
+    let (synced, checked) = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("checkpoint-check".into());
+        let thread = thread.spawn_scoped(scope, || check(&file, pieces))?;
+        let synced = file.sync_all();
+        seconds.sync = started.elapsed().as_secs_f64();
+        let checked = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        io::Result::Ok((synced, checked))
+    })
+    .context("starting a thread that reads the checkpoint back")?;
+    seconds.waited = started.elapsed().as_secs_f64() - seconds.sync;
+    synced.with_context(|| format!("syncing {}", path.display()))?;
     let (expected, found) = (
         pieces.iter().map(|piece| piece.len() as u64).sum::<u64>(),
         file.metadata()?.len(),
@@ -184,11 +172,61 @@ fn write_synced(path: &Path, pieces: &[&[u8]]) -> Result<(Vec<blake3::Hash>, Sec
             path.display()
         ))
     );
-    Ok((chunks, seconds))
+    let checked = checked.with_context(|| format!("reading {} back at once", path.display()))?;
+    (seconds.digest, seconds.verify) = (checked.digest, checked.verify);
+    Ok((checked.chunks, seconds))
+}
+
+struct Checked {
+    chunks: Vec<blake3::Hash>,
+    digest: f64,
+    verify: f64,
+}
+
+/// Digests of the pieces as they lie in memory, and whether the file holds the same.
+fn check(file: &File, pieces: &[&[u8]]) -> io::Result<Checked> {
+    const BUFFER_BYTES: usize = 1 << 20;
+    let mut found = Checked {
+        chunks: Vec::new(),
+        digest: 0.0,
+        verify: 0.0,
+    };
+    let (mut hasher, mut room, mut place) = (blake3::Hasher::new(), CHUNK_BYTES as usize, 0);
+    let mut buffer = vec![0; BUFFER_BYTES];
+    for piece in pieces {
+        let mut rest = *piece;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(room).min(BUFFER_BYTES));
+            rest = later;
+            found.digest += timed(|| {
+                hasher.update(now);
+            });
+            room -= now.len();
+            if room == 0 {
+                found.chunks.push(hasher.finalize());
+                hasher.reset();
+                room = CHUNK_BYTES as usize;
+            }
+            let mut result = Ok(true);
+            found.verify += timed(|| {
+                let read = &mut buffer[..now.len()];
+                result = file.read_exact_at(read, place).map(|()| read == now);
+            });
+            if !result? {
+                let bytes = format!("bytes {place} to {} are not what was written", place + now.len() as u64);
+                return Err(io::Error::other(bytes));
+            }
+            place += now.len() as u64;
+        }
+    }
+    if room < CHUNK_BYTES as usize {
+        found.chunks.push(hasher.finalize());
+    }
+    Ok(found)
 }
 
 fn timed(work: impl FnOnce()) -> f64 {
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     work();
     started.elapsed().as_secs_f64()
 }

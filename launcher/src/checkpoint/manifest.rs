@@ -83,7 +83,8 @@ const SEAL_END: &str = "\"\n}\n";
 impl Manifest {
     /// Of files and manifest, bytes.
     pub fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes).sum()
+        let sizes = self.files.iter().map(|file| file.bytes);
+        sizes.fold(0, u64::saturating_add)
     }
 
     /// The file's text. Its digest is of bytes and not of values: numbers need not survive a reader to be checked.
@@ -163,6 +164,28 @@ impl Manifest {
             );
         }
         Ok(())
+    }
+}
+
+/// For the fuzz target: no bytes make it panic, also those of somebody who can compute a digest, and what is accepted names
+/// plain files that hold every element once.
+pub fn fuzz(bytes: &[u8]) {
+    let accepted = |manifest: &Manifest| {
+        assert!(manifest.files.iter().all(|file| is_plain_name(&file.name)));
+        for (index, tensor) in manifest.tensors.iter().enumerate() {
+            let lengths = manifest.files.iter().map(|file| file.ranges[index]);
+            let held: u64 = lengths.map(|(start, end)| end.saturating_sub(start)).sum();
+            assert_eq!(held, tensor.elements);
+        }
+    };
+    if let Ok(manifest) = Manifest::unseal(bytes) {
+        accepted(&manifest);
+    }
+    let resealed = serde_json::from_slice::<Manifest>(bytes).map(|manifest| manifest.seal());
+    if let Ok(Ok(text)) = resealed
+        && let Ok(manifest) = Manifest::unseal(&text)
+    {
+        accepted(&manifest);
     }
 }
 

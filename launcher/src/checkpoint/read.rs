@@ -195,6 +195,38 @@ pub fn verify_file(folder: &Path, entry: &FileEntry, chunk_bytes: u64) -> Result
     Ok(())
 }
 
+/// A safetensors file's header, and where its values begin. `size`: of the whole file.
+fn header(from: &mut impl Read, size: u64) -> Result<(safetensors::tensor::Metadata, u64)> {
+    let mut length = [0; 8];
+    from.read_exact(&mut length)?;
+    let length = u64::from_le_bytes(length);
+    ensure!(
+        length <= size.saturating_sub(8),
+        "its header claims {length} bytes in a file of {size}"
+    );
+    let mut text = vec![0; length as usize];
+    from.read_exact(&mut text)?;
+    let header: safetensors::tensor::Metadata = serde_json::from_slice(&text)?;
+    // As many values as the file has room for, so that no place that is read overflows.
+    ensure!(
+        header.data_len() as u64 <= size - 8 - length,
+        "its header claims {} bytes of values in a file of {size}",
+        header.data_len()
+    );
+    Ok((header, 8 + length))
+}
+
+/// For the fuzz target: no bytes make it panic, and values lie where they say.
+pub fn fuzz(mut bytes: &[u8]) {
+    let size = bytes.len() as u64;
+    if let Ok((header, data_start)) = header(&mut bytes, size) {
+        for info in header.tensors().values() {
+            let (start, end) = info.data_offsets;
+            assert!(start <= end && data_start + end as u64 <= size);
+        }
+    }
+}
+
 /// Reads ranges of tensors of a safetensors file without reading the rest.
 pub struct SliceFile {
     file: File,
@@ -205,25 +237,14 @@ pub struct SliceFile {
 
 impl SliceFile {
     pub fn open(path: &Path) -> Result<SliceFile> {
-        let in_file = || path.display().to_string();
         let mut file = open_plain(path)?;
-        let mut length = [0; 8];
-        file.read_exact(&mut length).with_context(in_file)?;
-        let size = file.metadata()?.len();
-        let length = u64::from_le_bytes(length);
-        ensure!(
-            length <= size - 8,
-            "{}: its header claims {length} bytes in a file of {size}",
-            path.display()
-        );
-        let mut header = vec![0; length as usize];
-        file.read_exact(&mut header).with_context(in_file)?;
-        let header = serde_json::from_slice(&header).with_context(in_file)?;
+        let size = file.metadata().with_context(|| path.display().to_string())?.len();
+        let (header, data_start) = header(&mut file, size).with_context(|| path.display().to_string())?;
         Ok(SliceFile {
             file,
             path: path.into(),
             header,
-            data_start: 8 + length,
+            data_start,
         })
     }
 

@@ -2,6 +2,7 @@
 
 use super::{App, ConfigArgs, Leave};
 use launcher::attempts::{Attempts, Verdict, newest_step};
+use launcher::checkpoint::FOLDER;
 use launcher::exit;
 
 #[derive(Debug, clap::Subcommand)]
@@ -32,7 +33,7 @@ pub fn run(_: &App, command: &Command) -> anyhow::Result<()> {
 fn is_finished(config: &ConfigArgs) -> anyhow::Result<()> {
     let plan = config.load()?;
     Attempts::of(&plan.folders.run).clear_notes();
-    let step = newest_step(&plan.folders.run.join("checkpoints")).unwrap_or(0);
+    let step = newest_step(&plan.folders.run.join(FOLDER)).unwrap_or(0);
     if step >= plan.train.steps {
         eprintln!("panglot: all {step} steps are taken; nothing is left to do");
         return Ok(());

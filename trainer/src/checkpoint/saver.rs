@@ -82,11 +82,12 @@ pub struct Committed {
     pub seconds: f64,
     /// What rank 0's training loop waited of that.
     pub stall: f64,
-    /// Of rank 0's file: digesting, writing, syncing, reading back.
+    /// Of rank 0's file: digesting, writing, syncing, reading back, and what that and the digests took beyond the sync.
     pub digest: f64,
     pub write: f64,
     pub sync: f64,
     pub verify: f64,
+    pub waited: f64,
 }
 
 #[derive(Clone, Debug)]
@@ -132,8 +133,19 @@ impl<'a> Saver<'a> {
     /// Takes the run over from any earlier attempt. Rank 0 draws the attempt's nonce and tells all. `beside`: saves go on beside
     /// training, from memory of their own; else whoever starts one waits for it.
     pub fn begin(comm: &'a dyn Comm, run: &Path, identity: Identity, zero: &Zero, beside: bool) -> Result<Saver<'a>> {
+        Saver::begin_as(Nonce::new()?, comm, run, identity, zero, beside)
+    }
+
+    /// As [`Saver::begin`], as the attempt that rank 0 names.
+    pub fn begin_as(
+        mut nonce: Nonce,
+        comm: &'a dyn Comm,
+        run: &Path,
+        identity: Identity,
+        zero: &Zero,
+        beside: bool,
+    ) -> Result<Saver<'a>> {
         let checkpoints = run.join(files::FOLDER);
-        let mut nonce = Nonce::new()?;
         // Others hear of the attempt when it has the run: what they write from then on is not taken for an earlier one's.
         let fence = match comm.rank() {
             0 => Some(Fence::take(run, &checkpoints, &nonce)?),
@@ -393,6 +405,7 @@ fn verdict(save: &Save, committed: Result<f64>) -> Verdict {
                 write: of_file.write,
                 sync: of_file.sync,
                 verify: of_file.verify,
+                waited: of_file.waited,
             })
         }
         Err(error) if error.is::<Lost>() || error.is::<Refused>() => Verdict::Replaced(format!("{error:#}")),

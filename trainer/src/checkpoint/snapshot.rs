@@ -5,14 +5,11 @@ use std::thread::JoinHandle;
 
 use anyhow::Result;
 use launcher::checkpoint::Part;
-use rayon::prelude::*;
-use sharding::memory::{bytes, f32s, f32s_mut};
+use launcher::checkpoint::manifest::STATE;
+use sharding::memory::{bytes, f32s_mut};
 use sharding::zero::Slice;
 use sharding::{Comm, Zero};
 use tch::{Device, Kind, Tensor};
-
-/// Elements that a task copies.
-const TASK: usize = 1 << 18;
 
 pub struct Snapshot {
     /// Which file of how many it becomes.
@@ -27,19 +24,10 @@ impl Snapshot {
     /// Memory for what this rank saves, made and touched on a thread of its own: page faults cost more than the copy. `None`:
     /// another rank holds the same.
     pub fn prepare(comm: &dyn Comm, zero: &Zero) -> Option<JoinHandle<Snapshot>> {
-        let n_slices = zero.layout().n_slices;
-        if comm.rank() >= n_slices {
-            return None;
-        }
-        let (mut sizes, mut ranges) = (Vec::new(), Vec::new());
-        for (index, bucket) in zero.layout().buckets.iter().enumerate() {
-            let (range, Slice { theta, m, v }) = zero.slice(index);
-            ranges.push((range.start as u64, range.end as u64));
-            for (name, tensor) in [("theta", theta), ("m", m), ("v", v)] {
-                sizes.push((format!("{}.{name}", bucket.name), range.len(), tensor.numel()));
-            }
-        }
-        let slice = (comm.rank(), n_slices);
+        let (slice, ranges) = share(comm, zero)?;
+        let sizes: Vec<_> = tensors(zero)
+            .map(|(name, length, it)| (name, length, it.numel()))
+            .collect();
         let make = move |(name, length, padded): (String, usize, usize)| {
             let mut tensor = Tensor::empty([padded as i64], (Kind::Float, Device::Cpu));
             f32s_mut(&mut tensor).fill(0.0);
@@ -54,37 +42,19 @@ impl Snapshot {
 
     /// The slices themselves, where they lie on the host: until it is dropped, training must wait. `None` as above.
     pub fn of(comm: &dyn Comm, zero: &Zero) -> Option<Snapshot> {
-        let n_slices = zero.layout().n_slices;
-        if comm.rank() >= n_slices {
-            return None;
-        }
-        let (mut tensors, mut ranges) = (Vec::new(), Vec::new());
-        for (index, bucket) in zero.layout().buckets.iter().enumerate() {
-            let (range, Slice { theta, m, v }) = zero.slice(index);
-            ranges.push((range.start as u64, range.end as u64));
-            for (name, tensor) in [("theta", theta), ("m", m), ("v", v)] {
-                tensors.push((
-                    format!("{}.{name}", bucket.name),
-                    range.len(),
-                    tensor.to_device(Device::Cpu),
-                ));
-            }
-        }
+        let (slice, ranges) = share(comm, zero)?;
+        let on_host = |(name, length, it): (String, usize, &Tensor)| (name, length, it.to_device(Device::Cpu));
         Some(Snapshot {
-            slice: (comm.rank(), n_slices),
+            slice,
             ranges,
-            tensors,
+            tensors: tensors(zero).map(on_host).collect(),
         })
     }
 
     /// Copies the state as it is now. When this returns, training may change it.
     pub fn take(&mut self, zero: &Zero) -> Result<()> {
-        let mut hosts = self.tensors.iter_mut().map(|(_, _, host)| host);
-        for index in 0..zero.layout().buckets.len() {
-            let (_, Slice { theta, m, v }) = zero.slice(index);
-            for tensor in [theta, m, v] {
-                copy(tensor, hosts.next().expect("as many as were prepared"))?;
-            }
+        for ((_, _, from), (_, _, host)) in tensors(zero).zip(&mut self.tensors) {
+            host.f_copy_(from)?;
         }
         Ok(())
     }
@@ -101,12 +71,27 @@ impl Snapshot {
     }
 }
 
-fn copy(from: &Tensor, to: &mut Tensor) -> Result<()> {
-    if from.device() == Device::Cpu {
-        let tasks = f32s_mut(to).par_chunks_mut(TASK).zip(f32s(from).par_chunks(TASK));
-        tasks.for_each(|(to, from)| to.copy_from_slice(from));
-    } else {
-        to.f_copy_(from)?;
-    }
-    Ok(())
+/// As [`Snapshot::slice`] and [`Snapshot::ranges`].
+type Share = ((usize, usize), Vec<(u64, u64)>);
+
+/// Which file this rank writes, and what of each bucket is in it; `None` where another rank holds the same.
+fn share(comm: &dyn Comm, zero: &Zero) -> Option<Share> {
+    let (rank, layout) = (comm.rank(), zero.layout());
+    let range = |bucket| {
+        let (range, _) = zero.slice(bucket);
+        (range.start as u64, range.end as u64)
+    };
+    (rank < layout.n_slices).then(|| {
+        let ranges = (0..layout.buckets.len()).map(range).collect();
+        ((rank, layout.n_slices), ranges)
+    })
+}
+
+/// What this rank keeps of each bucket, in the order in which it is saved: name, elements without padding, values.
+fn tensors(zero: &Zero) -> impl Iterator<Item = (String, usize, &Tensor)> {
+    zero.layout().buckets.iter().enumerate().flat_map(|(index, bucket)| {
+        let (range, Slice { theta, m, v }) = zero.slice(index);
+        let named = STATE.into_iter().zip([theta, m, v]);
+        named.map(move |(name, tensor)| (format!("{}.{name}", bucket.name), range.len(), tensor))
+    })
 }

@@ -118,6 +118,7 @@ impl Clock {
                     write = it.write,
                     sync = it.sync,
                     verify = it.verify,
+                    waited = it.waited,
                     "checkpoint written"
                 );
                 let planned = planned_bytes(trainer.zero.layout().numel() as u64);
@@ -161,6 +162,16 @@ pub fn start_save(saver: &mut Saver, trainer: &Trainer, progress: Progress, cloc
     clock.last_save = Instant::now();
     let earlier = saver.start(&trainer.zero, progress, &trainer.guard.state, next_row)?;
     clock.tell(earlier, trainer);
+    Ok(())
+}
+
+/// Waits for the save under way if another step would be one more than `most` after the newest on the disk. What fails is
+/// told as ever, and the next save that is due tries again.
+pub fn wait_rather_than_lose(most: u64, saver: &mut Saver, trainer: &Trainer, clock: &mut Clock) -> Result<()> {
+    if trainer.step - saver.newest.unwrap_or(0) >= most {
+        let outcome = saver.finish()?;
+        clock.tell(outcome, trainer);
+    }
     Ok(())
 }
 
