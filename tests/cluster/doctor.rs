@@ -86,7 +86,10 @@ fn twelve_misconfigurations_are_one_line_each() {
 
     // 2: another build on one node.
     let worker = other_build(&training);
-    let other = format!("[ \"$SLURM_PROCID\" != 1 ] || export PANGLOT_WORKER='{}'", worker.display());
+    let other = format!(
+        "[ \"$SLURM_PROCID\" != 1 ] || export PANGLOT_WORKER='{}'",
+        worker.display()
+    );
     let before = changed_panglot(&training, &other);
     check(
         &training,

@@ -99,7 +99,9 @@ fn under_mpirun_a_killed_rank_ends_all() {
 fn under_mpirun_nothing_outlives_mpirun() {
     let Some(cluster) = Cluster::up() else { return };
     let (training, job) = under_mpirun(&cluster);
-    let mpirun = named(&cluster, "n1", |process| ["mpirun", "orterun"].contains(&process.name.as_str()));
+    let mpirun = named(&cluster, "n1", |process| {
+        ["mpirun", "orterun"].contains(&process.name.as_str())
+    });
     assert_eq!(mpirun.len(), 1, "{mpirun:?}");
     signal(mpirun[0].id, Signal::SIGKILL);
     check_no_orphans(&cluster, Duration::from_secs(10));
@@ -118,7 +120,11 @@ fn a_hung_rank_is_named_in_step_load_and_save() {
     undisturbed(&cluster);
     for (when, said_of_it) in [("step", "in step "), ("load", "loading"), ("save", "saving")] {
         let training = Training::new(&cluster, &["train.steps=40"]);
-        let often = if when == "save" { "checkpoint.every_steps=1" } else { "checkpoint.every_steps=4" };
+        let often = if when == "save" {
+            "checkpoint.every_steps=1"
+        } else {
+            "checkpoint.every_steps=4"
+        };
         let job = training.submit(&[&FOUR[..], &[SLOWLY, often]].concat());
         match when {
             "step" => training.wait_for_step(6),
@@ -137,9 +143,15 @@ fn a_hung_rank_is_named_in_step_load_and_save() {
         training.wait_for_words("rank 1 on n2", Duration::from_secs(30));
         let named = began.elapsed().as_secs_f64();
         let said = training.said();
-        let line = said.lines().find(|line| line.contains("rank 1 on n2")).unwrap_or_default();
+        let line = said
+            .lines()
+            .find(|line| line.contains("rank 1 on n2"))
+            .unwrap_or_default();
         eprintln!("in {when}, after {named:.1} s: {line}");
-        assert!(named < 10.0 && line.contains("gave no sign for "), "{named:.1} s: {said}");
+        assert!(
+            named < 10.0 && line.contains("gave no sign for "),
+            "{named:.1} s: {said}"
+        );
         assert!(line.contains(said_of_it), "stopped in {when}: {line}");
         goes_on_equal(&training, job);
         crate::figure("hang_named_under_slurm_s", named);
@@ -196,12 +208,17 @@ fn a_thawed_node_writes_nothing() {
     // One job, two attempts, and of the first nothing but what the second resumed from.
     let lock = fs::read_to_string(training.run.folder.path().join("run.lock")).expect("the fence");
     let partial = names_in(&training.run.folder.path().join("checkpoints"));
-    assert!(!partial.iter().any(|name| name.contains(".partial")), "{partial:?}, {lock}");
+    assert!(
+        !partial.iter().any(|name| name.contains(".partial")),
+        "{partial:?}, {lock}"
+    );
 }
 
 fn names_in(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
 }
 
 #[test]
@@ -220,12 +237,15 @@ fn whatever_of_slurm_s_is_killed_no_rank_stays() {
         }
         let gone = seconds_until_gone(&cluster, &ranks, Duration::from_secs(10));
         eprintln!("{} × {victim} killed: no rank is left after {gone:.1} s", found.len());
-        let left = cluster.all_ranks().into_iter().filter(|rank| ranks.iter().any(|old| old.id == rank.id));
+        let left = cluster
+            .all_ranks()
+            .into_iter()
+            .filter(|rank| ranks.iter().any(|old| old.id == rank.id));
         let left = left.count();
         crate::figure("orphans", left as f64);
         assert_eq!(left, 0, "{}", training.said());
-        cluster.said("scancel", &[&job.to_string()]);
-        check_no_orphans(&cluster, Duration::from_secs(10));
+        // The script notices that srun waits in vain, and the run goes on.
+        goes_on_equal(&training, job);
     }
 }
 
@@ -239,8 +259,16 @@ fn a_slow_link_is_slow_and_no_alarm() {
     let job = training.submit(&FOUR);
     training.check_completed(job, 4 * MINUTE);
     let said = training.said();
-    assert!(!said.contains("gave no sign") && !said.contains("resumed from"), "{said}");
-    let seconds = training.run.metrics().iter().map(|step| step["seconds"].as_f64().unwrap_or(0.0)).sum::<f64>();
+    assert!(
+        !said.contains("gave no sign") && !said.contains("resumed from"),
+        "{said}"
+    );
+    let seconds = training
+        .run
+        .metrics()
+        .iter()
+        .map(|step| step["seconds"].as_f64().unwrap_or(0.0))
+        .sum::<f64>();
     eprintln!("{seconds:.1} s for 40 steps");
     training.check_equals_undisturbed();
 }
@@ -253,12 +281,19 @@ fn of_a_thousand_strangers_none_gets_in() {
     let (training, job) = under_way(&cluster, &FOUR);
     let said = training.said();
     // "the ranks meet on eth0 (10.77.0.1:41035)"
-    let address = said.split("the ranks meet on ").nth(1).and_then(|rest| rest.split(['(', ')', ',']).nth(1));
+    let address = said
+        .split("the ranks meet on ")
+        .nth(1)
+        .and_then(|rest| rest.split(['(', ')', ',']).nth(1));
     let address = address.unwrap_or_else(|| panic!("no address: {said}"));
     let mut knock = cluster.login(whole_program_tests::program("test-cluster"));
     let output = knock.args(["knock", address, "1000"]).output().expect("nsenter starts");
     let accepted = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     assert_eq!(accepted, "0", "{address}: {}", whole_program_tests::text(&output));
     goes_on_equal(&training, job);
-    assert!(!training.said().contains("resumed from"), "it went on undisturbed: {}", training.said());
+    assert!(
+        !training.said().contains("resumed from"),
+        "it went on undisturbed: {}",
+        training.said()
+    );
 }

@@ -199,7 +199,10 @@ fn write_configuration(folder: &Path, nodes: &[&str]) -> Result<()> {
     }
     conf += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n";
     // Where jobs share CPUs: 50 of them on one node at once.
-    conf += &format!("PartitionName=crowd Nodes={} OverSubscribe=FORCE:25 MaxTime=INFINITE State=UP\n", nodes[0]);
+    conf += &format!(
+        "PartitionName=crowd Nodes={} OverSubscribe=FORCE:25 MaxTime=INFINITE State=UP\n",
+        nodes[0]
+    );
     std::fs::write(folder.join("etc/slurm.conf"), conf)?;
     std::fs::write(folder.join("hosts"), hosts)?;
     // Not a secret: nobody outside this machine's test ever meets it.
@@ -214,7 +217,9 @@ fn take_ports(first: &str, last: &str) -> Result<()> {
     std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", format!("{first} {last}"))?;
     let (first, last): (u16, u16) = (first.parse()?, last.parse()?);
     let wanted = (first..=last).filter(|port| port % 4 != 0);
-    let held: Vec<TcpListener> = wanted.filter_map(|port| TcpListener::bind(("0.0.0.0", port)).ok()).collect();
+    let held: Vec<TcpListener> = wanted
+        .filter_map(|port| TcpListener::bind(("0.0.0.0", port)).ok())
+        .collect();
     println!("holds {}", held.len());
     std::io::stdout().flush()?;
     loop {

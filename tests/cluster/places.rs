@@ -40,24 +40,44 @@ fn ranks_that_do_not_run_alike_are_refused_by_host() {
     let training = Training::new(&cluster, &few);
     let worker = other_build(&training);
     let before = on_rank(&training, 1, &format!("export PANGLOT_WORKER='{}'", worker.display()));
-    check(&training, &before, ("FAILED", 77), &["the ranks do not run alike: n2 (rank 1) in build"]);
+    check(
+        &training,
+        &before,
+        ("FAILED", 77),
+        &["the ranks do not run alike: n2 (rank 1) in build"],
+    );
     assert!(training.run.metrics().is_empty(), "no step was taken");
 
     let training = Training::new(&cluster, &few);
     let before = on_rank(&training, 2, "set -- \"$@\" seed=99");
-    check(&training, &before, ("FAILED", 77), &["the ranks do not run alike: n3 (rank 2) in config"]);
+    check(
+        &training,
+        &before,
+        ("FAILED", 77),
+        &["the ranks do not run alike: n3 (rank 2) in config"],
+    );
     assert!(training.run.metrics().is_empty(), "no step was taken");
 
     let training = Training::new(&cluster, &few);
     let library = training.run.folder.path().join("libmpi.so.40");
     copy_of(&mpi(), &library);
     let before = on_rank(&training, 3, &format!("export LD_PRELOAD='{}'", library.display()));
-    check(&training, &before, ("FAILED", 77), &["the ranks do not run alike: n4 (rank 3) in libmpi.so"]);
+    check(
+        &training,
+        &before,
+        ("FAILED", 77),
+        &["the ranks do not run alike: n4 (rank 3) in libmpi.so"],
+    );
     assert!(training.run.metrics().is_empty(), "no step was taken");
 }
 
 fn mpi() -> PathBuf {
-    let folders = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"];
+    let folders = [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+    ];
     let mut files = folders.iter().map(|folder| Path::new(folder).join("libmpi.so.40"));
     files.find(|file| file.is_file()).expect("Open MPI's library")
 }
@@ -96,7 +116,10 @@ fn an_interface_that_leads_nowhere_is_named() {
         "export PANGLOT_INTERFACE=side0",
         // Another attempt is due; this script makes none.
         ("FAILED", 3),
-        &["rank 0 on n1 listens on its interface side0: 10.99.0.1:", "name one that all hosts reach with PANGLOT_INTERFACE"],
+        &[
+            "rank 0 on n1 listens on its interface side0: 10.99.0.1:",
+            "name one that all hosts reach with PANGLOT_INTERFACE",
+        ],
     );
     eprintln!("an interface that nobody reaches: told after {seconds:.0} s");
     // Left to itself it takes the one on the way to the others.
@@ -137,21 +160,38 @@ fn ports_that_are_taken_are_left_to_their_owners() {
     let Some(cluster) = Cluster::up() else { return };
     // Rank 0's node: new sockets get one of 400 ports, and 300 of them are taken.
     let mut owner = cluster.on("n1", whole_program_tests::program("test-cluster"));
-    let mut owner = owner.args(["take-ports", "41000", "41399"]).stdout(Stdio::piped()).spawn().expect("nsenter starts");
+    let mut owner = owner
+        .args(["take-ports", "41000", "41399"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("nsenter starts");
     let mut line = String::new();
     let _ = BufReader::new(owner.stdout.take().expect("piped")).read_line(&mut line);
     assert!(line.starts_with("holds 3") || line.starts_with("holds 2"), "{line}");
     let training = Training::new(&cluster, &SETTINGS);
-    check(&training, "", ("COMPLETED", 0), &["the ranks meet on eth0 (10.77.0.1:41"]);
+    check(
+        &training,
+        "",
+        ("COMPLETED", 0),
+        &["the ranks meet on eth0 (10.77.0.1:41"],
+    );
     training.check_equals_undisturbed();
     let _ = owner.kill();
     let _ = owner.wait();
-    for process in cluster.processes("n1").iter().filter(|process| process.line.contains("take-ports")) {
+    for process in cluster
+        .processes("n1")
+        .iter()
+        .filter(|process| process.line.contains("take-ports"))
+    {
         crate::fixture::signal(process.id, nix::sys::signal::Signal::SIGKILL);
     }
     let range = cluster.folder().join("range");
     fs::write(&range, "32768 60999\n").expect("a file");
-    let copied = cluster.on("n1", "cp").arg(&range).arg("/proc/sys/net/ipv4/ip_local_port_range").status();
+    let copied = cluster
+        .on("n1", "cp")
+        .arg(&range)
+        .arg("/proc/sys/net/ipv4/ip_local_port_range")
+        .status();
     assert!(copied.expect("nsenter starts").success());
     std::thread::sleep(Duration::from_millis(100));
 }

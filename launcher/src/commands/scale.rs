@@ -91,8 +91,14 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         }
         let place = match local {
             // This machine's ranks share it, whatever nodes they stand for.
-            true => Place { nodes: 1, ranks_per_node: settings.ranks() },
-            false => Place { nodes, ranks_per_node: settings.ranks_per_node },
+            true => Place {
+                nodes: 1,
+                ranks_per_node: settings.ranks(),
+            },
+            false => Place {
+                nodes,
+                ranks_per_node: settings.ranks_per_node,
+            },
         };
         let planned = planned_seconds(&plan, place);
         runs.push(measured(&plan, &settings, planned)?);
