@@ -32,10 +32,10 @@ test: setup-test build  ## everything CI runs: formatting, lints, tests
 	@$(ENV) cargo test --release --locked --workspace
 
 test-cluster: setup-test build  ## every test on a real Slurm cluster of four nodes on this machine; minutes, as root
-	@$(ENV) cargo test --release --locked -p whole-program-tests --test cluster -- --include-ignored --skip soak --nocapture
+	@$(ENV) cargo test --release --locked -p whole-program-tests --test cluster -- --include-ignored --skip soak --nocapture --test-threads=1
 
 soak: setup-test build  ## a fault every 30 to 60 s for half an hour on that cluster; weights must equal the undisturbed run's
-	@$(ENV) cargo test --release --locked -p whole-program-tests --test cluster -- --ignored --exact soak::figures soak::thirty_minutes --nocapture --test-threads=1
+	@$(ENV) cargo test --release --locked -p whole-program-tests --test cluster -- --ignored --exact soak::thirty_minutes --nocapture --test-threads=1
 
 fuzz: setup  ## arbitrary bytes through the readers of other programs' files, a minute each
 	@$(ENV) tests/fuzz/run.sh

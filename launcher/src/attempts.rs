@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::FOLDER;
 use crate::checkpoint::manifest::{MANIFEST, step_of};
-use crate::{exit, files};
+use crate::{exit, files, place};
 
 /// So many attempts in a row that moved no checkpoint, and the run is given up: something is wrong that time does not mend.
 pub const MOST_WITHOUT_PROGRESS: usize = 3;
@@ -127,7 +127,8 @@ impl Attempts {
 
     /// A rank leaves its own exit code: srun gives the highest of all, and those that it terminates have the highest.
     pub fn note_rank(&self, rank: usize, code: i32) -> anyhow::Result<()> {
-        files::write_atomically(&self.notes().join(rank.to_string()), code.to_string().as_bytes())
+        let note = format!("{code} {}", place::job_start());
+        files::write_atomically(&self.notes().join(rank.to_string()), note.as_bytes())
     }
 
     /// Takes in what the ranks left, adds one attempt to the list and says what is due.
@@ -167,12 +168,27 @@ impl Attempts {
         let _ = fs::remove_dir_all(self.notes());
     }
 
+    /// Whether a rank of this attempt has failed. Then all have, or will have in some seconds.
+    pub fn has_failed_rank(&self) -> bool {
+        !self.noted().is_empty()
+    }
+
     fn take_notes(&self) -> Vec<i32> {
-        let entries = fs::read_dir(self.notes()).into_iter().flatten().flatten();
-        let codes = entries.filter_map(|entry| fs::read_to_string(entry.path()).ok()?.trim().parse().ok());
-        let codes = codes.collect();
+        let codes = self.noted();
         self.clear_notes();
         codes
+    }
+
+    /// The codes that ranks of this start of the job have left.
+    fn noted(&self) -> Vec<i32> {
+        let start = place::job_start();
+        let entries = fs::read_dir(self.notes()).into_iter().flatten().flatten();
+        let code = |entry: fs::DirEntry| {
+            let note = fs::read_to_string(entry.path()).ok()?;
+            let (code, of) = note.split_once(' ')?;
+            (of == start).then(|| code.parse().ok())?
+        };
+        entries.filter_map(code).collect()
     }
 
     fn file(&self) -> PathBuf {
@@ -285,10 +301,15 @@ mod tests {
         let attempts = Attempts::of(run.path());
         attempts.note_rank(0, 143).unwrap();
         attempts.note_rank(1, 2).unwrap();
+        assert!(attempts.has_failed_rank());
         assert!(matches!(
             attempts.ended("7", 143).unwrap(),
             Verdict::Stop { code: 2, .. }
         ));
+        assert!(!attempts.has_failed_rank());
+        // A thawed node's ranks speak of another start.
+        files::write_atomically(&run.path().join("logs/ended/1"), b"76 7.1").unwrap();
+        assert!(!attempts.has_failed_rank());
         // Taken: the next attempt is not told by this one's ranks.
         assert!(matches!(attempts.ended("7", 143).unwrap(), Verdict::Again { .. }));
         let codes: Vec<i32> = attempts.all().iter().map(|attempt| attempt.code).collect();

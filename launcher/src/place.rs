@@ -162,6 +162,13 @@ pub fn launch_id() -> String {
     if id.is_empty() { "local".to_owned() } else { id }
 }
 
+/// Of this start of the job: a requeued job keeps its number, and ranks of a node that was frozen meanwhile may still end. The
+/// job script and its ranks are told the same.
+pub fn job_start() -> String {
+    let told = |name: &str| std::env::var(name).unwrap_or_default();
+    format!("{}.{}", told("SLURM_JOB_ID"), told("SLURM_RESTART_COUNT"))
+}
+
 /// The host of each rank of this step, where Slurm tells; in its usual order, node after node.
 pub fn step_hosts() -> Vec<String> {
     let told = |name: &str| std::env::var(name).ok();

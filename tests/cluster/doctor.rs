@@ -5,10 +5,9 @@ use std::fs;
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
-use whole_program_tests::program;
 
 use crate::fixture::{Cluster, signal};
-use crate::jobs::{MINUTE, Training};
+use crate::training::{MINUTE, Training, changed_panglot, other_build};
 
 /// Runs the doctor on four nodes; what it says, and its exit code. `before` are lines of the job script; `panglot` may be
 /// replaced there.
@@ -52,14 +51,7 @@ fn a_sound_cluster_is_found_sound_and_a_mixed_one_refused() {
 }
 
 fn mixed_config(training: &Training) {
-    let script = training.cluster.folder().join("mixed");
-    fs::write(
-        &script,
-        "#!/bin/bash\nif [ \"$SLURM_PROCID\" = 2 ]; then set -- \"$@\" seed=99; fi\nexec \"$REAL\" \"$@\"\n",
-    )
-    .expect("a script");
-    executable(&script);
-    let before = format!("export REAL=\"$panglot\"; panglot='{}'", script.display());
+    let before = changed_panglot(training, "[ \"$SLURM_PROCID\" != 2 ] || set -- \"$@\" seed=99");
     check(
         training,
         "mixed config",
@@ -68,11 +60,6 @@ fn mixed_config(training: &Training) {
         77,
         &["refused: n3: config is ", "give every rank the same"],
     );
-}
-
-fn executable(file: &std::path::Path) {
-    use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(file, fs::Permissions::from_mode(0o755)).expect("permissions");
 }
 
 #[test]
@@ -98,20 +85,12 @@ fn twelve_misconfigurations_are_one_line_each() {
     mixed_config(&training);
 
     // 2: another build on one node.
-    let worker = cluster.folder().join("panglot-worker");
-    fs::copy(program("panglot-worker"), &worker).expect("a copy");
-    let mut bytes = fs::read(&worker).expect("bytes");
-    bytes.push(0);
-    fs::write(&worker, bytes).expect("another build");
-    executable(&worker);
+    let worker = other_build(&training);
     let other = format!(
         "[ \"$SLURM_PROCID\" != 1 ] || export PANGLOT_WORKER='{}'",
         worker.display()
     );
-    let script = cluster.folder().join("other");
-    fs::write(&script, format!("#!/bin/bash\n{other}\nexec \"$REAL\" \"$@\"\n")).expect("a script");
-    executable(&script);
-    let before = format!("export REAL=\"$panglot\"; panglot='{}'", script.display());
+    let before = changed_panglot(&training, &other);
     check(
         &training,
         "mixed build",

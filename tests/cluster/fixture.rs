@@ -1,9 +1,10 @@
-//! A real Slurm cluster for one test: brought up in namespaces of its own, gone with the test whatever becomes of it.
-//! Processes, links and daemons of its nodes can be killed, frozen, cut and slowed.
+//! A real Slurm cluster, in namespaces of its own and gone with this process whatever becomes of it; the tests use it one after
+//! the other. Processes, links and daemons of its nodes can be killed, frozen, cut and slowed.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,8 +24,21 @@ pub struct Cluster {
     keeper: i32,
     /// Each node's own first process, by its number out here.
     nodes: BTreeMap<String, i32>,
-    folder: tempfile::TempDir,
-    _alone: MutexGuard<'static, ()>,
+    /// The keeper removes it: it outlives this process in every case.
+    folder: PathBuf,
+}
+
+static SHARED: Mutex<Option<Cluster>> = Mutex::new(None);
+
+/// The cluster while one test has it.
+pub struct Up(MutexGuard<'static, Option<Cluster>>);
+
+impl Deref for Up {
+    type Target = Cluster;
+
+    fn deref(&self) -> &Cluster {
+        self.0.as_ref().expect("it was brought up")
+    }
 }
 
 /// A job as `scontrol show job` has it.
@@ -45,18 +59,56 @@ pub struct Process {
 }
 
 impl Cluster {
-    /// Four nodes with 2 CPUs each, one cluster at a time. None where this machine cannot have one, which is said.
-    pub fn up() -> Option<Cluster> {
-        static ONE: Mutex<()> = Mutex::new(());
-        let alone = ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(why) = impossible() {
-            skip(&why);
-            return None;
+    /// Four nodes with 2 CPUs each, as good as new. None where this machine cannot have them, which is said.
+    pub fn up() -> Option<Up> {
+        let mut shared = SHARED.lock().unwrap_or_else(|poisoned| {
+            // A test has failed in it: what it left there goes with the cluster.
+            SHARED.clear_poison();
+            let mut shared = poisoned.into_inner();
+            *shared = None;
+            shared
+        });
+        match &*shared {
+            Some(cluster) => cluster.settle(),
+            None => match impossible() {
+                Some(why) => {
+                    skip(&why);
+                    return None;
+                }
+                None => *shared = Some(Cluster::begin()),
+            },
         }
+        Some(Up(shared))
+    }
+
+    /// After a test: no jobs, sound links, nobody frozen.
+    fn settle(&self) {
+        self.said("scancel", &["--user=root"]);
+        for node in NODES {
+            self.thaw(node);
+            self.link(node, true);
+            // There may be none.
+            self.said("tc", &["qdisc", "del", "dev", &format!("to-{node}"), "root"]);
+        }
+        self.wait_until("an empty queue", Duration::from_secs(60), || {
+            self.said("squeue", &["-h"]).trim().is_empty() && self.ours().is_empty()
+        });
+        self.wait_until_idle();
+    }
+
+    fn wait_until_idle(&self) {
+        self.wait_until("four idle nodes", Duration::from_secs(30), || {
+            let said = self.said("sinfo", &["-h", "-N", "-p", "main", "-o", "%T"]);
+            said.lines().filter(|state| *state == "idle").count() == NODES.len()
+        });
+    }
+
+    fn begin() -> Cluster {
         let folder = tempfile::Builder::new()
             .prefix("panglot-cluster-")
             .tempdir()
-            .expect("a folder");
+            .expect("a folder")
+            .keep();
         let mut outside = Command::new("unshare")
             .args([
                 "--pid",
@@ -71,18 +123,18 @@ impl Cluster {
             ])
             .arg(program("test-cluster"))
             .arg("cluster")
-            .arg(folder.path())
+            .arg(&folder)
             .args(NODES)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(fs::File::create(folder.path().join("keeper.log")).expect("a log"))
+            .stderr(fs::File::create(folder.join("keeper.log")).expect("a log"))
             .spawn()
             .expect("unshare starts");
         let mut line = String::new();
         BufReader::new(outside.stdout.take().expect("piped"))
             .read_line(&mut line)
             .expect("the keeper's line");
-        let log = || fs::read_to_string(folder.path().join("keeper.log")).unwrap_or_default();
+        let log = || fs::read_to_string(folder.join("keeper.log")).unwrap_or_default();
         assert!(
             line.starts_with("up "),
             "the cluster did not come up: {line:?}\n{}",
@@ -105,19 +157,15 @@ impl Cluster {
             keeper,
             nodes,
             folder,
-            _alone: alone,
         };
         assert_eq!(cluster.nodes.len(), NODES.len(), "{line}");
-        cluster.wait_until("four idle nodes", Duration::from_secs(30), || {
-            let said = cluster.said("sinfo", &["-h", "-N", "-o", "%T"]);
-            said.lines().filter(|state| *state == "idle").count() == NODES.len()
-        });
-        Some(cluster)
+        cluster.wait_until_idle();
+        cluster
     }
 
     /// A folder that every node sees, as they see all of this machine's files.
     pub fn folder(&self) -> &Path {
-        self.folder.path()
+        &self.folder
     }
 
     /// `program` on the login node, from the repository's root.
@@ -310,12 +358,10 @@ impl Cluster {
     }
 }
 
-/// The keeper ends when its standard input does, and all of the cluster with it.
+/// The keeper ends when its standard input does, and all of the cluster with it. At this process's end nothing of this is run,
+/// and the kernel closes the pipe.
 impl Drop for Cluster {
     fn drop(&mut self) {
-        for node in NODES {
-            self.thaw(node);
-        }
         drop(self.outside.stdin.take());
         let _ = self.outside.wait();
     }

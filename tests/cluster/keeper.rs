@@ -3,15 +3,20 @@
 //!
 //!   test-cluster cluster FOLDER NODE…     the login node: munge, slurmctld, the bridge; starts the others
 //!   test-cluster node FOLDER NAME ADDR    one compute node: slurmd, started again when it ends
+//!   test-cluster take-ports FIRST LAST    on a node: new connections get these ports only, and of four three are taken
+//!   test-cluster knock ADDRESS COUNT      a stranger: says garbage to it on so many connections, and how many were opened
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 
 /// The login node's address on the bridge; node k has 10.77.0.k.
 const LOGIN: &str = "10.77.0.254";
@@ -23,6 +28,8 @@ fn main() -> ExitCode {
     let done = match words[..] {
         ["cluster", folder, ref nodes @ ..] => cluster(Path::new(folder), nodes),
         ["node", folder, name, address] => node(Path::new(folder), name, address),
+        ["take-ports", first, last] => take_ports(first, last),
+        ["knock", address, count] => knock(address, count),
         _ => Err(anyhow::anyhow!("see the head of tests/cluster/keeper.rs")),
     };
     match done {
@@ -36,7 +43,7 @@ fn main() -> ExitCode {
 
 /// Brings everything up, says `up` and the nodes' process numbers on standard output, and lives until its standard input ends.
 fn cluster(folder: &Path, nodes: &[&str]) -> Result<()> {
-    die_with_standard_input();
+    die_with_standard_input(folder);
     for name in ["etc", "state", "tmp"] {
         std::fs::create_dir_all(folder.join(name))?;
     }
@@ -67,11 +74,20 @@ fn cluster(folder: &Path, nodes: &[&str]) -> Result<()> {
     reap_for_ever()
 }
 
-/// Whoever started us holds the other end of this pipe. With process 1 gone the kernel ends every process of the cluster,
-/// and with the last of them its networks and mounts are gone.
-fn die_with_standard_input() {
-    std::thread::spawn(|| {
+/// Whoever started us holds the other end of this pipe, and may end in whatever way. With process 1 gone the kernel ends every
+/// process of the cluster, and with the last of them its networks and mounts are gone; its folder goes before.
+fn die_with_standard_input(folder: &Path) {
+    let folder = folder.to_owned();
+    std::thread::spawn(move || {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        // Everybody but this process: who writes into the folder now would keep it from going.
+        let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
+        for _ in 0..20 {
+            if std::fs::remove_dir_all(&folder).is_ok() || !folder.exists() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
         std::process::exit(0);
     });
 }
@@ -182,12 +198,44 @@ fn write_configuration(folder: &Path, nodes: &[&str]) -> Result<()> {
         hosts += &format!("{address} {name}\n");
     }
     conf += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n";
+    // Where jobs share CPUs: 50 of them on one node at once.
+    conf += &format!(
+        "PartitionName=crowd Nodes={} OverSubscribe=FORCE:25 MaxTime=INFINITE State=UP\n",
+        nodes[0]
+    );
     std::fs::write(folder.join("etc/slurm.conf"), conf)?;
     std::fs::write(folder.join("hosts"), hosts)?;
     // Not a secret: nobody outside this machine's test ever meets it.
     std::fs::write(folder.join("munge.key"), [7; 128])?;
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(folder.join("munge.key"), std::fs::Permissions::from_mode(0o600))?;
+    Ok(())
+}
+
+/// Holds them until it is killed.
+fn take_ports(first: &str, last: &str) -> Result<()> {
+    std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", format!("{first} {last}"))?;
+    let (first, last): (u16, u16) = (first.parse()?, last.parse()?);
+    let wanted = (first..=last).filter(|port| port % 4 != 0);
+    let held: Vec<TcpListener> = wanted
+        .filter_map(|port| TcpListener::bind(("0.0.0.0", port)).ok())
+        .collect();
+    println!("holds {}", held.len());
+    std::io::stdout().flush()?;
+    loop {
+        std::thread::park();
+    }
+}
+
+fn knock(address: &str, count: &str) -> Result<()> {
+    let address = address.parse()?;
+    let connect = |_| {
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
+        let _ = stream.write_all(&[7; 512]);
+        Some(stream)
+    };
+    let opened: Vec<TcpStream> = (0..count.parse::<usize>()?).filter_map(connect).collect();
+    println!("{}", opened.len());
     Ok(())
 }
 

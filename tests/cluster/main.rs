@@ -1,11 +1,14 @@
 //! Panglot on a real Slurm cluster: four nodes with addresses and names of their own, on this machine.
 
 mod doctor;
+mod faults;
 mod fixture;
 mod jobs;
+mod places;
 mod soak;
+mod training;
 
-/// A figure for bench/results/cluster.json, printed where tests run with --nocapture.
+/// A line that `bench_cluster` collects into bench/results/cluster.json; shown with --nocapture.
 fn figure(name: &str, value: f64) {
-    eprintln!("figure {name} = {value:.2}");
+    println!("{name} {value:.3}");
 }

@@ -13,30 +13,40 @@ use serde_json::{Value, json};
 
 const RESULTS: &str = "bench/results/cluster.json";
 
-/// Packages with their test programs.
-const TESTS: [(&str, &str); 2] = [("launcher", "rendezvous"), ("whole-program-tests", "lost")];
+/// Packages with their test programs, and what those are told besides.
+const TESTS: [(&str, &str, &[&str]); 3] = [
+    ("launcher", "rendezvous", &[]),
+    ("whole-program-tests", "lost", &[]),
+    (
+        "whole-program-tests",
+        "cluster",
+        &["--ignored", "--exact", "soak::figures"],
+    ),
+];
 
 /// What may be printed, and its unit. Less is better in all of them.
-const FIGURES: [(&str, &str); 6] = [
+const FIGURES: [(&str, &str); 8] = [
     ("dead_rank_noticed_s", "s"),
     ("all_stopped_s", "s"),
     ("orphans", "processes"),
     ("hang_named_s", "s"),
     ("strangers_accepted", "connections"),
     ("rendezvous_512_s", "s"),
+    ("sbatch_to_first_step_s", "s"),
+    ("recovered_s", "s"),
 ];
 
 fn main() -> Result<()> {
     let asked: Vec<String> = std::env::args().skip(1).collect();
     let mut measured: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    for (package, test) in TESTS {
+    for (package, test, more) in TESTS {
         if !asked.is_empty() && !asked.contains(&format!("{package}/{test}")) {
             continue;
         }
         let mut command = Command::new("cargo");
         command.args(["test", "--release", "--locked", "-p", package, "--test", test, "--"]);
         // One at a time: what is measured is a job's reaction, not that of several side by side.
-        command.args(["--nocapture", "--test-threads=1"]);
+        command.args(["--nocapture", "--test-threads=1"]).args(more);
         let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
         let said = String::from_utf8_lossy(&output.stdout);
         let errors = String::from_utf8_lossy(&output.stderr);

@@ -1,5 +1,10 @@
 //! `panglot job`: what a job script asks before and after its ranks. People need it only in scripts of their own.
 
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use super::{App, ConfigArgs, Leave};
 use launcher::attempts::{Attempts, Verdict, newest_step};
 use launcher::checkpoint::FOLDER;
@@ -9,6 +14,14 @@ use launcher::exit;
 pub enum Command {
     /// Succeeds if nothing is left of the run; clears what ranks of an earlier attempt left
     IsFinished(ConfigArgs),
+    /// While srun runs: waits for its end, and ends it where a rank has failed and srun waits for a node that will not answer
+    Watch {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// srun's process
+        #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i32).range(2..))]
+        process: i32,
+    },
     /// After srun: exits with 3 where another attempt is due on the same nodes, with 4 where it is by way of the queue, and else
     /// with what the attempt was really about
     Ended {
@@ -26,6 +39,7 @@ pub enum Command {
 pub fn run(_: &App, command: &Command) -> anyhow::Result<()> {
     match command {
         Command::IsFinished(config) => is_finished(config),
+        Command::Watch { config, process } => watch(config, *process),
         Command::Ended { config, code, series } => ended(config, *code, series),
     }
 }
@@ -39,6 +53,40 @@ fn is_finished(config: &ConfigArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     Err(Leave(exit::NOT_DONE).into())
+}
+
+/// Ranks end within 5 s of the first, and srun, when all have, in some seconds more. Where the daemon of its step died on a node,
+/// it waits for that node's ranks until the job's end, though they are long gone.
+const GRACE: Duration = Duration::from_secs(15);
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+fn watch(config: &ConfigArgs, process: i32) -> anyhow::Result<()> {
+    let attempts = Attempts::of(&config.load()?.folders.run);
+    let srun = Pid::from_raw(process);
+    let mut failed: Option<Instant> = None;
+    while is_running(process) {
+        if failed.is_none() && attempts.has_failed_rank() {
+            failed = Some(Instant::now());
+        }
+        if failed.is_some_and(|failed| failed.elapsed() > GRACE) {
+            eprintln!(
+                "panglot: a rank failed {} s ago and srun still waits for a node that does not answer; srun is ended",
+                GRACE.as_secs()
+            );
+            // Asked to end it would wait on. It may have just ended.
+            let _ = kill(srun, Signal::SIGKILL);
+            break;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    Ok(())
+}
+
+/// A process that has ended stays, as a zombie, until the job script asks for its code.
+fn is_running(process: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| state != 'Z')
 }
 
 fn ended(config: &ConfigArgs, code: i32, series: &str) -> anyhow::Result<()> {

@@ -201,7 +201,7 @@ impl Derived {
 
 /// Sizes of the model that will train: from the base's own `config.json`; else from the plan, where the model is yet to be made
 /// and its shape and pieces are known; else by the name under which it was published.
-fn sizes(plan: &Plan) -> Option<Sizes> {
+pub(super) fn sizes(plan: &Plan) -> Option<Sizes> {
     let config: Option<Config> = files::read_json(&plan.folders.base_model.join("config.json")).ok();
     let base = match (config, &plan.model) {
         (Some(config), Model::Scratch { shape, .. }) => Sizes::of(shape, config.vocab_size),

@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use configs::Plan;
+use configs::planner::{Forecast, Hardware, Place};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::plan::sizes;
 use super::submit::sbatch;
 use super::train::train;
 use super::{App, Failed, stage};
@@ -87,7 +89,19 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             true => here(app, &plan)?,
             false => by_slurm(app, args, &plan, settings.clone(), words)?,
         }
-        runs.push(measured(&plan, &settings)?);
+        let place = match local {
+            // This machine's ranks share it, whatever nodes they stand for.
+            true => Place {
+                nodes: 1,
+                ranks_per_node: settings.ranks(),
+            },
+            false => Place {
+                nodes,
+                ranks_per_node: settings.ranks_per_node,
+            },
+        };
+        let planned = planned_seconds(&plan, place);
+        runs.push(measured(&plan, &settings, planned)?);
     }
     let points = points(&runs);
     files::write_json(
@@ -195,7 +209,15 @@ fn is_queued(id: u64) -> anyhow::Result<bool> {
     Ok(output.status.success() && !String::from_utf8_lossy(&output.stdout).trim().is_empty())
 }
 
-fn measured(plan: &Plan, settings: &Settings) -> anyhow::Result<Measured> {
+/// What the plan says of a step's time; on the hardware that the config names, else on the usual of its device.
+fn planned_seconds(plan: &Plan, place: Place) -> Option<f64> {
+    let usual = || Hardware::usual(plan.train.device);
+    let hardware = plan.hardware.clone().unwrap_or_else(usual);
+    let forecast = Forecast::of(plan, &sizes(plan)?, place, &hardware).ok()?;
+    Some(forecast.step.total)
+}
+
+fn measured(plan: &Plan, settings: &Settings, planned_step_seconds: Option<f64>) -> anyhow::Result<Measured> {
     let run = &plan.folders.run;
     let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
     let steps: Vec<StepMetrics> = text
@@ -218,7 +240,7 @@ fn measured(plan: &Plan, settings: &Settings) -> anyhow::Result<Measured> {
         tokens_per_step: plan.train.rows_per_step * plan.train.sequence_length,
         waiting_share: waiting_share(&run.join("timeline"), &steps),
         steps,
-        planned_step_seconds: None,
+        planned_step_seconds,
     })
 }
 

@@ -19,6 +19,7 @@ use crate::exit;
 use crate::pulse::{Phase, Pulse};
 
 const CONNECT: Duration = Duration::from_secs(2);
+const TOLD_ARRIVE: Duration = Duration::from_secs(30);
 /// Between two looks for the hub: soon at first, and not too often from hundreds of hosts.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
@@ -59,7 +60,12 @@ pub(super) fn attend(
 
 /// Tries until all are there, or time is up. Gives the hub's name and the connection.
 async fn arrive(settings: &Settings, invited: &Invited) -> Result<(String, Sender, Receiver), MeetError> {
-    let deadline = tokio::time::Instant::now() + settings.timing.arrive;
+    // Who was told where rank 0 listens was told when it did: there is nothing left to wait for but the network.
+    let arrive = match invited {
+        Invited::Told(..) => settings.timing.arrive.min(TOLD_ARRIVE),
+        Invited::ByFile(_) => settings.timing.arrive,
+    };
+    let deadline = tokio::time::Instant::now() + arrive;
     let mut pause = FIRST_PAUSE;
     let mut why = "rank 0 has not said where it is".to_owned();
     loop {
@@ -71,7 +77,7 @@ async fn arrive(settings: &Settings, invited: &Invited) -> Result<(String, Sende
             Err(_) => {}
         }
         if tokio::time::Instant::now() + pause >= deadline {
-            let (rank, seconds) = (settings.rank, settings.timing.arrive.as_secs());
+            let (rank, seconds) = (settings.rank, arrive.as_secs());
             return Err(MeetError::Unreached { rank, seconds, why });
         }
         tokio::time::sleep(pause).await;
