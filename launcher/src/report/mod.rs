@@ -2,6 +2,8 @@
 //! is gathered here from the run's folder; `page.rs` and the files in `page/` only draw it.
 
 mod chart;
+#[doc(hidden)]
+pub mod generated;
 mod outline;
 mod page;
 mod steps;
@@ -453,7 +455,10 @@ fn figures(
             figure(
                 "Best while training",
                 format!("{bits:.3}"),
-                format!("bits per byte of held-out text, after step {}", text::count(step)),
+                format!(
+                    "bits per byte of held-out text, after {}",
+                    text::counted(step as usize + 1, "step")
+                ),
             );
         }
         let taken = last.step + 1;

@@ -86,10 +86,39 @@ fn rings(topojson: &[u8]) -> Result<Vec<Vec<i32>>> {
         points.dedup();
         // Nobody lives there who speaks a language of a corpus, and it would take a quarter of the map.
         if points.iter().any(|[_, latitude]| *latitude > -600) {
-            rings.push(points.into_iter().flatten().collect());
+            rings.extend(
+                within_the_map(&points)
+                    .into_iter()
+                    .map(|ring| ring.into_iter().flatten().collect()),
+            );
         }
     }
     Ok(rings)
+}
+
+/// A ring that crosses 180° is walked on beyond it, and then shown at both edges, each time as far as the map goes.
+fn within_the_map(ring: &[[i32; 2]]) -> Vec<Vec<[i32; 2]>> {
+    let mut turns = 0;
+    let mut unrolled: Vec<[i32; 2]> = Vec::with_capacity(ring.len());
+    for (at, &[longitude, latitude]) in ring.iter().enumerate() {
+        let before = ring[at.saturating_sub(1)][0];
+        turns += match longitude - before {
+            ..-1800 => 1,
+            1801.. => -1,
+            _ => 0,
+        };
+        unrolled.push([longitude + 3600 * turns, latitude]);
+    }
+    let shown = |turns: i32| -> Vec<[i32; 2]> {
+        let moved = unrolled
+            .iter()
+            .map(|[longitude, latitude]| [longitude + 3600 * turns, *latitude]);
+        moved
+            .map(|[longitude, latitude]| [longitude.clamp(-1800, 1800), latitude])
+            .collect()
+    };
+    let has_area = |ring: &Vec<[i32; 2]>| ring.iter().any(|point| point[0] != ring[0][0]);
+    [0, -1, 1].map(shown).into_iter().filter(has_area).collect()
 }
 
 #[cfg(test)]
@@ -108,6 +137,10 @@ mod tests {
             expected,
             "and what lies in the far south is left out"
         );
+        let across = within_the_map(&[[1700, 0], [-1700, 0], [-1700, 100], [1700, 100], [1700, 0]]);
+        let east = vec![[1700, 0], [1800, 0], [1800, 100], [1700, 100], [1700, 0]];
+        let west = vec![[-1800, 0], [-1700, 0], [-1700, 100], [-1800, 100], [-1800, 0]];
+        assert_eq!(across, [east, west], "180° is an edge, and no line across the map");
         let broken = square.replace("[0,-2]", "[0,-9]");
         assert!(rings(broken.as_bytes()).is_err());
         assert!(rings(b"{}").is_err());

@@ -204,7 +204,8 @@ fn stalls(steps: &Steps) -> Vec<Row> {
                 end: step.unix_time,
                 step: Some(step.step),
                 text: format!(
-                    "after step {number}: {bits:.4} bits per byte, measured in {:.1} s",
+                    "after {}: {bits:.4} bits per byte, measured in {:.1} s",
+                    text::counted(step.step as usize + 1, "step"),
                     step.held_out_seconds
                 ),
             });

@@ -86,18 +86,18 @@ const anyOf = values => values.some(known);
 
 stepChart('loss', 'Loss', cached(run => {
   const loss = stepsColumn(run, 'loss'), mean = smooth(loss);
-  return anyOf(loss) ? [{ name: single ? null : run.label, y: mean, low: stepsColumn(run, 'loss_low'), high: stepsColumn(run, 'loss_high'),
+  return anyOf(loss) ? [{ name: single ? null : run.label, y: mean, raw: loss, low: stepsColumn(run, 'loss_low'), high: stepsColumn(run, 'loss_high'),
     text: i => place(run, i) + '\nloss ' + fixed(loss[i], 4) + '\nrunning mean ' + fixed(mean[i], 4) }] : [];
 }), { height: 290 });
 stepChart('held-out', 'Bits per byte of held-out text while training', cached(run => {
   const y = stepsColumn(run, 'held_out_bits_per_byte');
-  return anyOf(y) ? [{ name: single ? null : run.label, y, text: i => 'After ' + place(run, i).replace('S', 's') + '\n' + fixed(y[i], 4) + ' bits per byte' }] : [];
+  return anyOf(y) ? [{ name: single ? null : run.label, y, text: i => named(run, 'After ' + count(run.column('steps', 'step')[i] + 1) + ' steps') + '\n' + fixed(y[i], 4) + ' bits per byte' }] : [];
 }));
 const dashes = ['', 'dashed', 'dotted', 'thin', 'thin dashed'];
 stepChart('rates', 'Learning rate', cached(run => run.table('steps').columns.filter(key => key.startsWith('lr_')).map((key, i) => {
   const y = stepsColumn(run, key), group = key.slice(3);
   return { name: named(run, group), dash: dashes[i % dashes.length], y, text: i => place(run, i) + '\n' + group + ' ' + plain(y[i]) };
-}).filter(line => anyOf(line.y))), { zero: true, yLabel: value => plain(value) });
+}).filter(line => anyOf(line.y))), { zero: true, yLabel: value => value === 0 ? '0' : Number(value.toPrecision(3)).toExponential().replace('-', '−') });
 stepChart('norm', 'Gradient norm', cached(run => {
   const y = stepsColumn(run, 'grad_norm');
   return anyOf(y) ? [{ name: single ? null : run.label, y, dash: 'thin', text: i => place(run, i) + '\ngradient norm ' + plain(y[i]) }] : [];
@@ -118,11 +118,6 @@ stepChart('sent', 'Bytes sent in a step', cached(run => {
 }), { zero: true });
 byId('along').addEventListener('change', () => byStep.forEach(repaint => repaint()));
 byId('learning').hidden = !runs.some(run => run.table('steps').rows.length);
-// An odd one takes the whole width.
-for (const plots of document.querySelectorAll('.plots')) {
-  const shown = [...plots.children].filter(figure => !figure.hidden);
-  if (shown.length % 2) shown[0].classList.add('whole');
-}
 
 // ---- What plots of languages show.
 const perByte = (it, run, when) => it.of[run] ? it.of[run]['tokens_per_byte_' + when] : null;
@@ -261,7 +256,8 @@ function shadeLegend() {
 }
 
 // ---- The map.
-const places = all.filter(it => it.place);
+// Nobody lives south of the map: what a corpus puts there has no place.
+const places = all.filter(it => it.place && it.place[1] > -58 && it.place[1] < 84);
 function paintMap(width) {
   const shown = measure();
   if (!shown) return null;
@@ -285,18 +281,20 @@ function paintMap(width) {
   return { height, points, nodes: [draw('path', { class: 'graticule', d: graticule }), draw('path', { class: 'land', d: land }), nodes] };
 }
 
-// ---- Tokens per byte.
-function paintFertility(width) {
-  const size = Math.min(width, 460), [left, right, top, bottom] = [54, size - 12, 8, size - 52];
-  const pairs = runs.flatMap((run, at) => all.map(it => ({ it, at, x: perByte(it, at, 'before'), y: perByte(it, at, 'after') })).filter(pair => known(pair.x) && known(pair.y)));
-  const [, high] = bounds(pairs.flatMap(pair => [pair.x, pair.y]));
-  const x = linear(0, high, left, right), y = linear(0, high, bottom, top), points = [];
-  const nodes = pairs.map(pair => {
-    if (passing.has(pair.it)) points.push({ x: x(pair.x), y: y(pair.y), text: title(pair.it) + '\n' + named(runs[pair.at], fixed(pair.x, 3) + ' → ' + fixed(pair.y, 3) + ' tokens per byte (' + percent(pair.y / pair.x - 1) + ')') });
-    return draw('g', { class: 'c' + pair.at }, draw('circle', { class: 'c dot' + faded(pair.it), r: 3.2, cx: x(pair.x).toFixed(1), cy: y(pair.y).toFixed(1) }));
-  });
-  points.sort((a, b) => a.x - b.x);
-  return { height: size, points, nodes: [grid(y, left, right), across(x, bottom, 'before', right, left), draw('line', { class: 'zero dashed', x1: x(0), y1: y(0), x2: x(x.high), y2: y(x.high) }), nodes] };
+// ---- Before across, after upwards.
+function scatter(of, digits, unitText) {
+  return width => {
+    const height = Math.min(width, 420), [left, right, top, bottom] = [54, width - 12, 8, height - 52];
+    const pairs = runs.flatMap((run, at) => all.map(it => ({ it, at, x: of(it, at, 'before'), y: of(it, at, 'after') })).filter(pair => known(pair.x) && known(pair.y)));
+    const [low, high] = bounds(pairs.flatMap(pair => [pair.x, pair.y])), from = low < high / 3 ? 0 : low;
+    const x = linear(from, high, left, right), y = linear(from, high, bottom, top), points = [];
+    const nodes = pairs.map(pair => {
+      if (passing.has(pair.it)) points.push({ x: x(pair.x), y: y(pair.y), text: title(pair.it) + '\n' + named(runs[pair.at], fixed(pair.x, digits()) + ' → ' + fixed(pair.y, digits()) + ' ' + unitText() + ' (' + percent(pair.y / pair.x - 1) + ')') });
+      return draw('g', { class: 'c' + pair.at }, draw('circle', { class: 'c dot' + faded(pair.it), r: 3.2, cx: x(pair.x).toFixed(1), cy: y(pair.y).toFixed(1) }));
+    });
+    points.sort((a, b) => a.x - b.x);
+    return { height, points, nodes: [grid(y, left, right), across(x, bottom, 'before, ' + unitText(), right, left), draw('line', { class: 'zero dashed', x1: x(x.low), y1: y(x.low), x2: x(x.high), y2: y(x.high) }), nodes] };
+  };
 }
 
 // ---- Tokens planned and read.
@@ -406,7 +404,7 @@ let columns = [], sorted = { key: null, up: true };
 function fillTable() {
   columns = columnsOfTable();
   if (!columns.some(column => column.key === sorted.key)) {
-    sorted = { key: (columns.find(column => ['apart', 'difference0', 'after0', 'before0'].includes(column.key)) || columns[0]).key, up: true };
+    sorted = { key: ['apart', 'difference0', 'after0', 'before0', 'language'].find(key => columns.some(column => column.key === key)), up: true };
   }
   table.replaceChildren(el('caption', { class: 'unseen' }, 'All languages; a column\'s button sorts by it'), el('thead', {}, el('tr', {}, columns.map(column => {
     const button = el('button', { type: 'button' }, column.heading);
@@ -478,10 +476,11 @@ setShades();
 languageChart('changes', 'Every language\'s change', hasBoth, paintChanges);
 languageChart('strip', 'Languages by script, family or resource group', measures.length > 0, paintStrip);
 languageChart('map', 'Languages on a map of the world', measures.length > 0 && places.length > 0, paintMap);
-languageChart('fertility', 'Tokens per byte before and after', all.some(it => runs.some((_, at) => known(perByte(it, at, 'before')) && known(perByte(it, at, 'after')))), paintFertility);
+languageChart('scatter', 'Every language before and after', hasBoth, scatter(value, digits, unitName));
+languageChart('fertility', 'Tokens per byte before and after', hasBoth, scatter(perByte, () => 3, () => 'tokens per byte'));
 languageChart('tokens', 'Tokens by language, planned and read', all.some(it => it.of.some(row => row && (row.planned_tokens > 0 || row.realised_tokens > 0))), paintTokens);
 byId('data').hidden = byId('tokens').hidden;
-if (!single) for (const id of ['changes', 'fertility', 'tokens']) if (!byId(id).hidden) legend(byId(id), runs.map(run => ({ name: run.label, colour: run.colour })));
+if (!single) for (const id of ['changes', 'scatter', 'fertility', 'tokens']) if (!byId(id).hidden) legend(byId(id), runs.map(run => ({ name: run.label, colour: run.colour })));
 const colours = () => { for (const id of ['strip', 'map']) if (!byId(id).hidden) { byId(id).querySelector('ul.legend')?.remove(); byId(id).append(shadeLegend()); } };
 if (measures.length) colours();
 const timed = runs.some(run => run.table('timeline').rows.length);
@@ -504,6 +503,12 @@ byId('reset').addEventListener('click', () => { for (const id of ['search', 'by-
 byId('unit').addEventListener('change', () => { setShades(); fillTable(); filter(); colours(); });
 byId('measure').addEventListener('change', () => { setShades(); byLanguage.forEach(repaint => repaint()); colours(); });
 for (const id of ['rows-by', 'all-rows']) byId(id).addEventListener('change', () => byLanguage.forEach(repaint => repaint()));
+
+// An odd one takes the whole width.
+for (const plots of document.querySelectorAll('.plots')) {
+  const shown = [...plots.children].filter(figure => !figure.hidden);
+  if (shown.length % 2) shown[0].classList.add('whole');
+}
 
 // ---- Sections: links to those that are shown, and which of them one reads.
 const shownSections = [...document.querySelectorAll('main > section')].filter(section => !section.hidden);

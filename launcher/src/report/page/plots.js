@@ -6,7 +6,7 @@ const byId = id => document.getElementById(id);
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) if (value != null && value !== false) node.setAttribute(name, value);
-  node.append(...children.flat().filter(child => child != null && child !== false));
+  node.append(...children.flat(Infinity).filter(child => child != null && child !== false));
   return node;
 }
 const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
@@ -41,7 +41,7 @@ function linear(low, high, from, to, { marks = 5, exact = false } = {}) {
   if (!exact) { low = Math.floor(low / step + 1e-9) * step; high = Math.ceil(high / step - 1e-9) * step; }
   const at = value => from + (value - low) / (high - low) * (to - from);
   at.marks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) at.marks.push(i * step);
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) at.marks.push(i * step || 0);
   const digits = Math.max(0, Math.ceil(-Math.log10(step) - 1e-9));
   at.label = value => Math.abs(high) >= 1e4 ? short(value) : step < 1e-4 ? value.toExponential(0) : fixed(value, digits);
   [at.low, at.high] = [low, high];
@@ -157,8 +157,9 @@ function lineChart(figure, label, series, { xTitle, yLabel = null, log = false, 
       const place = values => at.filter(i => known(values[i])).map(i => [x(line.x[i]), inside(values[i])]);
       return draw('g', { class: 'c' + line.colour }, [
         line.low && at.length > 1 && draw('path', { class: 'band', d: pathOf([...place(line.high), ...place(line.low).reverse()]) + 'Z' }),
+        line.raw && draw('path', { class: 'line raw', d: pathOf(place(line.raw)) }),
         draw('path', { class: 'line ' + (line.dash || ''), d: pathOf(place(line.y)) }),
-        at.length < 40 && at.map(i => draw('circle', { class: 'c', r: 2.4, cx: x(line.x[i]), cy: inside(line.y[i]) }))]);
+        at.length < 40 && at.map(i => draw('circle', { class: 'c', r: 3, cx: x(line.x[i]), cy: inside(line.y[i]) }))]);
     })];
     points.sort((a, b) => a.x - b.x);
     return { height, nodes, points };
