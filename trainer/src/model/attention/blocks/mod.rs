@@ -252,7 +252,7 @@ const WHOLE: &str = "stretches hold every position once";
 
 vectorized! {
     /// The scores of one query become its probabilities, 0 from key `seen` on; ln Σ eˣ.
-    fn softmax(scores: &mut [f32], seen: usize) -> f32 {
+    pub(in crate::model) fn softmax(scores: &mut [f32], seen: usize) -> f32 {
         let (seen, later) = scores.split_at_mut(seen);
         let most = largest(seen);
         seen.iter_mut().for_each(|x| *x = exp(*x - most));
