@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use configs::Plan;
 use serde_json::{Value, json};
 
 use super::{App, RunFolder};
-use launcher::report::{self, Names, Run};
+use launcher::report::{self, Asked, Run};
 use launcher::{files, text};
 
 #[derive(Debug, clap::Args)]
@@ -27,6 +27,9 @@ pub struct Args {
     /// The evaluation in RUN/evaluations of what was trained
     #[arg(long, default_value = "after", value_name = "NAME")]
     pub after: String,
+    /// Lines of language<TAB>latitude<TAB>longitude, for a map of languages of which the corpus knows no place
+    #[arg(long, value_name = "TSV")]
+    pub places: Option<PathBuf>,
 }
 
 pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
@@ -36,13 +39,15 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         args.of.len(),
         report::MOST_RUNS
     );
-    let names = Names {
+    let places = args.places.as_deref().map(report::read_places).transpose()?;
+    let asked = Asked {
         before: args.before.clone(),
         after: args.after.clone(),
+        places: places.unwrap_or_default(),
     };
     let mut runs = Vec::new();
     for of in &args.of {
-        runs.push(Run::read(&plan_of(of)?, &names)?);
+        runs.push(Run::read(&plan_of(of)?, &asked)?);
     }
     report::tell_apart(&mut runs);
     let page = write(&runs, args.out.clone())?;
@@ -71,7 +76,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
 
 /// The page of one run, at the end of a road that is known to have gone well.
 pub fn draw(plan: &Plan) -> anyhow::Result<PathBuf> {
-    write(&[Run::read(plan, &Names::default())?], None)
+    write(&[Run::read(plan, &Asked::default())?], None)
 }
 
 fn write(runs: &[Run], out: Option<PathBuf>) -> anyhow::Result<PathBuf> {
@@ -91,7 +96,8 @@ fn beside(run: &Path, runs: &[Run]) -> PathBuf {
 /// What was run, as its folder says; the config where nothing was yet. A folder that was moved or copied is read where it is.
 fn plan_of(of: &Path) -> anyhow::Result<Plan> {
     if of.is_dir() {
-        let mut plan: Plan = files::read_json(&RunFolder(of).plan())?;
+        let mut plan: Plan = files::read_json(&RunFolder(of).plan())
+            .with_context(|| format!("{} is no run's folder; name one, or a config", files::shown(of)))?;
         plan.folders.run = std::path::absolute(of)?;
         return Ok(plan);
     }

@@ -16,7 +16,7 @@ use crate::files;
 use crate::history::{Environment, Happening, What};
 
 /// What a language's name is in the corpus; the first is as hostile as a name can be.
-pub const HOSTILE: &str = "</script><img src=x onerror=\"document.title='hit'\"> & ‮«name»";
+pub const HOSTILE: &str = "</script><img src=x onerror=\"document.title='hit'\"> & \u{202e}«name»";
 
 const STEPS: u64 = 300;
 const ROWS: u64 = 24;

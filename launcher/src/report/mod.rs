@@ -12,15 +12,16 @@ mod timeline;
 pub mod vocabulary;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use configs::Plan;
 use corpus::{Corpus, Split};
 use serde_json::{Map, Value, json};
 
-use crate::evaluation::{Evaluation, LanguageResult, resource_group};
+use crate::evaluation::{Evaluation, LanguageResult, Paired, resource_group};
 use crate::families::family;
 use crate::history::{Happening, History, What};
 use crate::statistics::mean;
@@ -60,20 +61,51 @@ pub struct Run {
     thinned: Table,
 }
 
-/// The evaluations that are compared, by their names in `RUN/evaluations`.
+/// What to show where a run leaves a choice.
 #[derive(Clone, Debug)]
-pub struct Names {
+pub struct Asked {
+    /// The evaluations that are compared, by their names in `RUN/evaluations`.
     pub before: String,
     pub after: String,
+    /// Latitude and longitude by language (`lll_Ssss` or `lll`), where the corpus has none.
+    pub places: BTreeMap<String, [f64; 2]>,
 }
 
-impl Default for Names {
-    fn default() -> Names {
-        Names {
+impl Default for Asked {
+    fn default() -> Asked {
+        Asked {
             before: "before".to_owned(),
             after: "after".to_owned(),
+            places: BTreeMap::new(),
         }
     }
+}
+
+/// Reads lines of `language<TAB>latitude<TAB>longitude`, degrees.
+///
+/// # Errors
+/// When a line is something else; it is named.
+pub fn read_places(file: &Path) -> anyhow::Result<BTreeMap<String, [f64; 2]>> {
+    let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", files::shown(file)))?;
+    let place = |line: &str| -> Option<(String, [f64; 2])> {
+        let [language, latitude, longitude] = line.split('\t').collect::<Vec<_>>().try_into().ok()?;
+        let degrees = |text: &str, most: f64| text.trim().parse().ok().filter(|it: &f64| it.abs() <= most);
+        Some((
+            language.trim().to_owned(),
+            [degrees(latitude, 90.0)?, degrees(longitude, 180.0)?],
+        ))
+    };
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let places = lines.map(|(at, line)| {
+        place(line).with_context(|| {
+            format!(
+                "{} line {}: {line:?} is not language<TAB>latitude<TAB>longitude in degrees, such as eng_Latn\t53.0\t-1.0",
+                files::shown(file),
+                at + 1
+            )
+        })
+    });
+    places.collect()
 }
 
 impl Run {
@@ -81,14 +113,14 @@ impl Run {
     ///
     /// # Errors
     /// When there is nothing to draw, or metrics are damaged other than by a torn last line.
-    pub fn read(plan: &Plan, names: &Names) -> anyhow::Result<Run> {
+    pub fn read(plan: &Plan, asked: &Asked) -> anyhow::Result<Run> {
         let run = &plan.folders.run;
         let steps = Steps::read(&run.join("metrics.jsonl"))?;
         let evaluation = |name: &str| -> anyhow::Result<Option<Evaluation>> {
             let file = run.join(format!("evaluations/{name}.json"));
             file.is_file().then(|| Evaluation::read(&file)).transpose()
         };
-        let (before, after) = (evaluation(&names.before)?, evaluation(&names.after)?);
+        let (before, after) = (evaluation(&asked.before)?, evaluation(&asked.after)?);
         ensure!(
             !steps.lines.is_empty() || before.is_some() || after.is_some(),
             "{} holds neither metrics.jsonl nor evaluations yet; run `panglot train` first",
@@ -98,8 +130,13 @@ impl Run {
         let evaluations = Evaluations {
             before: before.as_ref(),
             after: after.as_ref(),
+            paired: files::read_json(&run.join(format!("evaluations/{}.compared.json", asked.after))).ok(),
         };
-        let languages = languages(plan, &steps, &evaluations);
+        let mut languages = languages(plan, &steps, &evaluations);
+        for (code, language) in &mut languages {
+            let given = || asked.places.get(code).or(asked.places.get(code.get(..3)?)).copied();
+            language.place = language.place.or_else(given);
+        }
         let (timeline, attempts) = timeline::timeline(run, &steps, &history);
         Ok(Run {
             label: plan.name.clone(),
@@ -185,6 +222,8 @@ pub fn write_csv(runs: &[Run], folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 struct Evaluations<'a> {
     before: Option<&'a Evaluation>,
     after: Option<&'a Evaluation>,
+    /// Document by document, if `panglot eval nll --baseline` made it.
+    paired: Option<Paired>,
 }
 
 /// All that is known of one language.
@@ -432,6 +471,17 @@ fn figures(
             format!("{} of {}", text::count(better), text::count(bits.len())),
             ends.join(", "),
         );
+        if let Some(paired) = &evaluations.paired {
+            figure(
+                "Differences that are real",
+                format!(
+                    "{} better, {} worse",
+                    text::count(paired.better),
+                    text::count(paired.worse)
+                ),
+                format!("95 % a language, against {}", file_stem(&paired.baseline)),
+            );
+        }
         let per_byte = |result: &Option<LanguageResult>| result.as_ref().map(|it| it.tokens as f64 / it.bytes as f64);
         let over = |one: fn(&Language) -> &Option<LanguageResult>| {
             let both = languages.values().filter(|language| language.bits().is_some());
@@ -515,6 +565,14 @@ fn figures(
         );
     }
     table
+}
+
+fn file_stem(path: &str) -> String {
+    Path::new(path)
+        .file_stem()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 fn last_environment(history: &[Happening]) -> Option<&crate::history::Environment> {
@@ -620,4 +678,23 @@ fn environment(history: &[Happening], evaluations: &Evaluations) -> Table {
         table.push(vec![json!(key), json!(values.join("; "))]);
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_read_and_a_wrong_line_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("places.tsv");
+        fs::write(&file, "eng\t53\t-1.5\n\nyor_Latn\t8.0\t4.3\n").unwrap();
+        let places = read_places(&file).unwrap();
+        assert_eq!((places["eng"], places["yor_Latn"]), ([53.0, -1.5], [8.0, 4.3]));
+        for wrong in ["eng\t53", "eng\tnorth\t1", "eng\t91\t0", "eng 53 1"] {
+            fs::write(&file, format!("yor\t8\t4\n{wrong}\n")).unwrap();
+            let said = read_places(&file).unwrap_err().to_string();
+            assert!(said.contains("line 2") && said.contains("latitude"), "{said}");
+        }
+    }
 }

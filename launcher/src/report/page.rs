@@ -10,13 +10,21 @@ pub const MOST_STEPS: usize = 1200;
 
 const PAGE: &str = include_str!("page/page.html");
 const STYLE: &str = include_str!("page/style.css");
-const PLOTS: &str = include_str!("page/plots.js");
-const SCRIPT: &str = include_str!("page/page.js");
+/// In the order in which one needs the other.
+const SCRIPTS: [&str; 7] = [
+    include_str!("page/plots.js"),
+    include_str!("page/runs.js"),
+    include_str!("page/learning.js"),
+    include_str!("page/languages.js"),
+    include_str!("page/table.js"),
+    include_str!("page/machine.js"),
+    include_str!("page/page.js"),
+];
 
 /// The page of these runs, side by side if there are several.
 pub fn page(runs: &[Run]) -> String {
     let labels: Vec<&str> = runs.iter().map(|run| run.label.as_str()).collect();
-    let script = format!("{PLOTS}\n{SCRIPT}");
+    let script = SCRIPTS.join("\n");
     let data = for_script(&json!({
         "panglot": env!("CARGO_PKG_VERSION"),
         "unix_time": unix_time(),
