@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The system packages the build needs, by apt, and a look at Rust. When all is there it calls neither apt nor the network.
-# `setup/system.sh test`: those of the tests, a Slurm cluster's; without them (or root to use them) its tests are skipped.
+# `setup/system.sh test`: those of the tests, a Slurm cluster's and a browser; without them (or root to use them) its tests are skipped.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
@@ -43,11 +43,13 @@ find_missing_for_tests() {
     have ip && have tc || missing+=(iproute2)
     have unshare && have nsenter || missing+=(util-linux)
     have shellcheck || missing+=(shellcheck)
+    # Without a desktop's libraries where there is none; any Chromium does.
+    have chromium-headless-shell || have chromium || have google-chrome || missing+=(chromium-headless-shell)
 }
 
 may_install() {
     { [[ $EUID -eq 0 ]] && have apt-get; } ||
-        { echo "Neither root nor apt: the tests on a Slurm cluster will be skipped."; return 1; }
+        { echo "Neither root nor apt: the tests on a Slurm cluster, and in a browser where there is none, will be skipped."; return 1; }
 }
 
 have() { command -v "$1" > /dev/null; }

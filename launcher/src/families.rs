@@ -9,7 +9,7 @@ pub fn family(code: &str) -> &'static str {
     found.map_or("other", |(name, _)| name)
 }
 
-const FAMILIES: [(&str, &str); 47] = [
+pub(crate) const FAMILIES: [(&str, &str); 47] = [
     (
         "Indo-European",
         "afr alb aln als asm ast awa bar bel ben bho bos bre bul cat ccp ces ckb cnr cos csa csb cym dan deu diq \

@@ -10,6 +10,7 @@ pub mod exit;
 pub mod families;
 pub mod fewshot;
 pub mod files;
+pub mod history;
 pub mod hostlist;
 pub mod inspection;
 pub mod measurement;

@@ -39,7 +39,8 @@ Examples:
   panglot model inspect configs/demo.yaml       what the base model holds, and what of it trains
   panglot checkpoint verify configs/demo.yaml   is every byte of the run's checkpoints as it was written?
   panglot rows configs/demo.yaml --decode       what the model will read, and in which language
-  panglot report configs/demo.yaml              one page to look at: runs/demo/report.html";
+  panglot report configs/demo.yaml              one page to look at: runs/demo/report.html
+  panglot report runs/a runs/b --csv            two runs side by side, and as tables";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -80,7 +81,7 @@ enum Command {
     Plan(commands::plan::Args),
     /// Show the rows that a run reads, or the table of what it reads of each part; starts nothing
     Rows(commands::rows::Args),
-    /// Draw a run as one self-contained HTML page
+    /// Draw a run, or several side by side, as one self-contained HTML page
     Report(commands::report::Args),
     /// Walk the whole road on real text, interruption and resume included
     Demo(commands::demo::Args),

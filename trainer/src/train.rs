@@ -13,13 +13,14 @@ use configs::Plan;
 use launcher::checkpoint::identity::{Difference, Differences};
 use launcher::checkpoint::{Found, Identity};
 use launcher::events::Event;
+use launcher::history::{Environment, What};
 use launcher::text;
 use sharding::{Comm, Mark};
 use tch::Device;
 
 pub use self::build::{build, build_model, sharding};
 use self::log::{Log, Measured, languages, metrics};
-use self::saving::{Boundary, Clock, save_and_wait, start_save, wait_rather_than_lose};
+use self::saving::{Boundary, Clock, note, save_and_wait, start_save, wait_rather_than_lose};
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Progress, Saver};
 use crate::during::During;
@@ -67,6 +68,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     };
     let mut clock = Clock::start(plan, rank_0);
 
+    note_beginning(&trainer, device);
     say(Event::Note {
         text: watch.plan(&trainer, shards),
     });
@@ -168,6 +170,9 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
             clock.tell(outcome, &trainer);
             signal_hook::low_level::raise(signal_hook::consts::SIGKILL).context("debug.die_after")?;
         }
+        if ends {
+            note(&trainer, What::Ended { step: trainer.step });
+        }
         if ends && !done {
             let why = if asked {
                 "as asked"
@@ -185,6 +190,21 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     } else {
         End::Finished
     })
+}
+
+/// For the run's page: when this attempt begins to train, from which step, and where.
+fn note_beginning(trainer: &Trainer, device: Device) {
+    let comm = trainer.comm;
+    if comm.rank() == 0 {
+        let environment = Environment::here(comm.world(), comm.engine(), format!("{device:?}"));
+        note(
+            trainer,
+            What::Began {
+                step: trainer.step,
+                environment,
+            },
+        );
+    }
 }
 
 /// Goes on from the newest checkpoint that verifies, the same on every rank, if there is one.

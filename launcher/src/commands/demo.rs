@@ -112,7 +112,7 @@ impl Demo<'_> {
         })?;
         let comparison = Comparison::of(&before, &after).context("the two evaluations have no language in common")?;
         tell(comparison.table());
-        let page = self.part("report", "report", |_| report::draw(plan, None))?;
+        let page = self.part("report", "report", |_| report::draw(plan))?;
 
         let summary = Summary {
             languages: comparison.changes.len(),

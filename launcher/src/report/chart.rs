@@ -2,9 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Language, Run};
-use crate::evaluation::{Change, Comparison};
-use crate::events::StepMetrics;
+use super::page::escape;
 use crate::scaling::Point;
 use crate::text;
 
@@ -72,14 +70,6 @@ fn round_step(span: f64) -> f64 {
         .unwrap_or(10.0 * power)
 }
 
-/// Text that is safe inside an element.
-pub fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
-}
-
 fn svg(height: f64, label: &str, content: &str) -> String {
     format!(
         "<svg viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{}\">\n{content}</svg>\n",
@@ -126,48 +116,6 @@ fn grid(out: &mut String, y: &Axis, left: f64, right: f64, unit: &str) {
             &format!("{}{unit}", y.label(mark)),
         );
     }
-}
-
-/// Loss of every step, and its running mean.
-pub fn loss(steps: &[StepMetrics]) -> String {
-    let (left, right, top, bottom) = (52.0, WIDTH - 12.0, 10.0, 250.0);
-    let finite: Vec<_> = steps.iter().filter(|step| step.loss.is_finite()).collect();
-    let (low, high) = bounds(finite.iter().map(|step| step.loss));
-    let y = Axis::round(low, high, bottom, top);
-    let last = steps.last().map_or(1, |step| step.steps.max(2));
-    let x = Axis::exact(0.0, (last - 1) as f64, left, right);
-    let mut out = String::new();
-    grid(&mut out, &y, left, right, "");
-    let every = round_step(last as f64).max(1.0) as u64;
-    for step in (0..last).step_by(every as usize) {
-        words(
-            &mut out,
-            "mark middle",
-            (x.at(step as f64), bottom + 18.0),
-            &text::count(step),
-        );
-    }
-    words(&mut out, "mark end", (right, bottom + 34.0), "step");
-    for step in &finite {
-        dot(&mut out, "faint", (x.at(step.step as f64), y.at(step.loss)), 2.2);
-    }
-    path(
-        &mut out,
-        "line",
-        running_mean(&finite).map(|(step, mean)| (x.at(step as f64), y.at(mean))),
-    );
-    svg(bottom + 42.0, "Loss by step", &out)
-}
-
-/// Over about a twentieth of the run: single steps see few languages and jump.
-fn running_mean(steps: &[&StepMetrics]) -> impl Iterator<Item = (u64, f64)> {
-    let keep = 1.0 - 1.0 / (steps.len() as f64 / 20.0).max(2.0);
-    // The weight of what was seen divides, so that the first steps are not drawn towards 0.
-    let (mut sum, mut weight) = (0.0, 0.0);
-    steps.iter().map(move |step| {
-        (sum, weight) = (keep * sum + step.loss, keep * weight + 1.0);
-        (step.step, sum / weight)
-    })
 }
 
 /// Speed by number of nodes: measured with its 95 % interval, and what the smallest number promises. A file of its own, so it
@@ -222,101 +170,6 @@ const SCALING_STYLE: &str = "<style>text { fill: #667085; font: 12px system-ui, 
     .middle { text-anchor: middle } .label { fill: #1c2430 } .grid { stroke: #e4e7ec } .bar { stroke: #1c2430 } .dot { fill: #2563eb } \
     .line { fill: none; stroke: #2563eb; stroke-width: 2 } .ideal { fill: none; stroke: #667085; stroke-dasharray: 5 4 }</style>\n";
 
-/// Planned share of rows as an area, realised as dots, languages by planned share.
-pub fn shares<'a>(languages: impl Iterator<Item = (&'a String, &'a Language)>) -> String {
-    let (left, right, top, bottom) = (64.0, WIDTH - 12.0, 10.0, 230.0);
-    let mut languages: Vec<_> = languages.filter(|(_, l)| l.planned > 0.0 || l.realised > 0.0).collect();
-    languages.sort_by(|a, b| b.1.planned.total_cmp(&a.1.planned));
-    let high = languages
-        .iter()
-        .map(|(_, l)| l.planned.max(l.realised))
-        .fold(0.0, f64::max);
-    let y = Axis::round(0.0, 100.0 * high, bottom, top);
-    let x = Axis::exact(0.0, languages.len().max(1) as f64, left, right);
-    let mut out = String::new();
-    grid(&mut out, &y, left, right, " %");
-    let middle = |i: usize| x.at(i as f64 + 0.5);
-    let corners = languages.iter().enumerate().flat_map(|(i, (_, l))| {
-        [
-            (x.at(i as f64), y.at(100.0 * l.planned)),
-            (x.at(i as f64 + 1.0), y.at(100.0 * l.planned)),
-        ]
-    });
-    path(
-        &mut out,
-        "area",
-        std::iter::once((left, bottom))
-            .chain(corners)
-            .chain(std::iter::once((right, bottom))),
-    );
-    for (i, (name, language)) in languages.iter().enumerate() {
-        let title = format!(
-            "{name}: planned {:.3} %, realised {:.3} %",
-            100.0 * language.planned,
-            100.0 * language.realised
-        );
-        let _ = write!(out, "<g><title>{}</title>", escape(&title));
-        dot(&mut out, "dot", (middle(i), y.at(100.0 * language.realised)), 2.0);
-        out.push_str("</g>");
-    }
-    words(
-        &mut out,
-        "mark end",
-        (right, bottom + 18.0),
-        "languages, by planned share",
-    );
-    svg(bottom + 26.0, "Share of rows by language, planned and realised", &out)
-}
-
-/// Every language's change as one bar: the whole at a glance.
-pub fn overview(comparison: &Comparison) -> String {
-    let (left, right, top, bottom) = (52.0, WIDTH - 12.0, 10.0, 220.0);
-    let (low, high) = bounds(comparison.changes.iter().map(Change::delta).chain([0.0]));
-    let y = Axis::round(low, high, bottom, top);
-    let x = Axis::exact(0.0, comparison.changes.len() as f64, left, right);
-    let mut out = String::new();
-    grid(&mut out, &y, left, right, "");
-    let width = (x.at(1.0) - x.at(0.0)).max(0.6) * 0.8;
-    for (i, change) in comparison.changes.iter().enumerate() {
-        let (a, b) = (y.at(0.0), y.at(change.delta()));
-        let _ = writeln!(
-            out,
-            "<rect class=\"{}\" x=\"{:.2}\" y=\"{:.1}\" width=\"{width:.2}\" height=\"{:.1}\"><title>{} {:+.3}</title></rect>",
-            class(change),
-            x.at(i as f64),
-            a.min(b),
-            (a - b).abs(),
-            escape(&change.language),
-            change.delta(),
-        );
-    }
-    line(&mut out, "zero", (left, y.at(0.0)), (right, y.at(0.0)));
-    words(
-        &mut out,
-        "mark end",
-        (right, bottom + 18.0),
-        "languages, by change in bits per byte",
-    );
-    svg(bottom + 26.0, "Change of bits per byte by language", &out)
-}
-
-/// One row a language: before (hollow) and after (filled) in bits per byte.
-pub fn languages(run: &Run, comparison: &Comparison) -> String {
-    let rows: Vec<_> = comparison
-        .changes
-        .iter()
-        .map(|change| {
-            let name = run
-                .languages
-                .get(&change.language)
-                .map_or("", |language| language.name.as_str());
-            let label = format!("{}  {}", text::shortened(name, 32), change.language);
-            (label.trim().to_owned(), change.before, change.after, class(change))
-        })
-        .collect();
-    before_and_after(&rows, "Bits per byte by language, before and after")
-}
-
 /// One row a language: tokens per byte with the base tokenizer and with the extended one.
 pub fn fertility(rows: &[(&str, f64, f64)]) -> String {
     let rows: Vec<_> = rows
@@ -357,10 +210,6 @@ fn before_and_after(rows: &[(String, f64, f64, &str)], title: &str) -> String {
         );
     }
     svg(bottom + 24.0, title, &out)
-}
-
-fn class(change: &Change) -> &'static str {
-    if change.improved() { "better" } else { "worse" }
 }
 
 fn bounds(values: impl Iterator<Item = f64>) -> (f64, f64) {

@@ -7,8 +7,8 @@ use configs::Plan;
 use corpus::{Corpus, Tokenizer, Vocabulary};
 use serde::Serialize;
 
-use super::chart::{self, escape};
-use super::page::{SORT, STYLE, section};
+use super::chart;
+use super::page::escape;
 use crate::text;
 
 /// All languages with held-out text, from the greatest gain to the least.
@@ -202,6 +202,47 @@ pub fn page(name: &str, vocabulary: &Vocabulary, fertility: &Fertility) -> Strin
     let _ = writeln!(out, "<script>{SORT}</script></main></body></html>");
     out
 }
+
+fn section(out: &mut String, title: &str, why: &str, content: &str) {
+    let _ = write!(
+        out,
+        "<section><h2>{}</h2>\n<p>{}</p>\n{content}</section>\n",
+        escape(title),
+        escape(why)
+    );
+}
+
+const STYLE: &str = "
+:root { --ink: #1c2430; --soft: #667085; --grid: #e4e7ec; --paper: #fff; --card: #f7f8fa; --blue: #2563eb; --good: #0f8a5f; --bad: #c2410c }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --grid: #2a3140; --paper: #12161d; --card: #1a202a;
+  --blue: #6ea0ff; --good: #3ecf9b; --bad: #ff8a5b } }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+main { max-width: 980px; margin: 0 auto; padding: 32px 16px 64px }
+h1 { margin: 0; font-size: 28px } h2 { margin: 40px 0 0; font-size: 19px } p { margin: 2px 0 12px; color: var(--soft) }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 10px; margin-top: 20px }
+.figures div { background: var(--card); border-radius: 8px; padding: 12px 14px }
+.figures b { display: block; font-size: 20px; font-variant-numeric: tabular-nums } .figures span { color: var(--soft); font-size: 13px }
+svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft); font-size: 11px }
+svg .label { fill: var(--ink) } .end { text-anchor: end } .middle { text-anchor: middle }
+.grid { stroke: var(--grid) } .zero { stroke: var(--soft) } .faint { fill: var(--blue); opacity: .35 }
+.line { fill: none; stroke: var(--blue); stroke-width: 2 } .area { fill: var(--blue); opacity: .18 } .dot { fill: var(--blue); opacity: .8 }
+.better { fill: var(--good); stroke: var(--good) } .worse { fill: var(--bad); stroke: var(--bad) } line.better, line.worse { stroke-width: 2 }
+rect.better, rect.worse { stroke: none } .before { fill: var(--paper); stroke: var(--soft); stroke-width: 1.4 }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
+th { text-align: right; cursor: pointer; position: sticky; top: 0; background: var(--paper) }
+td, th { padding: 2px 8px; border-bottom: 1px solid var(--grid) } td { text-align: right }
+td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+";
+
+/// Numbers sort as numbers, whatever sign, comma or percent they carry.
+const SORT: &str = "
+document.querySelectorAll('th').forEach((title, column) => title.onclick = () => {
+  const body = document.querySelector('tbody'), sign = title.dataset.up ? -1 : 1;
+  const value = row => { const text = row.cells[column].textContent, n = parseFloat(text.replace(/[,%\\s]/g, '')); return column < 2 || isNaN(n) ? text : n };
+  title.dataset.up = sign > 0 ? 1 : '';
+  [...body.rows].sort((a, b) => (value(a) > value(b) ? 1 : value(a) < value(b) ? -1 : 0) * sign).forEach(row => body.append(row));
+});
+";
 
 #[cfg(test)]
 mod tests {

@@ -6,6 +6,7 @@ use anyhow::Result;
 use configs::Plan;
 use launcher::checkpoint::manifest::planned_bytes;
 use launcher::events::Event;
+use launcher::history::{History, What};
 use launcher::place::SlurmJob;
 use launcher::{text, wall_time};
 use sharding::Comm;
@@ -121,6 +122,16 @@ impl Clock {
                     waited = it.waited,
                     "checkpoint written"
                 );
+                note(
+                    trainer,
+                    What::Saved {
+                        step: it.step,
+                        bytes: it.bytes,
+                        files: it.files,
+                        seconds: it.seconds,
+                        stall: it.stall,
+                    },
+                );
                 let planned = planned_bytes(trainer.zero.layout().numel() as u64);
                 if self.saves_told == 0 || self.failed {
                     let again = if self.failed {
@@ -152,8 +163,18 @@ impl Clock {
                 );
                 tracing::warn!("{text}");
                 Event::Note { text }.emit();
+                note(trainer, What::NotSaved { step, why });
             }
         }
+    }
+}
+
+/// For the run's page, from rank 0. A disk that takes nothing costs a line in the log, not the run.
+pub fn note(trainer: &Trainer, what: What) {
+    if trainer.comm.rank() == 0
+        && let Err(error) = History::of(&trainer.plan.folders.run).note(what)
+    {
+        tracing::warn!("{error:#}");
     }
 }
 
