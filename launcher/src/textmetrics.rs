@@ -417,8 +417,10 @@ mod tests {
             ("aa", "ab", 25.0),
             ("abcdefg", "hijklmnop", 0.0),
             (
-                " risk assessment must be made of those who are qualified and expertise in the sector - these are the scientists .",
-                "risk assessment has to be undertaken by those who are qualified and expert in that area - that is the scientists .",
+                " risk assessment must be made of those who are qualified and expertise in the \
+                 sector - these are the scientists .",
+                "risk assessment has to be undertaken by those who are qualified and expert in that \
+                 area - that is the scientists .",
                 63.361_730,
             ),
             (
