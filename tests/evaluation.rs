@@ -444,10 +444,14 @@ fn written_text_is_measured_as_sacrebleu_measures_it() {
 
 /// A run whose rate of learning grows until it harms, so that what was best on held-out text is not what is newest.
 #[test]
+#[ignore = "not yet run to its end; make test-evaluation"]
 fn training_measures_itself_keeps_what_was_best_and_models_are_told_apart() {
     let run = Run::new();
     let folder = run.folder.path();
-    write_texts(&folder.join("texts"));
+    // A run and what it is made from do not lie inside each other.
+    let made_from = tempfile::tempdir().unwrap();
+    let texts = made_from.path().join("texts");
+    write_texts(&texts);
     let panglot = |what: &[&str], settings: &[&str]| {
         let mut command = panglot(what);
         command.args([
@@ -456,9 +460,11 @@ fn training_measures_itself_keeps_what_was_best_and_models_are_told_apart() {
             "train.steps=12",
             "checkpoint.every_steps=4",
         ]);
-        command.arg(format!("folders.prepared={}", folder.join("prepared").display()));
+        command.arg(format!(
+            "folders.prepared={}",
+            made_from.path().join("prepared").display()
+        ));
         command.arg(format!("folders.run={}", folder.display()));
-        let texts = folder.join("texts");
         command.arg(format!(
             "corpus.sources=[{{name: words, kind: folders, path: {}}}]",
             texts.display()
