@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test test-cluster soak fuzz soak-corpus soak-checkpoint bench-corpus bench-model bench-sharding bench-checkpoint bench-eval bench-cluster gpu-check bench-gpu clean distclean
+.PHONY: help setup setup-test build demo test test-cluster soak fuzz soak-corpus soak-checkpoint bench-corpus bench-model bench-sharding bench-checkpoint bench-eval bench-cluster test-evaluation setup-eval gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -20,6 +20,9 @@ setup-test: setup  ## besides, the Python environment that the tests compare aga
 	@setup/packages.py test
 	@setup/system.sh test
 
+setup-eval: setup-test  ## besides, lm-evaluation-harness, which only bench-eval runs beside ours
+	@setup/packages.py eval
+
 build: setup  ## both programs, in target/release
 	@$(ENV) cargo build --release --locked --workspace
 
@@ -30,6 +33,9 @@ test: setup-test build  ## everything CI runs: formatting, lints, tests
 	@$(ENV) cargo fmt --all --check
 	@$(ENV) cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	@$(ENV) cargo test --release --locked --workspace
+
+test-evaluation: setup-test build  ## likelihoods, texts and few-shot scores beside transformers in full, SmolLM2 too; minutes
+	@$(ENV) cargo test --release --locked -p whole-program-tests --test evaluation -- --include-ignored
 
 test-cluster: setup-test build  ## every test on a real Slurm cluster of four nodes on this machine; minutes, as root
 	@$(ENV) cargo test --release --locked -p whole-program-tests --test cluster -- --include-ignored --skip soak --nocapture --test-threads=1
@@ -68,7 +74,7 @@ bench-sharding: setup-test build  ## four ranks side by side with DDP and FSDP, 
 bench-checkpoint: setup-test build  ## saves and resumes side by side with torch's, into bench/results/checkpoint.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_checkpoint"
 
-bench-eval: setup-test build  ## evaluation and generation side by side with transformers and lm-eval, into bench/results/eval.json
+bench-eval: setup-eval build  ## evaluation and generation side by side with transformers and lm-eval, into bench/results/eval.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" prepare configs/demo.yaml
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_eval"
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_report"

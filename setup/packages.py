@@ -3,6 +3,7 @@
 
     setup/packages.py build     what building, the demo and (on a GPU machine) CUDA need
     setup/packages.py test      besides that, the Python environment the tests compare against
+    setup/packages.py eval      besides that, lm-evaluation-harness, which only `make bench-eval` runs
 
 The order that must hold: download, check the SHA-256, unpack beside, rename. A package folder that exists under its own
 name is therefore complete, and its stamp says from which file it came; such a folder costs one small read and no network.
@@ -28,17 +29,18 @@ ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / ".panglot"
 PINS = ROOT / "setup" / "pins.txt"
 REQUIREMENTS = ROOT / "setup" / "requirements.txt"
+LM_EVAL = ROOT / "setup" / "requirements-lm-eval.txt"
 STAMP = ".fetched"
 PARTIAL = ".partial-"
 TEST_PYTHONS = ("3.11", "3.12", "3.13")
 
 
 def main(arguments):
-    if arguments not in (["build"], ["test"]):
-        raise Stop("Say `setup/packages.py build` or `setup/packages.py test`.")
+    if arguments not in (["build"], ["test"], ["eval"]):
+        raise Stop("Say `setup/packages.py build`, `setup/packages.py test` or `setup/packages.py eval`.")
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise Stop(f"This is {platform.system()} on {platform.machine()}, and libtorch is pinned for Linux on x86_64 only.")
-    for_tests = arguments == ["test"]
+    for_tests = arguments != ["build"]
     if for_tests and python_version() not in TEST_PYTHONS:
         raise Stop(f"The tests' environment is pinned for Python {', '.join(TEST_PYTHONS)} and python3 is "
                    f"{python_version()}; put one of those first on PATH as python3 and run `make setup-test` again.")
@@ -53,6 +55,8 @@ def main(arguments):
             fetch(pin, pins)
         link_cuda_into_torch(pins)
         new_environment = for_tests and make_environment(pins)
+        if arguments == ["eval"]:
+            install_lm_eval()
     if missing or new_environment:
         print(f"{len(pins)} packages in place after {time.monotonic() - started:.1f} s", flush=True)
     else:
@@ -232,6 +236,22 @@ def make_environment(pins):
             shutil.rmtree(old)
     print(f": made in {time.monotonic() - began:.1f} s", flush=True)
     return True
+
+
+def install_lm_eval():
+    """lm-evaluation-harness in a folder of its own, for the end of the environment's path: the tests' set-up stays small."""
+    folder, recipe = STORE / "lm-eval", sha256(LM_EVAL) + sys.version
+    with contextlib.suppress(FileNotFoundError):
+        if (folder / STAMP).read_text() == recipe:
+            return
+    print("  lm-evaluation-harness", flush=True)
+    with partial_folder() as partial:
+        tree = partial / "tree"
+        run(None, [str(STORE / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-input",
+                   "--disable-pip-version-check", "--no-cache-dir", "--retries", "2", "--no-compile", "--no-deps",
+                   "--only-binary=:all:", "--require-hashes", "--target", str(tree), "-r", str(LM_EVAL)], STORE)
+        (tree / STAMP).write_text(recipe)
+        replace(tree, folder)
 
 
 def run(pin, command, folder):

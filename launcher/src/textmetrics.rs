@@ -8,8 +8,19 @@ use std::collections::{HashMap, HashSet};
 const ORDERS: usize = 4;
 const CHARACTER_ORDERS: usize = 6;
 const WORD_ORDERS: usize = 2;
-/// chrF's β: recall counts twice.
-const BETA: f64 = 2.0;
+
+/// What chrF is made of: how many orders of words besides those of characters, and β, how often recall counts.
+#[derive(Clone, Copy)]
+struct Chrf {
+    word_orders: usize,
+    beta: f64,
+}
+
+/// chrF++ (Popović 2017).
+const PLUS_PLUS: Chrf = Chrf {
+    word_orders: WORD_ORDERS,
+    beta: 2.0,
+};
 
 /// How BLEU cuts text: by the rules of mteval-v13a, or into characters where a script sets no spaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -216,21 +227,43 @@ type ChrfCounts = [[usize; 3]; CHARACTER_ORDERS + WORD_ORDERS];
 
 /// chrF++ of a corpus, 0 … 100: each text with its references, of which the best counts.
 pub fn chrf_plus_plus(texts: &[(&str, Vec<&str>)]) -> f64 {
-    let mut sum = ChrfCounts::default();
-    for (text, references) in texts {
-        let counts = references.iter().map(|reference| chrf_counts(text, reference));
-        let mut best: Option<(f64, ChrfCounts)> = None;
-        for counts in counts {
-            let score = chrf_score(&counts);
-            if best.is_none_or(|(known, _)| score > known) {
-                best = Some((score, counts));
+    PLUS_PLUS.score(texts)
+}
+
+impl Chrf {
+    fn score(self, texts: &[(&str, Vec<&str>)]) -> f64 {
+        let mut sum = ChrfCounts::default();
+        for (text, references) in texts {
+            let counts = references.iter().map(|reference| chrf_counts(text, reference));
+            let mut best: Option<(f64, ChrfCounts)> = None;
+            for counts in counts {
+                let score = self.of_counts(&counts);
+                if best.is_none_or(|(known, _)| score > known) {
+                    best = Some((score, counts));
+                }
+            }
+            for (sum, counts) in sum.iter_mut().zip(best.map(|(_, counts)| counts).unwrap_or_default()) {
+                sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
             }
         }
-        for (sum, counts) in sum.iter_mut().zip(best.map(|(_, counts)| counts).unwrap_or_default()) {
-            sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
-        }
+        self.of_counts(&sum)
     }
-    chrf_score(&sum)
+
+    fn of_counts(self, counts: &ChrfCounts) -> f64 {
+        let (mut precision, mut recall, mut orders) = (0.0, 0.0, 0.0);
+        for [of_text, of_reference, shared] in &counts[..CHARACTER_ORDERS + self.word_orders] {
+            if *of_text > 0 && *of_reference > 0 {
+                precision += *shared as f64 / *of_text as f64;
+                recall += *shared as f64 / *of_reference as f64;
+                orders += 1.0;
+            }
+        }
+        if precision + recall == 0.0 {
+            return 0.0;
+        }
+        let (precision, recall, weight) = (precision / orders, recall / orders, self.beta * self.beta);
+        100.0 * (1.0 + weight) * precision * recall / (weight * precision + recall)
+    }
 }
 
 fn chrf_counts(text: &str, reference: &str) -> ChrfCounts {
@@ -268,22 +301,6 @@ fn chrf_words(text: &str) -> Vec<&str> {
         [a, b]
     });
     parts.filter(|part| !part.is_empty()).collect()
-}
-
-fn chrf_score(counts: &ChrfCounts) -> f64 {
-    let (mut precision, mut recall, mut orders) = (0.0, 0.0, 0.0);
-    for [of_text, of_reference, shared] in counts {
-        if *of_text > 0 && *of_reference > 0 {
-            precision += *shared as f64 / *of_text as f64;
-            recall += *shared as f64 / *of_reference as f64;
-            orders += 1.0;
-        }
-    }
-    if precision + recall == 0.0 {
-        return 0.0;
-    }
-    let (precision, recall) = (precision / orders, recall / orders);
-    100.0 * (1.0 + BETA * BETA) * precision * recall / (BETA * BETA * precision + recall)
 }
 
 /// Texts whose language is the one of this ISO 639-3 code, by their number; `None` where the identifier does not know it.
@@ -330,6 +347,116 @@ mod tests {
             "1990 - 2000 well-known \" x \" a / b"
         );
         assert_eq!(Cut::Characters.tokens("你 好"), ["你", "好"]);
+    }
+
+    /// What sacreBLEU's own tests expect (test_bleu.py, test_sentence_bleu.py, test_chrf.py; Apache 2.0), of what is computed here:
+    /// "exp" smoothing, no lower-casing, chrF without its smoothing.
+    #[test]
+    fn scores_are_those_that_sacrebleu_tests_itself_with() {
+        fn near(ours: f64, theirs: f64, off: f64) {
+            assert!((ours - theirs).abs() < off, "{ours}, not {theirs}");
+        }
+        let hypotheses = [
+            "The dog bit the man.",
+            "It wasn't surprising.",
+            "The man had just bitten him.",
+        ];
+        let references = [
+            ["The dog bit the man.", "The dog had bit the man."],
+            ["It was not unexpected.", "No one was surprised."],
+            ["The man bit him first.", "The man had bitten the dog."],
+        ];
+        let with = |hypotheses: [&'static str; 3]| -> Vec<(&str, Vec<&str>)> {
+            let pairs = hypotheses.into_iter().zip(&references);
+            pairs.map(|(text, references)| (text, references.to_vec())).collect()
+        };
+        near(bleu(&with(hypotheses), Cut::V13a), 48.530_827, 1e-6);
+        near(bleu(&with([""; 3]), Cut::V13a), 0.0, 1e-9);
+        let one = |text, reference, cut| bleu(&[(text, vec![reference])], cut);
+        near(one("this is a test", "this is a test", Cut::V13a), 100.0, 1e-9);
+        let split = |text: &str| -> Vec<String> { text.split(' ').map(str::to_owned).collect() };
+        let effective = |text: &[String], reference: &[String]| BleuCounts::of(text, &[reference]).score(true);
+        near(effective(&split("test"), &split("a test")), 36.787_944_117, 1e-6);
+        near(effective(&split("a test"), &split("a test")), 100.0, 1e-9);
+        let (text, reference) = (
+            "Producția de zahăr primă va fi exprimată în ceea ce privește zahărul alb;",
+            "producţia de zahăr brut se exprimă în zahăr alb;",
+        );
+        let sentence = |cut: Cut| effective(&cut.tokens(text), &cut.tokens(reference));
+        near(sentence(Cut::V13a), 8.493, 1e-3);
+        near(effective(&split(text), &split(reference)), 7.347, 1e-3);
+        // Its `char` keeps spaces out of the count of tokens too.
+        near(sentence(Cut::Characters), 40.8759, 1e-3);
+        let zero = Cut::V13a.tokens("this is a cat");
+        near(effective(&zero, &Cut::V13a.tokens("okay thanks")), 0.0, 1e-9);
+        let counted = BleuCounts::of(
+            &split("am I am a character sequence"),
+            &[&split("I am a symbol string sequence a a")],
+        );
+        assert_eq!((counted.right, counted.all), ([4, 2, 1, 0], [6, 5, 4, 3]));
+        let counts = |right, all, length| BleuCounts {
+            right,
+            all,
+            length,
+            reference_length: length,
+        };
+        near(
+            counts([9, 7, 5, 3], [10, 8, 6, 4], 11).score(false),
+            83.759_223_97,
+            1e-6,
+        );
+        near(counts([0; 4], [4, 4, 2, 1], 1).score(false), 0.0, 1e-9);
+
+        let of_characters = |beta| Chrf { word_orders: 0, beta };
+        let corpus = [
+            ("a", "a", 100.0),
+            ("", "reference", 0.0),
+            ("", "c", 0.0),
+            ("a b c", "a b c", 100.0),
+            ("a b c", "abc", 100.0),
+            ("aa", "ab", 25.0),
+            ("abcdefg", "hijklmnop", 0.0),
+            (
+                " risk assessment must be made of those who are qualified and expertise in the \
+                 sector - these are the scientists .",
+                "risk assessment has to be undertaken by those who are qualified and expert in that \
+                 area - that is the scientists .",
+                63.361_730,
+            ),
+            (
+                " Die    Beziehung zwischen  Obama und Netanjahu ist nicht gerade  freundlich. ",
+                "Das Verhältnis zwischen Obama und Netanyahu ist nicht gerade freundschaftlich.",
+                64.130_269_8,
+            ),
+        ];
+        for (text, reference, expected) in corpus {
+            near(of_characters(3.0).score(&[(text, vec![reference])]), expected, 1e-4);
+        }
+        near(
+            of_characters(3.0).score(&[("a", vec!["a"]), ("b", vec!["c"])]),
+            50.0,
+            1e-4,
+        );
+        let sentences = [
+            (
+                "Co nás nejvíc trápí, protože lékaři si vybírají, kdo bude žít a kdo zemře.",
+                "Nejvíce smutní jsme z toho, že musíme rozhodovat o tom, kdo bude žít a kdo zemře.",
+                39.140_785_09,
+            ),
+            (
+                "Nebo prostě nemají vybavení, které by jim pomohlo, uvedli lékaři.",
+                "A někdy nemáme ani potřebný materiál, abychom jim pomohli, popsali lékaři.",
+                31.225_570_79,
+            ),
+            (
+                "Lapali po dechu, jejich životy skončily dřív, než skutečně začaly.",
+                "Lapali po dechu a pak jejich život skončil - dřív, než skutečně mohl začít, připomněli.",
+                57.157_043_67,
+            ),
+        ];
+        for (text, reference, expected) in sentences {
+            near(of_characters(2.0).score(&[(text, vec![reference])]), expected, 1e-4);
+        }
     }
 
     #[test]

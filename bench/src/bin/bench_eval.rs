@@ -5,18 +5,21 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use bench::{Entry, Report, Results, median, number, run};
+use bench::{Entry, Report, Results, median, number, run, script, text_of};
 use clap::Parser;
 use serde_json::{Value, json};
 
 const LANGUAGES: usize = 60;
 /// Of the few-shot task: of the languages, and of the articles that are asked for.
-const TASK_LANGUAGES: usize = 6;
+const TASK_LANGUAGES: usize = 3;
 const LABELS: usize = 5;
+/// Articles of a language, and characters of each half: about as long as a sentence of SIB-200.
+const ARTICLES: usize = 12;
+const CHARACTERS: usize = 150;
 const NEW_TOKENS: usize = 128;
 
 #[derive(Parser)]
@@ -25,9 +28,9 @@ struct Arguments {
     /// The Python that has `transformers`.
     #[arg(long, env = "PANGLOT_PYTHON", default_value = ".panglot/venv/bin/python")]
     python: PathBuf,
-    /// Where `pip install --target FOLDER lm-eval` has put it; without it, few-shot is not measured.
-    #[arg(long, env = "PANGLOT_LM_EVAL")]
-    lm_eval: Option<PathBuf>,
+    /// Where `make setup-eval` has put lm-evaluation-harness.
+    #[arg(long, default_value = ".panglot/lm-eval")]
+    lm_eval: PathBuf,
     /// The demo's corpus and SmolLM2-135M, as `panglot prepare configs/demo.yaml` leaves them.
     #[arg(long, default_value = "runs/prepared/demo")]
     prepared: PathBuf,
@@ -59,10 +62,7 @@ fn main() -> Result<()> {
         bench.generate(&mut results)?;
     }
     if bench.wanted("fewshot_items_per_s") {
-        match &bench.arguments.lm_eval {
-            Some(lm_eval) => bench.few_shot(lm_eval, &mut results)?,
-            None => eprintln!("fewshot_items_per_s: SKIPPED, no --lm-eval FOLDER"),
-        }
+        bench.few_shot(&mut results)?;
     }
     results.print();
     Ok(())
@@ -99,20 +99,21 @@ impl Bench {
         Ok(text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
     }
 
-    fn panglot(&self, arguments: &[&str]) -> Result<()> {
+    /// What it prints.
+    fn panglot(&self, arguments: &[&str]) -> Result<Vec<u8>> {
         let mut command = Command::new(std::env::current_exe()?.with_file_name("panglot"));
         command
             .args(arguments)
             .args(["--threads", &self.threads, "--precision", "f32"]);
-        let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
-        ensure!(status.success(), "{command:?} failed");
-        Ok(())
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{command:?} failed: {said}");
+        Ok(output.stdout)
     }
 
     fn peer(&self, arguments: &[&str], lm_eval: Option<&Path>) -> Result<Report> {
         let mut command = Command::new(&self.arguments.python);
-        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/evaluate_model.py"));
-        command.args(arguments);
+        command.arg(script("evaluate_model.py")).args(arguments);
         if let Some(lm_eval) = lm_eval {
             command.env("PANGLOT_LM_EVAL", lm_eval);
         }
@@ -123,7 +124,10 @@ impl Bench {
         let languages = self.languages(LANGUAGES)?;
         let mut lines = Vec::new();
         for language in &languages {
-            for document in self.documents(language, "held_out")? {
+            let mut documents = self.documents(language, "held_out")?;
+            // As `panglot eval nll --documents 1` takes them.
+            documents.sort_by_key(|document| document["key"].as_str().map(str::to_owned));
+            for document in documents.iter().take(1) {
                 writeln!(lines, "{}", json!({ "text": document["text"] }))?;
             }
         }
@@ -147,7 +151,16 @@ impl Bench {
             self.panglot(
                 &[
                     &own[..],
-                    &["--window", "1024", "--stride", "512", "--start", "<|endoftext|>"],
+                    &[
+                        "--documents",
+                        "1",
+                        "--window",
+                        "1024",
+                        "--stride",
+                        "512",
+                        "--start",
+                        "<|endoftext|>",
+                    ],
                 ]
                 .concat(),
             )?;
@@ -164,8 +177,9 @@ impl Bench {
         let entry = Entry::of("nll_tokens_per_s", speed(&ours), speed(&peers), "tokens/s")
             .peer_is("transformers, SDPA, length-sorted batches of 4096 tokens, cross-entropy of whole logits")
             .note(format!(
-                "{} languages; nats {nats:.2} and {:.2}",
+                "one held-out document in each of {} languages, {} tokens; nats {nats:.2} and {:.2}",
                 languages.len(),
+                number(&ours[0], "tokens"),
                 number(&peers[0], "nats")
             ));
         results.put(entry)
@@ -188,43 +202,14 @@ impl Bench {
         }
         let input = self.folder.join("prompts.jsonl");
         fs::write(&input, lines)?;
-        let (model, new, order) = (
-            text_of(&self.model)?,
-            NEW_TOKENS.to_string(),
-            self.folder.join("order.json"),
-        );
-        let out = self.folder.join("generated.json");
-        let requests: Vec<Value> = prompts
-            .iter()
-            .enumerate()
-            .map(|(id, prompt)| json!({ "id": id, "prompt": prompt }))
-            .collect();
-        // The worker's own order: its result has the seconds without loading.
-        let sampling = json!({ "max_new_tokens": NEW_TOKENS, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
-            "repetition_penalty": 1.0, "stop": [], "seed": 1, "special_tokens": true, "ignore_end": true });
-        let task = json!({ "generate": { "requests": requests, "sampling": sampling, "batch": prompts.len(), "stream": false } });
-        let threads: usize = self.threads.parse()?;
-        fs::write(
-            &order,
-            serde_json::to_vec(
-                &json!({ "model": { "folder": model }, "precision": "f32", "device": "cpu",
-            "threads_per_rank": threads, "logs": null, "task": task, "out": out }),
-            )?,
-        )?;
+        let (model, new) = (text_of(&self.model)?, NEW_TOKENS.to_string());
+        let batch = prompts.len().to_string();
         let (mut ours, mut peers) = (Vec::new(), Vec::new());
         for _ in 0..self.arguments.rounds {
-            let mut worker = Command::new(std::env::current_exe()?.with_file_name("panglot-worker"));
-            worker
-                .args(["measure", "--order", text_of(&order)?])
-                .stdout(Stdio::null());
-            // As the launcher sets them.
-            worker.envs([
-                ("MALLOC_MMAP_MAX_", "0"),
-                ("MALLOC_TRIM_THRESHOLD_", "17179869184"),
-                ("OMP_WAIT_POLICY", "PASSIVE"),
-            ]);
-            ensure!(worker.status()?.success(), "{worker:?} failed");
-            ours.push(result(&out)?);
+            let own = ["generate", model, "--input", text_of(&input)?, "--max-new-tokens", &new];
+            let said = self.panglot(&[&own[..], &["--ignore-end", "--batch", &batch, "--json"]].concat())?;
+            // Its seconds are without loading, as the peer's are.
+            ours.push(serde_json::from_slice(&said)?);
             peers.push(self.peer(&["generate", model, text_of(&input)?, &self.threads, &new], None)?);
         }
         let speed = |side: &[Report], key: &str| median(side, |report| number(report, key) / report.seconds);
@@ -242,7 +227,8 @@ impl Bench {
     }
 
     /// Which article is this? Halves of articles are shown and asked for.
-    fn few_shot(&self, lm_eval: &Path, results: &mut Results) -> Result<()> {
+    fn few_shot(&self, results: &mut Results) -> Result<()> {
+        let lm_eval = fs::canonicalize(&self.arguments.lm_eval).context("run `make setup-eval` first")?;
         let data = self.folder.join("articles");
         let tasks = self.folder.join("tasks");
         fs::create_dir_all(&tasks)?;
@@ -262,6 +248,7 @@ impl Bench {
                 }
             }
             articles.sort();
+            articles.truncate(ARTICLES);
             fs::create_dir_all(data.join(language))?;
             for (split, second) in [("train", false), ("test", true)] {
                 let mut tsv = "index_id\tcategory\ttext\n".to_owned();
@@ -271,7 +258,8 @@ impl Bench {
                         .char_indices()
                         .nth(text.chars().count() / 2)
                         .map_or(0, |(at, _)| at);
-                    let half = if second { &text[middle..] } else { &text[..middle] }.trim();
+                    let half = if second { &text[middle..] } else { &text[..middle] };
+                    let half: String = half.trim().chars().take(CHARACTERS).collect();
                     let label = number % LABELS;
                     tsv += &format!("{number}\t{}\t{half}\n", labels[label]);
                     jsonl += &(json!({ "text": half, "label": label }).to_string() + "\n");
@@ -318,7 +306,7 @@ impl Bench {
                 text_of(&out)?,
             ])?;
             ours.push(result(&out)?);
-            peers.push(self.peer(&["fewshot", model, text_of(&tasks)?, &self.threads], Some(lm_eval))?);
+            peers.push(self.peer(&["fewshot", model, text_of(&tasks)?, &self.threads], Some(&lm_eval))?);
         }
         let items = |side: &[Report]| median(side, |report| number(report, "items") / report.seconds);
         ensure!(
@@ -343,9 +331,4 @@ fn result(file: &Path) -> Result<Report> {
     let text = fs::read(file).with_context(|| file.display().to_string())?;
     fs::remove_file(file)?;
     Ok(serde_json::from_slice(&text)?)
-}
-
-fn text_of(path: &Path) -> Result<&str> {
-    path.to_str()
-        .with_context(|| format!("{} is not UTF-8", path.display()))
 }
