@@ -29,10 +29,10 @@ build: setup  ## both programs, in target/release
 demo: build  ## the whole road on real text in about 500 languages
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" demo configs/demo.yaml
 
-test: setup-test build  ## everything CI runs: formatting, lints, tests
+test: setup-test  ## everything CI runs: formatting, lints, tests
 	@$(ENV) cargo fmt --all --check
 	@$(ENV) cargo clippy --release --locked --workspace --all-targets -- -D warnings
-	@$(ENV) cargo test --release --locked --workspace
+	@$(ENV) cargo test --release --locked --workspace --no-fail-fast
 
 test-evaluation: setup-test build  ## likelihoods, texts and few-shot scores beside transformers in full, SmolLM2 too; minutes
 	@$(ENV) cargo test --release --locked -p whole-program-tests --test evaluation -- --include-ignored

@@ -344,6 +344,7 @@ impl<'a> Saver<'a> {
             Verdict::Failed(why) => self.fail(&save, format!("rank 0: {why}")),
             Verdict::Replaced(why) => {
                 self.clear(&save);
+                self.comm.barrier()?;
                 bail!(why)
             }
         }
@@ -364,6 +365,8 @@ impl<'a> Saver<'a> {
         let (step, in_a_row) = (save.manifest.step, self.failures_in_a_row);
         self.clear(save);
         if in_a_row >= self.identity.plan.checkpoint.failures_in_a_row {
+            // The first rank to end takes the others with it, rank 0 while it clears.
+            self.comm.barrier()?;
             let newest = self.newest.map_or("none".into(), step_name);
             return Err(WritesFailed {
                 in_a_row,
