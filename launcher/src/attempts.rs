@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,9 @@ use crate::{exit, files, place};
 
 /// So many attempts in a row that moved no checkpoint, and the run is given up: something is wrong that time does not mend.
 pub const MOST_WITHOUT_PROGRESS: usize = 3;
+
+/// Before nodes are tried again on which the last attempt came to nothing: a daemon that Slurm restarts, a mount that comes back.
+pub const PAUSE: Duration = Duration::from_secs(20);
 
 /// One line of `attempts.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +36,8 @@ pub enum Verdict {
     /// Worth another attempt: at once on the same nodes, or by way of the queue.
     Again {
         here: bool,
+        /// How long the job should wait first.
+        after: Duration,
         why: String,
     },
     Stop {
@@ -67,7 +72,8 @@ pub fn decide(earlier: &[Attempt], now: &Attempt) -> Verdict {
         "{why}; the next attempt goes on from step {} ({left} left without progress)",
         now.step
     );
-    Verdict::Again { here, why }
+    let after = if here && in_vain > 0 { PAUSE } else { Duration::ZERO };
+    Verdict::Again { here, after, why }
 }
 
 /// The shell's own codes for a program that cannot be started or is not there.
@@ -261,6 +267,15 @@ mod tests {
         check(&[(76, 5), (76, 5), (76, 5), (76, 5)], "stop 76");
         check(&[(76, 5), (76, 5), (76, 5), (76, 10)], "again here");
         check(&[(75, 5), (75, 10), (75, 15), (75, 20)], "requeue");
+    }
+
+    #[test]
+    fn what_came_to_nothing_is_not_repeated_at_once() {
+        let pause = |step| match decide(&[attempt("7", 76, 5)], &attempt("7", 76, step)) {
+            Verdict::Again { here: true, after, .. } => after,
+            verdict => panic!("{verdict:?}"),
+        };
+        assert_eq!((pause(5), pause(10)), (PAUSE, Duration::ZERO));
     }
 
     #[test]

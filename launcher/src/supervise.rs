@@ -272,12 +272,9 @@ impl Heard {
 
     fn silent(&mut self, rank: usize, id: Option<u32>) {
         let id = id.unwrap_or(0);
-        let state = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-        let stopped = state.contains(") T ");
-        let why = if stopped {
-            "it is stopped by a signal"
-        } else {
-            "it does not run"
+        let why = match process_state(id) {
+            Some('T') => "it is stopped by a signal",
+            _ => "it does not run",
         };
         let seconds = SILENCE.as_secs();
         let text = format!(
@@ -287,6 +284,14 @@ impl Heard {
         self.lost.get_or_insert(text);
         self.code.get_or_insert(exit::PEER);
     }
+}
+
+/// The kernel's letter for what a process does (proc(5)): T is stopped by a signal, Z has ended and nobody has asked for its
+/// code. None if there is none of that number.
+pub fn process_state(process: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // Its name, in parentheses, may hold anything.
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 const MOST_TOLD: usize = 16 << 10;

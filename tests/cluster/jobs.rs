@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use launcher::attempts::newest_step;
 use whole_program_tests::{program, root, text};
 
 use crate::fixture::Cluster;
@@ -28,17 +29,8 @@ fn submitted_stopped_for_time_and_gone_on_equals_undisturbed() {
     let job = training.submit(&["nodes=2", "ranks_per_node=2", SLOWLY]);
     training.wait_for_step(6);
     // It is written beside the steps.
-    cluster.wait_until("the first checkpoint", MINUTE, || {
-        let checkpoints = std::fs::read_dir(training.run.folder.path().join("checkpoints"));
-        let names = checkpoints
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.file_name());
-        names
-            .into_iter()
-            .any(|name| name.to_string_lossy().starts_with("step-"))
-    });
+    let checkpoints = training.run.folder.path().join(launcher::checkpoint::FOLDER);
+    cluster.wait_until("the first checkpoint", MINUTE, || newest_step(&checkpoints).is_some());
     check_status(&training);
     // What Slurm does before the wall time, by the script's own --signal=USR1@120.
     cluster.must("scancel", &["--signal=USR1", &format!("{job}.0")]);

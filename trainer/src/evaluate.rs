@@ -432,14 +432,20 @@ fn cut(evaluation: &configs::Evaluation, document: usize, ids: &[i64]) -> Vec<Wi
 }
 
 /// Windows of similar length together, padded batches of at most `tokens_per_batch`; longest first, so that a shortage of
-/// memory shows at once.
+/// memory shows at once. A batch that is large enough for its products takes none that is much shorter: what is padded is
+/// computed in vain.
 fn batches(windows: &[&Window], tokens_per_batch: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..windows.len()).collect();
     order.sort_by_key(|&window| (std::cmp::Reverse(windows[window].ids.len()), window));
     let mut batches: Vec<Vec<usize>> = Vec::new();
     for window in order {
+        let joins = |batch: &Vec<usize>| {
+            let (longest, here) = (windows[batch[0]].ids.len(), windows[window].ids.len());
+            let is_small = batch.len() * longest < tokens_per_batch / 4;
+            (batch.len() + 1) * longest <= tokens_per_batch && (is_small || 10 * here >= 9 * longest)
+        };
         match batches.last_mut() {
-            Some(batch) if (batch.len() + 1) * windows[batch[0]].ids.len() <= tokens_per_batch => batch.push(window),
+            Some(batch) if joins(batch) => batch.push(window),
             _ => batches.push(vec![window]),
         }
     }
@@ -449,6 +455,25 @@ fn batches(windows: &[&Window], tokens_per_batch: usize) -> Vec<Vec<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn batches_hold_like_lengths_unless_they_are_small() {
+        let lengths = [100, 30, 99, 89, 91, 12, 11, 10, 9];
+        let windows = lengths.map(|length| Window {
+            document: 0,
+            ids: vec![0; length],
+            context: 1,
+        });
+        let windows: Vec<&Window> = windows.iter().collect();
+        let of = |tokens| -> Vec<Vec<usize>> {
+            let batches = batches(&windows, tokens).into_iter();
+            batches
+                .map(|batch| batch.into_iter().map(|window| lengths[window]).collect())
+                .collect()
+        };
+        assert_eq!(of(320), [vec![100, 99, 91], vec![89], vec![30, 12, 11], vec![10, 9]]);
+        assert_eq!(of(100)[4..], [vec![30], vec![12, 11, 10], vec![9]]);
+    }
 
     #[test]
     fn every_target_is_scored_once_whatever_the_windows() {

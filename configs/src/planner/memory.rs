@@ -89,6 +89,12 @@ impl Division {
         numels.iter().map(|numel| slice_len(*numel, self.n_slices())).collect()
     }
 
+    /// Elements of each trained bucket on `world` ranks that each hold a slice, padding counted.
+    fn padded(&self, numels: &[usize]) -> Vec<usize> {
+        let slices = self.slices(numels).into_iter();
+        slices.map(|slice| slice * self.world).collect()
+    }
+
     /// Of what trains. `numels`: elements of each bucket; `stages[s]`: the buckets that stage s of the model reads, in forward
     /// order, where a tied head reads the embedding's.
     pub fn of_trained(&self, numels: &[usize], stages: &[Vec<usize>]) -> StateBytes {
@@ -132,7 +138,7 @@ impl Division {
         if self.zero < 2 {
             return 0;
         }
-        let padded: Vec<usize> = self.slices(numels).iter().map(|slice| slice * self.world).collect();
+        let padded = self.padded(numels);
         let parameters = match self.zero {
             3 => sum(&moment.parameters, &padded),
             _ => 0,
@@ -147,7 +153,7 @@ impl Division {
         if self.zero < 2 {
             return 0;
         }
-        let padded: Vec<usize> = self.slices(numels).iter().map(|slice| slice * self.world).collect();
+        let padded = self.padded(numels);
         let reducing = sum(&moment.reducing, &padded);
         4 * (reducing + reducing / self.world) as u64
     }
@@ -485,16 +491,19 @@ impl Budget {
             });
         let publication = (At::Publication, division.casts(&trained.numels), 0);
         let on_gpu = train.device != Device::Cpu;
-        let offloads = on_gpu && train.offload_optimizer;
         let snapshot = u64::from(saves) * of_trained.optimizer;
         // A bucket's gradient comes down, and its parameters go up, one bucket at a time.
         let travels = division.slices(&trained.numels).into_iter().max().unwrap_or(0) * (4 + division.width);
-        let offloaded = u64::from(offloads) * (of_trained.optimizer + travels as u64);
+        let offloaded = u64::from(train.offload_optimizer) * (of_trained.optimizer + travels as u64);
         Budget {
             kept: [
                 of_trained.parameters + of_frozen.parameters,
                 of_trained.gradients,
-                if offloads { 0 } else { of_trained.optimizer },
+                if train.offload_optimizer {
+                    0
+                } else {
+                    of_trained.optimizer
+                },
             ],
             snapshot: if on_gpu { 0 } else { snapshot },
             host: if on_gpu { snapshot + offloaded } else { 0 },

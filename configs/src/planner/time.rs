@@ -7,7 +7,7 @@ use super::hardware::Hardware;
 use super::memory::{Division, head_chunk, slice_len};
 use super::sizes::{Buckets, Sizes, has_lora};
 use super::traffic::Traffic;
-use crate::plan::{Device, FrozenPrecision, Mix, Recompute, Residual, Train};
+use crate::plan::{FrozenPrecision, Mix, Recompute, Residual, Train};
 
 /// FLOP and bytes of one pass through a stage, of a micro-batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -313,8 +313,7 @@ impl Step<'_> {
         let (slice, width) = (slice as f64, self.division.width as f64);
         let rest = slice * (4.0 + 4.0 + width) + 4.0 * whole as f64;
         let here = |bytes: f64| bytes / (hardware.bandwidth * hardware.bandwidth_share);
-        let offloads = self.train.offload_optimizer && self.train.device != Device::Cpu;
-        if offloads && hardware.host_link > 0.0 && hardware.host_bandwidth > 0.0 {
+        if self.train.offload_optimizer && hardware.host_link > 0.0 && hardware.host_bandwidth > 0.0 {
             // The gradient comes down, the host updates, parameters go up: one after the other.
             let travels = slice * (4.0 + width) / (hardware.host_link * hardware.link_share);
             return here(rest) + travels + slice * 28.0 / (hardware.host_bandwidth * hardware.bandwidth_share);

@@ -9,6 +9,7 @@ use super::{App, ConfigArgs, Leave};
 use launcher::attempts::{Attempts, Verdict, newest_step};
 use launcher::checkpoint::FOLDER;
 use launcher::exit;
+use launcher::supervise::process_state;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
@@ -19,8 +20,8 @@ pub enum Command {
         #[command(flatten)]
         config: ConfigArgs,
         /// srun's process
-        #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i32).range(2..))]
-        process: i32,
+        #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(2..))]
+        process: u32,
     },
     /// After srun: exits with 3 where another attempt is due on the same nodes, with 4 where it is by way of the queue, and else
     /// with what the attempt was really about
@@ -60,9 +61,9 @@ fn is_finished(config: &ConfigArgs) -> anyhow::Result<()> {
 const GRACE: Duration = Duration::from_secs(15);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-fn watch(config: &ConfigArgs, process: i32) -> anyhow::Result<()> {
+fn watch(config: &ConfigArgs, process: u32) -> anyhow::Result<()> {
     let attempts = Attempts::of(&config.load()?.folders.run);
-    let srun = Pid::from_raw(process);
+    let srun = Pid::from_raw(process.try_into()?);
     let mut failed: Option<Instant> = None;
     while is_running(process) {
         if failed.is_none() && attempts.has_failed_rank() {
@@ -83,18 +84,20 @@ fn watch(config: &ConfigArgs, process: i32) -> anyhow::Result<()> {
 }
 
 /// A process that has ended stays, as a zombie, until the job script asks for its code.
-fn is_running(process: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-    state.is_some_and(|state| state != 'Z')
+fn is_running(process: u32) -> bool {
+    process_state(process).is_some_and(|state| state != 'Z')
 }
 
 fn ended(config: &ConfigArgs, code: i32, series: &str) -> anyhow::Result<()> {
     let plan = config.load()?;
     match Attempts::of(&plan.folders.run).ended(series, code)? {
         Verdict::Finished => Ok(()),
-        Verdict::Again { here, why } => {
+        Verdict::Again { here, after, why } => {
             eprintln!("panglot: {why}");
+            if !after.is_zero() {
+                eprintln!("panglot: it begins in {} s", after.as_secs());
+                std::thread::sleep(after);
+            }
             Err(Leave(if here { exit::AGAIN_HERE } else { exit::AGAIN_LATER }).into())
         }
         Verdict::Stop { code, why } => {

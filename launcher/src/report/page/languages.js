@@ -119,6 +119,13 @@ const dotText = it => {
   return lines.join('\n');
 };
 
+// What a plot over languages from left to right is made of.
+function framed([height, left, right, y], points, nodes, below) {
+  points.sort((a, b) => a.x - b.x);
+  const text = draw('text', { class: 'end', x: right, y: height - 12 }, below);
+  return { height, points, nodes: [grid(y, left, right), nodes, text] };
+}
+
 // ---- Every change.
 function paintChanges(width) {
   const height = 230,
@@ -167,17 +174,8 @@ function paintChanges(width) {
       })
     );
   });
-  points.sort((a, b) => a.x - b.x);
-  return {
-    height,
-    points,
-    nodes: [
-      grid(y, left, right),
-      nodes,
-      draw('line', { class: 'zero', x1: left, x2: right, y1: y(0), y2: y(0) }),
-      draw('text', { class: 'end', x: right, y: height - 12 }, 'languages, by change in ' + unitName())
-    ]
-  };
+  const zero = draw('line', { class: 'zero', x1: left, x2: right, y1: y(0), y2: y(0) });
+  return framed([height, left, right, y], points, [nodes, zero], 'languages, by change in ' + unitName());
 }
 
 // ---- By script, family, resource group.
@@ -481,14 +479,5 @@ function paintTokens(width) {
       })
     );
   });
-  points.sort((a, b) => a.x - b.x);
-  return {
-    height,
-    points,
-    nodes: [
-      grid(y, left, right),
-      nodes,
-      draw('text', { class: 'end', x: right, y: height - 12 }, 'languages, by planned tokens')
-    ]
-  };
+  return framed([height, left, right, y], points, nodes, 'languages, by planned tokens');
 }
