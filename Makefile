@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test test-cluster soak fuzz soak-corpus soak-checkpoint bench-corpus bench-model bench-sharding bench-checkpoint bench-eval bench-cluster test-evaluation setup-eval gpu-check bench-gpu clean distclean
+.PHONY: help setup setup-test build build-test demo test test-cluster soak fuzz soak-corpus soak-checkpoint bench-corpus bench-model bench-sharding bench-checkpoint bench-eval bench-cluster test-evaluation setup-eval gpu-check bench-gpu clean distclean
 # setup and setup-test hold the same lock, cargo another: side by side nothing is won and the output is mixed.
 .NOTPARALLEL:
 
@@ -26,6 +26,10 @@ setup-eval: setup-test  ## besides, lm-evaluation-harness, which only bench-eval
 build: setup  ## both programs, in target/release
 	@$(ENV) cargo build --release --locked --workspace
 
+# One set of features for all: what is built for one package alone is built once more for the next.
+build-test: setup-test
+	@$(ENV) cargo test --release --locked --workspace --no-run
+
 demo: build  ## the whole road on real text in about 500 languages
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot" demo configs/demo.yaml
 
@@ -34,26 +38,26 @@ test: setup-test  ## everything CI runs: formatting, lints, tests
 	@$(ENV) cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	@$(ENV) cargo test --release --locked --workspace --no-fail-fast
 
-test-evaluation: setup-test build  ## likelihoods, texts and few-shot scores beside transformers in full, SmolLM2 too; minutes
-	@$(ENV) cargo test --release --locked -p whole-program-tests --test evaluation -- --include-ignored
+test-evaluation: build-test  ## likelihoods, texts and few-shot scores beside transformers in full, SmolLM2 too; minutes
+	@$(ENV) cargo test --release --locked --workspace --test evaluation -- --include-ignored
 
-test-cluster: setup-test build  ## every test on a real Slurm cluster of four nodes on this machine; minutes, as root
-	@$(ENV) cargo test --release --locked -p whole-program-tests --test cluster -- --include-ignored --skip soak --nocapture --test-threads=1
+test-cluster: build-test  ## every test on a real Slurm cluster of four nodes on this machine; minutes, as root
+	@$(ENV) cargo test --release --locked --workspace --test cluster -- --include-ignored --skip soak --nocapture --test-threads=1
 
-soak: setup-test build  ## a fault every 30 to 60 s for half an hour on that cluster; weights must equal the undisturbed run's
-	@$(ENV) cargo test --release --locked -p whole-program-tests --test cluster -- --ignored --exact soak::thirty_minutes --nocapture --test-threads=1
+soak: build-test  ## a fault every 30 to 60 s for half an hour on that cluster; weights must equal the undisturbed run's
+	@$(ENV) cargo test --release --locked --workspace --test cluster -- --ignored --exact soak::thirty_minutes --nocapture --test-threads=1
 
 fuzz: setup  ## arbitrary bytes through the readers of other programs' files, a minute each
 	@$(ENV) tests/fuzz/run.sh
 
 soak-corpus: build  ## imports 2 GB of generated text under a limit of 1 GiB of memory; minutes, 6 GB of disk
-	@$(ENV) cargo test --release --locked -p corpus --test import -- --ignored --exact two_gigabytes_are_imported_in_one --nocapture
+	@$(ENV) cargo test --release --locked --workspace --test import -- --ignored --exact two_gigabytes_are_imported_in_one --nocapture
 
-soak-checkpoint: setup-test build  ## a thousand kills, 10,000 damages, 36 pairs of numbers of ranks; about an hour, goes on where it was stopped
+soak-checkpoint: build-test build  ## a thousand kills, 10,000 damages, 36 pairs of numbers of ranks; about an hour, goes on where it was stopped
 	@mkdir -p runs/soak-checkpoint
-	@$(ENV) cargo test --release --locked -p launcher --test checkpoints -- --soak | tee runs/soak-checkpoint/calls.log
-	@$(ENV) cargo test --release --locked -p trainer --test elastic -- --soak | tee runs/soak-checkpoint/ranks.log
-	@$(ENV) cargo test --release --locked -p whole-program-tests --test checkpoints -- --ignored --nocapture | tee runs/soak-checkpoint/kills.log
+	@$(ENV) cargo test --release --locked --workspace --test system_calls -- --soak | tee runs/soak-checkpoint/calls.log
+	@$(ENV) cargo test --release --locked --workspace --test elastic -- --soak | tee runs/soak-checkpoint/ranks.log
+	@$(ENV) cargo test --release --locked --workspace --test checkpoints -- --ignored --nocapture | tee runs/soak-checkpoint/kills.log
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_checkpoint" counts
 
 bench-corpus: setup-test build  ## the corpus crate side by side with its peers, into bench/results/corpus.json

@@ -1,5 +1,5 @@
 //! Whole runs that are killed, starved of disk, moved between numbers of ranks and ZeRO stages: what they train is what a run
-//! that was left alone trains. The calls of one save are `launcher/tests/checkpoints.rs`'s.
+//! that was left alone trains. The calls of one save are `launcher/tests/system_calls.rs`'s.
 
 use std::collections::BTreeSet;
 use std::fs;
