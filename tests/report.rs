@@ -95,6 +95,21 @@ fn a_real_run_is_told_as_it_was() {
     );
     assert!(afar["latitude"].is_number(), "the corpus knows where Afar is spoken");
 
+    // Where a language is spoken may be told.
+    let unplaced = languages.iter().find(|language| language["latitude"].is_null());
+    let unplaced = unplaced.expect("the corpus does not know all")["language"]
+        .as_str()
+        .expect("a code");
+    let places = run.folder.path().join("places.tsv");
+    fs::write(&places, format!("{unplaced}\t-4.5\t15.25\n")).expect("a file");
+    let again = report(&[folder, "--places", places.to_str().expect("UTF-8")]);
+    let placed = again["runs"][0]["languages"].as_array().expect("languages").iter();
+    let placed: Vec<&Value> = placed.filter(|language| language["language"] == unplaced).collect();
+    assert_eq!(
+        (&placed[0]["latitude"], &placed[0]["longitude"]),
+        (&Value::from(-4.5), &Value::from(15.25))
+    );
+
     // Two attempts by the clock, and every checkpoint.
     let timeline = list("timeline");
     let of = |kind: &str| {
@@ -263,6 +278,15 @@ fn the_page_works_in_a_browser() {
         of_a_script.len() == 67 && of_a_script.iter().all(|name| name.ends_with("_Ethi")),
         "{of_a_script:?}"
     );
+    // What is shown is what is saved.
+    let saved = strings("saved");
+    assert_eq!(found["saved as"], "languages.csv");
+    assert!(saved[0].starts_with("Language,Name,"), "{}", saved[0]);
+    let saved: Vec<&str> = saved[1..]
+        .iter()
+        .filter_map(|line| Some(line.split_once(',')?.0))
+        .collect();
+    assert_eq!(saved, of_a_script);
     assert_eq!(found["all again"], LANGUAGES);
     assert_eq!(found["strip"], "Before by family");
 
