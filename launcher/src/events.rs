@@ -26,6 +26,8 @@ pub enum Event {
     Lost { code: i32, text: String },
     /// This rank is alive; from every rank, where whoever started it asks for it.
     Beat,
+    /// This rank's work is done; it gives no more signs of life.
+    Leaves,
     /// The command finished; `result` is what `--json` prints.
     Done { result: serde_json::Value },
 }

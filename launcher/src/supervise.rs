@@ -52,6 +52,8 @@ pub fn supervise(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> 
 const GRACE: Duration = Duration::from_secs(3);
 /// A rank that has given signs of life and gives none for so long is stopped, or its machine is out of memory.
 const SILENCE: Duration = Duration::from_secs(6);
+/// One whose work is done takes leave of MPI, and gives none meanwhile: that takes a while where many do on one host.
+const PARTING: Duration = Duration::from_secs(120);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// What happens to a process of the job.
@@ -102,7 +104,11 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
             Some((index, news)) = news.recv() => match news {
                 News::Line(line) => {
                     if line.contains(BEAT) {
-                        group.members[index].heard = Some(Instant::now());
+                        group.members[index].heard = Some((Instant::now(), SILENCE));
+                    } else if line.contains(LEAVES) {
+                        // mpirun speaks for all its ranks, and is not watched.
+                        let heard = &mut group.members[index].heard;
+                        *heard = heard.map(|_| (Instant::now(), PARTING));
                     } else {
                         group.send(heard.take(&line, watch));
                     }
@@ -126,14 +132,12 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
                 // Where this process itself was stopped meanwhile, the beats are still in the pipe.
                 let was_away = now.duration_since(last_look) > SILENCE / 2;
                 last_look = now;
-                let silent = |member: &&mut Member| {
-                    member.alive && member.heard.is_some_and(|heard| now.duration_since(heard) > SILENCE)
-                };
                 for (index, member) in group.members.iter_mut().enumerate() {
+                    let Some((since, patience)) = member.heard.filter(|_| member.alive) else { continue };
                     if was_away {
-                        member.heard = member.heard.map(|_| now);
-                    } else if silent(&member) {
-                        heard.silent(index, member.id);
+                        member.heard = Some((now, patience));
+                    } else if now.duration_since(since) > patience {
+                        heard.silent(index, member.id, patience);
                         member.end();
                     }
                 }
@@ -156,6 +160,7 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
     while let Ok(Some((_, last))) = tokio::time::timeout(Duration::from_secs(1), news.recv()).await {
         if let News::Line(line) = last
             && !line.contains(BEAT)
+            && !line.contains(LEAVES)
         {
             heard.take(&line, watch);
         }
@@ -176,6 +181,8 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
 
 /// As `Event::Beat` is written. There are many; none is parsed.
 const BEAT: &str = r#"{"event":"beat"}"#;
+/// As `Event::Leaves` is.
+const LEAVES: &str = r#"{"event":"leaves"}"#;
 
 fn spawn(job: &Job, rank: &[(&'static str, String)], ear: Option<&Ear>) -> io::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
@@ -270,13 +277,13 @@ impl Heard {
         self.code.get_or_insert(exit::PEER);
     }
 
-    fn silent(&mut self, rank: usize, id: Option<u32>) {
+    fn silent(&mut self, rank: usize, id: Option<u32>, patience: Duration) {
         let id = id.unwrap_or(0);
         let why = match process_state(id) {
             Some('T') => "it is stopped by a signal",
             _ => "it does not run",
         };
-        let seconds = SILENCE.as_secs();
+        let seconds = patience.as_secs();
         let text = format!(
             "the rank in process {id} ({rank} of this launcher's) gave no sign for {seconds} s: {why}; it is killed"
         );
@@ -344,8 +351,8 @@ impl Drop for Ear {
 struct Member {
     id: Option<u32>,
     alive: bool,
-    /// Its last sign of life, if it gives any.
-    heard: Option<Instant>,
+    /// Its last sign of life, if it gives any, and how long the next may take.
+    heard: Option<(Instant, Duration)>,
 }
 
 impl Member {

@@ -47,7 +47,7 @@ impl View {
             Event::Step(step) => self.step(step),
             Event::Note { text } => self.say(text),
             // The worker has said it on standard error, at once.
-            Event::Lost { .. } | Event::Beat => {}
+            Event::Lost { .. } | Event::Beat | Event::Leaves => {}
             // Whoever asked for text shows it on standard output.
             Event::Text { .. } => {}
             Event::Done { .. } => self.finish(),

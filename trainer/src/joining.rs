@@ -123,7 +123,10 @@ fn refuse(comm: &dyn Comm, place: &Place, error: &anyhow::Error) -> ! {
         eprintln!("panglot-worker: rank {} on {}: {error:#}", place.rank, place.node);
     }
     tracing::info!("{error:#}");
-    comm.abort(code_of(error))
+    // MPI takes the ranks down in whatever way; whoever started this one learns the reason first.
+    let (code, text) = (code_of(error), format!("{error:#}"));
+    Event::Lost { code, text }.emit();
+    comm.abort(code)
 }
 
 /// How the others learn where rank 0 listens.

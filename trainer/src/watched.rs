@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use launcher::events::Event;
 use launcher::pulse::{Collective, Phase, Pulse};
 use launcher::rendezvous::Meeting;
 use sharding::{Comm, Mark, Pending, Result, Sent, Wire};
@@ -42,6 +43,7 @@ impl Watched {
     pub fn leave(&mut self) {
         if let Some(meeting) = self.meeting.take() {
             meeting.leave();
+            Event::Leaves.emit();
         }
     }
 

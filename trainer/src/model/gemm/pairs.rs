@@ -22,6 +22,84 @@ pub fn pair(first: bf16, second: bf16) -> u32 {
     u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16
 }
 
+/// The bf16 that pairs are made of, in order: on the processors that have such vectors the lower half lies first.
+pub fn halves_of(pairs: &mut [u32]) -> &mut [bf16] {
+    bytemuck::cast_slice_mut(pairs)
+}
+
+/// Rounds a row to bf16, to nearest and ties to even; neighbours make pairs. As many as [`COLUMNS`], or a multiple.
+///
+/// # Panics
+/// Where the processor has no such vectors, or the lengths do not fit.
+pub fn pair_along(pairs: &mut [u32], row: &[f32]) {
+    assert!(are_there(), "asked before");
+    assert!(
+        row.len().is_multiple_of(COLUMNS) && 2 * pairs.len() == row.len(),
+        "rows come in {COLUMNS}s"
+    );
+    // SAFETY: the processor has these vectors.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        along(pairs, row)
+    };
+}
+
+/// Rounds two rows to bf16 as [`pair_along`] does; what stands one above the other makes a pair.
+///
+/// # Panics
+/// Where the processor has no such vectors, or the lengths do not fit.
+pub fn pair_across(pairs: &mut [u32], upper: &[f32], lower: &[f32]) {
+    assert!(are_there(), "asked before");
+    let length = pairs.len();
+    assert!(
+        length.is_multiple_of(COLUMNS) && [upper.len(), lower.len()] == [length; 2],
+        "rows come in {COLUMNS}s"
+    );
+    // SAFETY: the processor has these vectors.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        across(pairs, upper, lower)
+    };
+}
+
+/// # Safety
+/// The processor has these vectors.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn along(pairs: &mut [u32], row: &[f32]) {
+    use std::arch::x86_64::*;
+
+    for (pairs, row) in pairs.chunks_exact_mut(16).zip(row.chunks_exact(32)) {
+        // SAFETY: 32 values are read and 16 pairs written, as many as the chunks have; bits are bits.
+        unsafe {
+            let [first, second] = [0, 16].map(|at| _mm512_loadu_ps(row.as_ptr().add(at)));
+            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
+            _mm512_storeu_si512(pairs.as_mut_ptr().cast(), both);
+        }
+    }
+}
+
+/// # Safety
+/// The processor has these vectors.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn across(pairs: &mut [u32], upper: &[f32], lower: &[f32]) {
+    use std::arch::x86_64::*;
+
+    let rows = upper.chunks_exact(16).zip(lower.chunks_exact(16));
+    for (pairs, (upper, lower)) in pairs.chunks_exact_mut(16).zip(rows) {
+        // SAFETY: 16 values of each row are read and 16 pairs written, as many as the chunks have; bits are bits.
+        unsafe {
+            let [upper, lower] = [upper, lower].map(|row| {
+                let halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(row.as_ptr()));
+                _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(halves))
+            });
+            let both = _mm512_or_si512(upper, _mm512_slli_epi32::<16>(lower));
+            _mm512_storeu_si512(pairs.as_mut_ptr().cast(), both);
+        }
+    }
+}
+
 /// The left operand, [rows, pairs] with any strides. Its rows are a multiple of [`ROWS`].
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
@@ -88,12 +166,21 @@ impl Right {
     /// From rows that are summed over, two make the pairs; their width is padded with zeros.
     pub fn stacked<'a>(&mut self, rows: impl ExactSizeIterator<Item = &'a [bf16]>, width: usize) {
         self.clear(width, rows.len().div_ceil(2));
-        for (index, row) in rows.enumerate() {
-            let shift = 16 * (index % 2);
-            for (panel, part) in row.chunks(COLUMNS).enumerate() {
-                let to = &mut self.panels[(panel * self.count + index / 2) * COLUMNS..];
-                for (to, x) in to.iter_mut().zip(part) {
-                    *to |= u32::from(x.to_bits()) << shift;
+        let mut rows = rows;
+        for index in 0..self.count {
+            let (upper, lower) = (rows.next().unwrap_or_default(), rows.next().unwrap_or_default());
+            for (panel, upper) in upper.chunks(COLUMNS).enumerate() {
+                let to = &mut self.panels[(panel * self.count + index) * COLUMNS..][..upper.len()];
+                match lower.get(panel * COLUMNS..) {
+                    Some(lower) if !lower.is_empty() => {
+                        for ((to, upper), lower) in to.iter_mut().zip(upper).zip(lower) {
+                            *to = pair(*upper, *lower);
+                        }
+                    }
+                    _ => to
+                        .iter_mut()
+                        .zip(upper)
+                        .for_each(|(to, upper)| *to = pair(*upper, bf16::ZERO)),
                 }
             }
         }
@@ -219,6 +306,30 @@ unsafe fn tile(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_are_rounded_into_pairs_as_one_value_is() {
+        if !are_there() {
+            eprintln!("SKIPPED: this processor has no AVX512-BF16");
+            return;
+        }
+        // Ties, either way, and what is between.
+        let value = |index: usize| (1.0 + index as f32 / 512.0) * if index.is_multiple_of(3) { -1.0 } else { 1e-3 };
+        let [upper, lower] = [0, 64].map(|from| -> Vec<f32> { (from..from + 64).map(value).collect() });
+        let both = |first: f32, second: f32| pair(bf16::from_f32(first), bf16::from_f32(second));
+        let (mut along, mut across) = ([0; 32], [0; 64]);
+        pair_along(&mut along, &upper);
+        pair_across(&mut across, &upper, &lower);
+        let expected: Vec<u32> = upper.chunks(2).map(|two| both(two[0], two[1])).collect();
+        assert_eq!(along[..], expected);
+        let expected: Vec<u32> = upper
+            .iter()
+            .zip(&lower)
+            .map(|(upper, lower)| both(*upper, *lower))
+            .collect();
+        assert_eq!(across[..], expected);
+        assert_eq!(halves_of(&mut along)[1], bf16::from_f32(upper[1]));
+    }
 
     /// Small whole numbers: products and sums are exact.
     fn numbers(rows: usize, width: usize) -> Vec<bf16> {

@@ -5,9 +5,7 @@ use half::bf16;
 
 use super::{Block, Grads, QUERIES, Room, Sizes, softmax, softmax_backward};
 use crate::model::gemm::Into;
-use crate::model::gemm::pairs::{COLUMNS, Left, ROWS, Right, pair, product};
-use crate::model::kernels::cpu::Element;
-use crate::model::kernels::vectors::vectorized;
+use crate::model::gemm::pairs::{COLUMNS, Left, ROWS, Right, halves_of, pair_across, pair_along, product};
 
 /// Keys and values of one head, laid out for the products; those of a whole stretch, since every block reads them.
 #[derive(Default)]
@@ -59,13 +57,10 @@ fn rows(
 fn left<'a>(x: &[bf16], here: (usize, usize), head: (usize, usize), dim: usize, room: &'a mut Vec<u32>) -> Left<'a> {
     let (count, padded) = (dim.div_ceil(2), here.1.next_multiple_of(ROWS));
     room.clear();
-    for row in rows(x, here, head, dim) {
-        room.extend(
-            row.chunks(2)
-                .map(|two| pair(two[0], *two.get(1).unwrap_or(&bf16::ZERO))),
-        );
-    }
     room.resize(padded * count, 0);
+    for (pairs, row) in room.chunks_exact_mut(count).zip(rows(x, here, head, dim)) {
+        halves_of(pairs)[..dim].copy_from_slice(row);
+    }
     Left::rows(room, padded, count)
 }
 
@@ -88,7 +83,7 @@ pub fn forward(
     let padded = queries.next_multiple_of(ROWS);
     room.scores.resize(padded * keys, 0.0);
     product(q, &packed.keys_t, keys, sizes.scale(), whole(&mut room.scores, keys));
-    room.p.clear();
+    // What stands in rows that pad the block is multiplied and not read.
     room.p.resize(padded * keys / 2, 0);
     let rows = room
         .scores
@@ -198,27 +193,4 @@ fn whole(values: &mut [f32], stride: usize) -> Into<'_> {
         stride,
         add: false,
     }
-}
-
-vectorized! {
-    /// Neighbours of a row make pairs.
-    fn pair_along(pairs: &mut [u32], row: &[f32]) -> () {
-        for (pair, two) in pairs.iter_mut().zip(row.chunks_exact(2)) {
-            *pair = rounded(two[0], two[1]);
-        }
-    }
-}
-
-vectorized! {
-    /// What stands one above the other in two rows makes pairs.
-    fn pair_across(pairs: &mut [u32], upper: &[f32], lower: &[f32]) -> () {
-        for ((pair, upper), lower) in pairs.iter_mut().zip(upper).zip(lower) {
-            *pair = rounded(*upper, *lower);
-        }
-    }
-}
-
-#[inline(always)]
-fn rounded(first: f32, second: f32) -> u32 {
-    pair(<bf16 as Element>::round(first), <bf16 as Element>::round(second))
 }
