@@ -126,6 +126,10 @@ fn refuse(comm: &dyn Comm, place: &Place, error: &anyhow::Error) -> ! {
     // MPI takes the ranks down in whatever way; whoever started this one learns the reason first.
     let (code, text) = (code_of(error), format!("{error:#}"));
     Event::Lost { code, text }.emit();
+    if told && place.rank > 0 {
+        // Whoever aborts first ends rank 0 too, which may not have said it yet.
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
     comm.abort(code)
 }
 
