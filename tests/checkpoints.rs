@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use launcher::checkpoint::{FOLDER, newest};
+use launcher::supervise::process_state;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -266,9 +267,7 @@ fn kill_all(job: &mut Child) {
 }
 
 fn is_alive(process: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-    state.is_some_and(|state| state != 'Z' && state != 'X')
+    process_state(process).is_some_and(|state| state != 'Z' && state != 'X')
 }
 
 fn descendants(of: i32) -> Vec<i32> {

@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use launcher::supervise::process_state;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use whole_program_tests::{Run, prepared, program, succeed, text};
@@ -129,8 +130,7 @@ fn processes_of(folder: &Path) -> Vec<Pid> {
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let names_it = |process: &i32| {
         let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
-        let state = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-        String::from_utf8_lossy(&line).contains(folder) && !state.contains(") Z ")
+        String::from_utf8_lossy(&line).contains(folder) && process_state(process) != Some('Z')
     };
     processes.filter(names_it).map(Pid::from_raw).collect()
 }

@@ -51,9 +51,19 @@ impl Panglot {
 
     /// A run from its first step, started by `through` and its words where that is not empty.
     pub fn train(&self, through: &[String], overrides: &[String]) -> Result<Side> {
+        self.train_seen(through, overrides, |_| Ok(()))
+    }
+
+    /// The same, with `see` looking into the run's folder many times a second.
+    pub fn train_seen(
+        &self,
+        through: &[String],
+        overrides: &[String],
+        mut see: impl FnMut(&Path) -> Result<()>,
+    ) -> Result<Side> {
         let run = self.folder.join("run");
         let _ = fs::remove_dir_all(&run);
-        let peak_bytes = watch(self.start(through, overrides)?)?;
+        let peak_bytes = watch(self.start(through, overrides)?, || see(&run))?;
         Side::of_run(&run, peak_bytes)
     }
 
@@ -71,7 +81,7 @@ impl Panglot {
         let started: Vec<Child> = folders.iter().map(start).collect::<Result<_>>()?;
         let sides = started.into_iter().zip(&folders);
         sides
-            .map(|(child, folder)| Side::of_run(folder, watch(child)?))
+            .map(|(child, folder)| Side::of_run(folder, watch(child, || Ok(()))?))
             .collect()
     }
 
@@ -192,10 +202,18 @@ fn spawn(command: &mut Command) -> Result<Child> {
     child.with_context(|| format!("cannot run {command:?}"))
 }
 
-/// Waits for a process; returns the most memory that it or one below it ever had, in bytes.
-fn watch(mut child: Child) -> Result<u64> {
+/// Of the steps that a run has written whole lines of.
+pub fn step_seconds(run: &Path) -> Vec<f64> {
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
+    let lines = metrics.lines().filter_map(|line| serde_json::from_str(line).ok());
+    lines.filter_map(|line: Value| line["seconds"].as_f64()).collect()
+}
+
+/// Waits for a process, with `see` looking on; returns the most memory that it or one below it ever had, in bytes.
+fn watch(mut child: Child, mut see: impl FnMut() -> Result<()>) -> Result<u64> {
     let mut peak = 0;
     loop {
+        see()?;
         // What is seen last before the end is all there is: the mark never falls.
         peak = peak.max(peak_below(child.id()));
         if let Some(status) = child.try_wait()? {

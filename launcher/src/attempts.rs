@@ -133,7 +133,7 @@ impl Attempts {
 
     /// A rank leaves its own exit code: srun gives the highest of all, and those that it terminates have the highest.
     pub fn note_rank(&self, rank: usize, code: i32) -> anyhow::Result<()> {
-        let note = format!("{code} {}", place::job_start());
+        let note = format!("{code} {}", place::attempt());
         files::write_atomically(&self.notes().join(rank.to_string()), note.as_bytes())
     }
 
@@ -185,14 +185,14 @@ impl Attempts {
         codes
     }
 
-    /// The codes that ranks of this start of the job have left.
+    /// The codes that ranks of this attempt have left.
     fn noted(&self) -> Vec<i32> {
-        let start = place::job_start();
+        let attempt = place::attempt();
         let entries = fs::read_dir(self.notes()).into_iter().flatten().flatten();
         let code = |entry: fs::DirEntry| {
             let note = fs::read_to_string(entry.path()).ok()?;
             let (code, of) = note.split_once(' ')?;
-            (of == start).then(|| code.parse().ok())?
+            (of == attempt).then(|| code.parse().ok())?
         };
         entries.filter_map(code).collect()
     }
@@ -322,8 +322,9 @@ mod tests {
             Verdict::Stop { code: 2, .. }
         ));
         assert!(!attempts.has_failed_rank());
-        // A thawed node's ranks speak of another start.
-        files::write_atomically(&run.path().join("logs/ended/1"), b"76 7.1").unwrap();
+        // A thawed node's ranks speak of another start, those of a killed srun of an earlier attempt.
+        files::write_atomically(&run.path().join("logs/ended/1"), b"76 7.1.").unwrap();
+        files::write_atomically(&run.path().join("logs/ended/2"), b"143 ..1").unwrap();
         assert!(!attempts.has_failed_rank());
         // Taken: the next attempt is not told by this one's ranks.
         assert!(matches!(attempts.ended("7", 143).unwrap(), Verdict::Again { .. }));

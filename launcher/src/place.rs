@@ -162,11 +162,12 @@ pub fn launch_id() -> String {
     if id.is_empty() { "local".to_owned() } else { id }
 }
 
-/// Of this start of the job: a requeued job keeps its number, and ranks of a node that was frozen meanwhile may still end. The
-/// job script and its ranks are told the same.
-pub fn job_start() -> String {
+/// The name of this attempt at a run, of which the job script and its ranks are told the same: a requeued job keeps its number,
+/// a job may make several attempts, and ranks of a node that was frozen meanwhile, or of a killed srun, may still end.
+pub fn attempt() -> String {
     let told = |name: &str| std::env::var(name).unwrap_or_default();
-    format!("{}.{}", told("SLURM_JOB_ID"), told("SLURM_RESTART_COUNT"))
+    let [job, start, attempt] = ["SLURM_JOB_ID", "SLURM_RESTART_COUNT", "PANGLOT_ATTEMPT"].map(told);
+    format!("{job}.{start}.{attempt}")
 }
 
 /// The host of each rank of this step, where Slurm tells; in its usual order, node after node.

@@ -160,7 +160,6 @@ async fn run(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> io::
     while let Ok(Some((_, last))) = tokio::time::timeout(Duration::from_secs(1), news.recv()).await {
         if let News::Line(line) = last
             && !line.contains(BEAT)
-            && !line.contains(LEAVES)
         {
             heard.take(&line, watch);
         }
@@ -295,13 +294,35 @@ impl Heard {
 
 /// The kernel's letter for what a process does (proc(5)): T is stopped by a signal, Z has ended and nobody has asked for its
 /// code. None if there is none of that number.
-pub fn process_state(process: u32) -> Option<char> {
+pub fn process_state(process: impl std::fmt::Display) -> Option<char> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     // Its name, in parentheses, may hold anything.
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
 const MOST_TOLD: usize = 16 << 10;
+
+const EARS: &str = "panglot-";
+const SOCKET: &str = "ear";
+
+/// What killed supervisors of this user left in a folder: sockets that nobody listens to.
+fn remove_deaf(folder: &Path) {
+    let Ok(unbound) = std::os::unix::net::UnixDatagram::unbound() else {
+        return;
+    };
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path().join(SOCKET);
+        let is_ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(EARS));
+        if is_ours
+            && unbound
+                .connect(&path)
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        {
+            let _ = std::fs::remove_file(&path);
+            let _ = std::fs::remove_dir(entry.path());
+        }
+    }
+}
 
 /// A socket in a folder that only this user can enter, gone with this.
 struct Ear {
@@ -313,10 +334,11 @@ impl Ear {
     /// # Errors
     /// When the folder cannot be written, or its name is longer than a socket's may be.
     fn open(folder: &Path) -> io::Result<Ear> {
+        remove_deaf(folder);
         let nonce: [u8; 8] = rendezvous::secret::random()?;
-        let folder = folder.join(format!("panglot-{:016x}", u64::from_le_bytes(nonce)));
+        let folder = folder.join(format!("{EARS}{:016x}", u64::from_le_bytes(nonce)));
         std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
-        let path = folder.join("ear");
+        let path = folder.join(SOCKET);
         let socket = UnixDatagram::bind(&path).inspect_err(|_| drop(std::fs::remove_dir(&folder)))?;
         Ok(Ear { path, socket })
     }
@@ -463,4 +485,24 @@ pub fn tether(parent: i32, program: &Path, args: &[OsString]) -> io::Error {
         return io::Error::other("the supervising process is gone");
     }
     std::process::Command::new(program).args(args).exec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_ear_removes_those_of_the_dead_and_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let alive = Ear::open(folder.path()).unwrap();
+        let (dead, foreign) = (folder.path().join("panglot-0"), folder.path().join("other-0"));
+        for left in [&dead, &foreign] {
+            std::fs::create_dir(left).unwrap();
+            drop(std::os::unix::net::UnixDatagram::bind(left.join(SOCKET)).unwrap());
+        }
+        let next = Ear::open(folder.path()).unwrap();
+        assert!(alive.path.exists() && next.path.exists() && foreign.exists() && !dead.exists());
+        drop((alive, next));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
 }

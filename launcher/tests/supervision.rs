@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use launcher::supervise::process_state;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -151,7 +152,7 @@ fn wait_for<T>(mut found: impl FnMut() -> Option<T>) -> T {
 
 fn is_gone(process: Pid) -> bool {
     // A zombie has ended; only its parent has not asked yet.
-    fs::read_to_string(format!("/proc/{process}/stat")).map_or(true, |stat| stat.contains(") Z "))
+    process_state(process).is_none_or(|state| state == 'Z')
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -16,6 +16,7 @@ use launcher::checkpoint::{
     FOLDER, Fence, FileEntry, GuardState, Keep, Manifest, Nonce, Part, TensorEntry, commit, newest, verify,
     write_slices,
 };
+use launcher::supervise::process_state;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -355,9 +356,11 @@ fn stopped(strace: &mut Child) -> Option<Pid> {
         let Some(child) = children.split_whitespace().next() else {
             continue;
         };
-        let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
-        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-        seen = if matches!(state, Some('T' | 't')) { seen + 1 } else { 0 };
+        seen = if matches!(process_state(child), Some('T' | 't')) {
+            seen + 1
+        } else {
+            0
+        };
         // Ten looks in a row.
         if seen == 10 {
             return child.parse().ok().map(Pid::from_raw);

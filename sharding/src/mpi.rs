@@ -12,11 +12,12 @@
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use configs::planner::memory::STAGING_BYTES;
 use half::bf16;
@@ -33,7 +34,11 @@ use crate::{Comm, Error, Pending, Result};
 const SMALL_BYTES: usize = 64 << 10;
 /// Polls without a result before the thread begins to sleep in between. A rank's cores are busy computing.
 const POLLS: u32 = 16;
-const SLEEP: Duration = Duration::from_micros(50);
+/// The least and the longest sleep between two polls. On a slow link polling alone took 8 % of a core at the least; at the
+/// longest, what fits into sockets' buffers (4 MB) still keeps a link of 25 Gb/s busy.
+const SLEEP: Range<Duration> = Duration::from_micros(50)..Duration::from_millis(1);
+/// What has been under way for a time t is looked at again after t over this: its end is noticed so little late.
+const LATE: u32 = 32;
 
 pub(crate) struct Mpi {
     rank: usize,
@@ -43,6 +48,9 @@ pub(crate) struct Mpi {
     commands: Sender<Command>,
     thread: Option<JoinHandle<()>>,
 }
+
+/// Jobs of a queue that are under way at a time: the round trips of small ones pass together.
+const MOST_JOBS: usize = 4;
 
 /// The two queues; each is served in order, and on its own communicator.
 #[derive(Clone, Copy)]
@@ -290,27 +298,75 @@ enum Poll {
 /// calls must match.
 trait Job {
     fn poll(&mut self, line: &Line) -> Result<Poll>;
+
+    /// All its calls are made; those of the next job may follow.
+    fn is_started(&self) -> bool;
+
+    /// The most bytes that it keeps beside its tensors.
+    fn staging(&self, _line: &Line) -> usize {
+        0
+    }
 }
 
 type Queue = VecDeque<(Box<dyn Job>, Answer)>;
 
-/// The thread's life: takes commands, polls the first job of each queue, sleeps when nothing moves.
+/// Polls a queue's first job, and those behind it as far as nothing before them has a call to make and staging allows;
+/// whether anything moved.
+fn poll_first(line: &Line, queue: &mut Queue) -> bool {
+    let (mut moved, mut staged, mut index) = (false, 0, 0);
+    while index < queue.len().min(MOST_JOBS) {
+        let job = &mut queue[index].0;
+        staged += job.staging(line);
+        if index > 0 && staged > MOST_STAGED {
+            break;
+        }
+        let result = match job.poll(line) {
+            Ok(Poll::Waiting) => None,
+            Ok(Poll::Moved) => {
+                moved = true;
+                None
+            }
+            Ok(Poll::Finished) => Some(Ok(())),
+            Err(error) => Some(Err(error)),
+        };
+        if let Some(result) = result {
+            // The buffers go before the caller hears of it: it may count on their memory.
+            let (job, answer) = queue.remove(index).expect("it was polled");
+            staged -= job.staging(line);
+            drop(job);
+            answer.give(result);
+            moved = true;
+        } else if job.is_started() {
+            index += 1;
+        } else {
+            break;
+        }
+    }
+    moved
+}
+
+/// The thread's life: takes commands, polls the queues, sleeps when nothing moves.
 fn serve(lines: &[Line; 2], inbox: &Receiver<Command>) {
     let mut queues: [Queue; 2] = [VecDeque::new(), VecDeque::new()];
     let mut idle_polls = 0;
+    let mut last_moved = Instant::now();
     let mut open = true;
     loop {
+        if idle_polls == 0 {
+            last_moved = Instant::now();
+        }
+        let sleep = || (last_moved.elapsed() / LATE).clamp(SLEEP.start, SLEEP.end);
         let busy = queues.iter().any(|queue| !queue.is_empty());
         let command = match (busy, open) {
             (false, false) => return,
             (false, true) => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            (true, true) if idle_polls > POLLS => inbox.recv_timeout(SLEEP),
+            (true, true) if idle_polls > POLLS => inbox.recv_timeout(sleep()),
             (true, true) => inbox.try_recv().map_err(|error| match error {
                 TryRecvError::Empty => RecvTimeoutError::Timeout,
                 TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
             }),
             (true, false) => {
-                std::thread::sleep(SLEEP);
+                std::thread::sleep(sleep());
                 Err(RecvTimeoutError::Timeout)
             }
         };
@@ -325,23 +381,9 @@ fn serve(lines: &[Line; 2], inbox: &Receiver<Command>) {
         }
         idle_polls += 1;
         for (line, queue) in lines.iter().zip(&mut queues) {
-            let Some((job, _)) = queue.front_mut() else {
-                continue;
-            };
-            let result = match job.poll(line) {
-                Ok(Poll::Waiting) => continue,
-                Ok(Poll::Moved) => {
-                    idle_polls = 0;
-                    continue;
-                }
-                Ok(Poll::Finished) => Ok(()),
-                Err(error) => Err(error),
-            };
-            idle_polls = 0;
-            // The buffers go before the caller hears of it: it may count on their memory.
-            let (job, answer) = queue.pop_front().expect("it has a first");
-            drop(job);
-            answer.give(result);
+            if poll_first(line, queue) {
+                idle_polls = 0;
+            }
         }
     }
 }
@@ -428,6 +470,10 @@ impl<F: FnOnce(&Line, *mut ffi::MPI_Request) -> i32> Job for OneCall<F> {
         }
         poll_request(&mut self.request)
     }
+
+    fn is_started(&self) -> bool {
+        self.request.is_some()
+    }
 }
 
 fn poll_request(request: &mut Option<Request>) -> Result<Poll> {
@@ -496,6 +542,10 @@ impl Job for AllToAll {
             )
         })?);
         Ok(Poll::Moved)
+    }
+
+    fn is_started(&self) -> bool {
+        self.request.is_some()
     }
 }
 
@@ -570,6 +620,9 @@ impl<W: Element> Exchange<W> {
     }
 }
 
+/// Two exchanges, what is sent and what is received.
+const MOST_STAGED: usize = 2 * 2 * STAGING_BYTES;
+
 /// Elements of a slice that travel in one exchange.
 fn piece_length<W>(slice: usize, world: usize) -> usize {
     (STAGING_BYTES / (world * size_of::<W>())).clamp(1, slice.max(1))
@@ -632,6 +685,15 @@ impl<W: Element> Job for ReduceScatter<W> {
         done.sum_into(&mut f32s_mut(&mut self.mine)[done.start..done.start + done.length]);
         self.spare.push((done.send, done.receive));
         Ok(Poll::Moved)
+    }
+
+    fn is_started(&self) -> bool {
+        self.next == self.mine.numel()
+    }
+
+    fn staging(&self, line: &Line) -> usize {
+        let slice = self.mine.numel();
+        2 * line.world() * size_of::<W>() * slice.min(2 * piece_length::<W>(slice, line.world()))
     }
 }
 
@@ -716,5 +778,13 @@ impl<W: Element> Job for AllReduce<W> {
         self.piece = (self.next, length);
         self.next += length;
         Ok(Poll::Moved)
+    }
+
+    fn is_started(&self) -> bool {
+        self.next >= self.slice && self.gathering.is_some()
+    }
+
+    fn staging(&self, line: &Line) -> usize {
+        2 * line.world() * size_of::<W>() * piece_length::<W>(self.slice, line.world())
     }
 }

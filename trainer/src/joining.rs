@@ -119,12 +119,12 @@ fn or_tell<T>(meeting: Option<&Meeting>, made: Result<T>) -> Result<T> {
 fn refuse(comm: &dyn Comm, place: &Place, error: &anyhow::Error) -> ! {
     // What rank 0 refuses it has told all; it alone says it.
     let told = matches!(error.downcast_ref(), Some(MeetError::Refused { .. }));
-    if place.rank == 0 || !told {
-        eprintln!("panglot-worker: rank {} on {}: {error:#}", place.rank, place.node);
-    }
-    tracing::info!("{error:#}");
-    // MPI takes the ranks down in whatever way; whoever started this one learns the reason first.
     let (code, text) = (code_of(error), format!("{error:#}"));
+    if place.rank == 0 || !told {
+        eprintln!("panglot-worker: rank {} on {}: {text}", place.rank, place.node);
+    }
+    tracing::info!("{text}");
+    // MPI takes the ranks down in whatever way; whoever started this one learns the reason first.
     Event::Lost { code, text }.emit();
     if told && place.rank > 0 {
         // Whoever aborts first ends rank 0 too, which may not have said it yet.

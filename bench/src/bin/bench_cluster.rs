@@ -1,27 +1,24 @@
 //! Figures of a job's life, into `bench/results/cluster.json`: runs the tests that measure them on real processes and collects
 //! the lines that they print, a name and a number each. Of what was measured several times the worst is written.
 //!
-//!   bench_cluster [TEST …]      such as `launcher/rendezvous`; all of `TESTS` if left out
+//!   bench_cluster [TEST …]      such as `rendezvous`; all of `TESTS` if left out
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 const RESULTS: &str = "bench/results/cluster.json";
 
-/// Packages with their test programs, and what those are told besides.
-const TESTS: [(&str, &str, &[&str]); 3] = [
-    ("launcher", "rendezvous", &[]),
-    ("whole-program-tests", "lost", &[]),
-    (
-        "whole-program-tests",
-        "cluster",
-        &["--ignored", "--exact", "soak::figures"],
-    ),
+/// Test programs, and what they are told besides.
+const TESTS: [(&str, &[&str]); 3] = [
+    ("rendezvous", &[]),
+    ("lost", &[]),
+    ("cluster", &["--ignored", "--exact", "soak::figures"]),
 ];
 
 /// What may be printed, and its unit. Less is better in all of them.
@@ -39,21 +36,26 @@ const FIGURES: [(&str, &str); 8] = [
 fn main() -> Result<()> {
     let asked: Vec<String> = std::env::args().skip(1).collect();
     let mut measured: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    for (package, test, more) in TESTS {
-        if !asked.is_empty() && !asked.contains(&format!("{package}/{test}")) {
+    for (test, more) in TESTS {
+        if !asked.is_empty() && !asked.iter().any(|name| name == test) {
             continue;
         }
         let mut command = Command::new("cargo");
-        command.args(["test", "--release", "--locked", "-p", package, "--test", test, "--"]);
+        // Of the whole workspace, whose features are those that everything is built with already.
+        command.args(["test", "--release", "--locked", "--workspace", "--test", test, "--"]);
         // One at a time: what is measured is a job's reaction, not that of several side by side.
         command.args(["--nocapture", "--test-threads=1"]).args(more);
-        let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
-        let said = String::from_utf8_lossy(&output.stdout);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{command:?} failed:\n{said}{errors}");
-        for (name, value) in said.lines().filter_map(figure) {
-            measured.entry(name.to_owned()).or_default().push(value);
+        let running = command.stdout(Stdio::piped()).spawn();
+        let mut running = running.with_context(|| format!("cannot run {command:?}"))?;
+        let said = BufReader::new(running.stdout.take().expect("a pipe"));
+        for line in said.lines() {
+            let line = line?;
+            println!("{line}");
+            if let Some((name, value)) = figure(&line) {
+                measured.entry(name.to_owned()).or_default().push(value);
+            }
         }
+        ensure!(running.wait()?.success(), "{command:?} failed");
     }
     put(&measured)
 }

@@ -463,8 +463,9 @@ impl Budget {
         let divides = shard_frozen && division.world > 1;
         let of_trained = division.of_trained(&trained.numels, &trained.stages);
         let of_frozen = division.of_frozen(divides, &frozen.numels, &frozen.stages);
-        // MPI's ranks sum what they exchange in pieces: what is sent and what is received, of two pieces, while a reduction is
-        // under way. Before stage 2 that of any stage above may be, since nothing waits for it.
+        // MPI's ranks sum what they exchange in pieces: what is sent and what is received, of two large pieces or as many bytes of
+        // several buckets, while reductions are under way. Before stage 2 those of all stages above may be, since nothing waits
+        // for them.
         let staging = |moment: &Moment| -> u64 {
             if division.world == 1 || train.device != Device::Cpu {
                 return 0;
@@ -473,8 +474,8 @@ impl Budget {
                 At::Backward(stage) if division.zero < 2 => trained.stages[stage + 1..].concat(),
                 _ => moment.reducing.iter().copied().collect(),
             };
-            let largest = above.iter().map(|bucket| trained.numels[*bucket]).max().unwrap_or(0);
-            2 * (largest * train.reduce.bytes()).min(2 * STAGING_BYTES) as u64
+            let elements: usize = above.iter().map(|bucket| trained.numels[*bucket]).sum();
+            2 * (elements * train.reduce.bytes()).min(2 * STAGING_BYTES) as u64
         };
         let frozen_moments: Vec<Moment> = moments(&frozen.stages).collect();
         let each = moments(&trained.stages)

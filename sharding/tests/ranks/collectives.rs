@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::Case;
 
-pub const CASES: [Case; 11] = [
+pub const CASES: [Case; 12] = [
     ("reduce_scatter_leaves_each_rank_its_slice_of_the_sum", reduce_scatter),
     ("sums_are_made_in_rank_order", rank_order),
     ("an_all_reduce_is_the_same_bits_everywhere", all_reduce),
@@ -19,6 +19,7 @@ pub const CASES: [Case; 11] = [
     ("every_root_broadcasts", broadcast),
     ("small_numbers_combine_alike", combine),
     ("what_is_small_overtakes_what_is_large", lanes),
+    ("many_are_under_way_and_each_is_right", many),
     ("an_exchange_goes_on_while_ranks_compute", progress),
     ("bytes_are_counted_at_the_lower_bound", bytes),
 ];
@@ -229,6 +230,40 @@ fn lanes(comm: &dyn Comm, _: &Path) {
     large.wait().unwrap();
     let expected = sum_in_order(world, |rank| values(&numbers(rank, 2_000_000 * world)));
     assert_eq!(values(&mine), expected[comm.rank() * 2_000_000..][..2_000_000]);
+}
+
+/// Of all kinds and sizes, begun by ranks that come late, and waited for from the last to the first.
+fn many(comm: &dyn Comm, _: &Path) {
+    let (rank, world) = (comm.rank(), comm.world());
+    std::thread::sleep(Duration::from_millis(20 * rank as u64));
+    // The first is several exchanges long, those behind it are one each.
+    let slices = [2_500_001, 20_000, 1, 70_000, 30_000, 50_000];
+    let fulls: Vec<Tensor> = slices.iter().map(|slice| numbers(rank, slice * world)).collect();
+    let sums = |slice: usize| sum_in_order(world, |rank| values(&numbers(rank, slice * world)));
+    let mut mines: Vec<Tensor> = slices.iter().map(|slice| zeros(*slice, Kind::Float)).collect();
+    let mut gathered: Vec<Tensor> = slices.iter().map(|slice| zeros(slice * world, Kind::Float)).collect();
+    let mut summed: Vec<Tensor> = fulls.iter().map(Tensor::copy).collect();
+    let mut under_way = Vec::new();
+    for (index, full) in fulls.iter().enumerate() {
+        under_way.push(comm.reduce_scatter(full, &mut mines[index], Wire::F32).unwrap());
+        let mine = full.narrow(0, 0, slices[index] as i64);
+        under_way.push(comm.all_gather(&mine, &mut gathered[index]).unwrap());
+        under_way.push(comm.all_reduce(&mut summed[index], Wire::F32).unwrap());
+    }
+    while let Some(pending) = under_way.pop() {
+        pending.wait().unwrap();
+    }
+    for (index, slice) in slices.into_iter().enumerate() {
+        let expected = sums(slice);
+        assert_eq!(
+            values(&mines[index]),
+            expected[rank * slice..(rank + 1) * slice],
+            "{slice}"
+        );
+        assert_eq!(values(&summed[index]), expected, "{slice}");
+        let parts = (0..world).flat_map(|rank| values(&numbers(rank, slice * world))[..slice].to_vec());
+        assert_eq!(values(&gathered[index]), parts.collect::<Vec<f32>>(), "{slice}");
+    }
 }
 
 /// Rank 0 starts an exchange and then computes until the others say that they have all they need: without progress behind
