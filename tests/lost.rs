@@ -19,6 +19,8 @@ use whole_program_tests::{Run, prepared, program, succeed, text};
 const STEPS: &str = "train.steps=4000";
 const SELDOM: &str = "checkpoint.every_steps=4000";
 const OFTEN: &str = "checkpoint.every_steps=1";
+/// Saves go on beside the steps, unless no step may be lost.
+const WAITING: &str = "checkpoint.lose_at_most=1";
 
 /// `panglot train -n N` on its way, with everything that it says and when.
 struct Running {
@@ -198,7 +200,8 @@ fn a_stopped_rank_is_named_within_ten_seconds_whatever_it_did() {
     prepared();
     for (when, rank) in [("load", 1), ("step", 0), ("save", 1)] {
         let run = Run::new();
-        let mut running = Running::start(&run, 2, &[STEPS, if when == "save" { OFTEN } else { SELDOM }]);
+        let saves: &[&str] = if when == "save" { &[OFTEN, WAITING] } else { &[SELDOM] };
+        let mut running = Running::start(&run, 2, &[&[STEPS], saves].concat());
         let process = running.rank(rank);
         match when {
             // Both have just met.

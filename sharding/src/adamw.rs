@@ -45,6 +45,74 @@ pub fn update(how: &AdamW, theta: &mut Tensor, m: &mut Tensor, v: &mut Tensor, g
     }
 }
 
+/// A matrix's gradient of which few rows are not zero, on the CPU.
+#[derive(Clone, Copy)]
+pub struct RowGradient<'a> {
+    /// Which rows, ascending.
+    pub numbers: &'a [i64],
+    /// Those, one behind the other.
+    pub values: &'a [f32],
+    /// Elements of a row.
+    pub width: usize,
+}
+
+/// [`update`] of a whole flat matrix on the CPU, to the bit what its gradient with all its zeros would make.
+pub fn update_rows(
+    how: &AdamW,
+    theta: &mut Tensor,
+    m: &mut Tensor,
+    v: &mut Tensor,
+    g: RowGradient,
+    range: Range<usize>,
+) {
+    let [theta, m, v] = [theta, m, v].map(|tensor| &mut f32s_mut(tensor)[range.clone()]);
+    let constants = how.constants();
+    let chunks = theta
+        .par_chunks_mut(CHUNK)
+        .zip(m.par_chunks_mut(CHUNK))
+        .zip(v.par_chunks_mut(CHUNK));
+    chunks.enumerate().for_each_init(
+        || vec![0.0; CHUNK],
+        |room, (index, ((theta, m), v))| {
+            let start = range.start + index * CHUNK;
+            let room = &mut room[..theta.len()];
+            room.fill(0.0);
+            g.fill(start, room);
+            update_chunk(&constants, theta, m, v, room);
+        },
+    );
+}
+
+impl RowGradient<'_> {
+    /// The elements from `start` on, where any are not zero.
+    fn fill(&self, start: usize, room: &mut [f32]) {
+        let (width, end) = (self.width, start + room.len());
+        let first = self.numbers.partition_point(|row| (*row as usize + 1) * width <= start);
+        let rows = self.numbers.iter().zip(self.values.chunks_exact(width)).skip(first);
+        for (row, values) in rows.take_while(|(row, _)| (**row as usize) * width < end) {
+            let begin = *row as usize * width;
+            let here = begin.max(start)..(begin + width).min(end);
+            room[here.start - start..here.end - start].copy_from_slice(&values[here.start - begin..here.end - begin]);
+        }
+    }
+
+    /// To the bit [`sum_of_squares`] of the gradient with all its zeros.
+    pub fn sum_of_squares(&self) -> f64 {
+        let (mut total, mut chunk, mut of_chunk) = (0.0, 0, 0.0);
+        let rows = self.numbers.iter().zip(self.values.chunks_exact(self.width));
+        for (row, values) in rows {
+            for (index, x) in (*row as usize * self.width..).zip(values) {
+                if index / CHUNK != chunk {
+                    total += std::mem::take(&mut of_chunk);
+                    chunk = index / CHUNK;
+                }
+                of_chunk += f64::from(*x) * f64::from(*x);
+            }
+        }
+        total + of_chunk
+    }
+}
+
 /// Σ g² in f64, in an order that does not change. Any device; returns when it is known.
 pub fn sum_of_squares(g: &Tensor) -> f64 {
     match g.device() {
@@ -81,7 +149,18 @@ impl AdamW {
 
 /// [`update`] on the CPU's memory: one pass, threaded, vectorised by the compiler. All slices are equally long.
 pub fn update_slices(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-    let Constants {
+    let constants = how.constants();
+    let chunks = theta
+        .par_chunks_mut(CHUNK)
+        .zip(m.par_chunks_mut(CHUNK))
+        .zip(v.par_chunks_mut(CHUNK));
+    chunks
+        .zip(g.par_chunks(CHUNK))
+        .for_each(|(((theta, m), v), g)| update_chunk(&constants, theta, m, v, g));
+}
+
+fn update_chunk(constants: &Constants, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+    let &Constants {
         decay,
         step_size,
         v_correction,
@@ -89,20 +168,14 @@ pub fn update_slices(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32
         beta2,
         epsilon,
         scale,
-    } = how.constants();
-    let chunks = theta
-        .par_chunks_mut(CHUNK)
-        .zip(m.par_chunks_mut(CHUNK))
-        .zip(v.par_chunks_mut(CHUNK));
-    chunks.zip(g.par_chunks(CHUNK)).for_each(|(((theta, m), v), g)| {
-        for (((theta, m), v), g) in theta.iter_mut().zip(m).zip(v).zip(g) {
-            let g = g * scale;
-            *m = beta1 * *m + (1.0 - beta1) * g;
-            *v = beta2 * *v + (1.0 - beta2) * g * g;
-            let denominator = v.sqrt() * v_correction + epsilon;
-            *theta = *theta * decay - step_size * *m / denominator;
-        }
-    });
+    } = constants;
+    for (((theta, m), v), g) in theta.iter_mut().zip(m).zip(v).zip(g) {
+        let g = g * scale;
+        *m = beta1 * *m + (1.0 - beta1) * g;
+        *v = beta2 * *v + (1.0 - beta2) * g * g;
+        let denominator = v.sqrt() * v_correction + epsilon;
+        *theta = *theta * decay - step_size * *m / denominator;
+    }
 }
 
 fn sum_on_cpu(g: &[f32]) -> f64 {
@@ -228,6 +301,40 @@ mod tests {
             theta
         };
         assert_eq!(run(how(0.5), &g), run(how(1.0), &halves));
+    }
+
+    #[test]
+    fn a_gradient_of_rows_is_the_gradient_with_its_zeros() {
+        let how = AdamW {
+            lr: 0.01,
+            beta1: 0.9,
+            beta2: 0.99,
+            epsilon: 1e-3,
+            weight_decay: 0.1,
+            updates_before: 4,
+            gradient_scale: 0.7,
+        };
+        // Rows that end and begin within chunks, the first and the last of all, and neighbours.
+        let (rows, width) = (700, 50);
+        let numbers = [0i64, 5, 6, 327, 328, 655, 699];
+        let of_rows = Tensor::randn([numbers.len() as i64, width], (Kind::Float, Device::Cpu));
+        let whole = Tensor::zeros([rows, width], (Kind::Float, Device::Cpu));
+        let whole = whole.index_copy(0, &Tensor::from_slice(&numbers), &of_rows).view([-1]);
+        let g = RowGradient {
+            numbers: &numbers,
+            values: f32s(&of_rows),
+            width: width as usize,
+        };
+        assert_eq!(g.sum_of_squares(), sum_of_squares(&whole));
+        let state = [(); 3].map(|()| Tensor::randn([rows * width], (Kind::Float, Device::Cpu)).abs());
+        for range in [0..(rows * width) as usize, 260..33_000] {
+            let [mut dense, mut sparse] = [(); 2].map(|()| state.each_ref().map(Tensor::copy));
+            let [theta, m, v] = &mut dense;
+            update(&how, theta, m, v, &whole, range.clone());
+            let [theta, m, v] = &mut sparse;
+            update_rows(&how, theta, m, v, g, range);
+            assert_eq!(dense, sparse);
+        }
     }
 
     #[test]

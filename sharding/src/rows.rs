@@ -4,6 +4,7 @@
 use configs::planner::traffic::FEW_ROWS;
 use tch::{Device, Kind, Tensor};
 
+use crate::adamw::RowGradient;
 use crate::layout::Bucket;
 use crate::memory::{bf16s, f32s, f32s_mut, i64s};
 use crate::{Comm, Pending, Result, Wire};
@@ -143,6 +144,14 @@ impl Rows {
         let shape = [numbers.len() as i64, width(bucket) as i64];
         let values = Tensor::f_zeros(shape, (Kind::Float, Device::Cpu))?;
         Ok(Rows { numbers, values })
+    }
+
+    pub(crate) fn gradient(&self) -> RowGradient<'_> {
+        RowGradient {
+            numbers: &self.numbers,
+            values: f32s(&self.values),
+            width: self.values.size()[1] as usize,
+        }
     }
 
     /// Where among these rows each of `ids` stands; all of them are here.

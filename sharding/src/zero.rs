@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::adamw::{self, AdamW};
+use crate::adamw::{self, AdamW, RowGradient};
 use crate::digest::{self, Digests, damaged};
 use crate::layout::{Bucket, most_gradients, slice_len};
 use crate::memory::bytes;
@@ -102,9 +102,9 @@ struct BucketState {
     /// Where parameters and gradients lie; with the optimizer's offload its slice does not.
     device: Device,
     values: Values,
-    /// f32, flat and padded. From stage 2 on absent outside of backward.
+    /// f32, flat and padded. From stage 2 on absent outside of backward; always where the gradient is rows ([`Embedding::only`]).
     grads: Option<Tensor>,
-    /// This rank's slice of the summed gradient; all of `grads` when nothing is sharded.
+    /// This rank's slice of the summed gradient; all of `grads` when nothing is sharded, nothing where the gradient is rows.
     grads_slice: Tensor,
     reducing: Option<Pending>,
     /// What the reduction under way fills, where `grads_slice` holds earlier micro-batches' sum.
@@ -135,8 +135,10 @@ struct Embedding {
     plans: VecDeque<Option<RowPlan>>,
     /// What the first micro-batch's first stage reads, while the whole matrix is on its way.
     early: Option<Rows>,
-    /// The gradient of the rows that follow, while the first stage adds to it.
+    /// The gradient of the rows that follow, or of `only`, while the first stage adds to it.
     late: Option<Rows>,
+    /// The whole gradient ([`Zero::keep_gradient_as_rows`]).
+    only: Option<Rows>,
 }
 
 /// Where a weight lies: flat bucket, and parameter in it.
@@ -205,6 +207,8 @@ pub struct Zero {
     unpublished: bool,
     /// The embedding, where this step may move some of its rows instead of all.
     embedding: Option<Embedding>,
+    /// See [`Zero::keep_gradient_as_rows`].
+    gradient_as_rows: Option<String>,
     /// Updates made since the run began; AdamW's bias correction counts them.
     pub updates: u64,
 }
@@ -253,7 +257,16 @@ impl Zero {
             layout: Layout::new(&[], n_slices),
             unpublished: false,
             embedding: None,
+            gradient_as_rows: None,
             updates: 0,
+        }
+    }
+
+    /// Of `matrix`, to be added, only the first stage reads and gives a gradient to some rows. On one rank, with the CPU, its gradient
+    /// is kept as those: of 260,164 pieces a step names a few thousand.
+    pub fn keep_gradient_as_rows(&mut self, matrix: &str) {
+        if self.ranks.1 == 1 && self.stage < Stage::Gradients {
+            self.gradient_as_rows = Some(matrix.to_owned());
         }
     }
 
@@ -281,14 +294,18 @@ impl Zero {
             }
             Some(whole)
         };
-        let grads = if self.stage < Stage::Gradients {
+        let as_rows = match &bucket.params[..] {
+            [matrix] => device == Device::Cpu && self.gradient_as_rows.as_ref() == Some(&matrix.name),
+            _ => false,
+        };
+        let grads = if self.stage < Stage::Gradients && !as_rows {
             Some(zeros(bucket.padded, Kind::Float, device)?)
         } else {
             None
         };
         let grads_slice = match &grads {
             Some(grads) if self.layout.n_slices == 1 => grads.shallow_clone(),
-            _ => zeros(bucket.slice_len, Kind::Float, device)?,
+            _ => zeros(if as_rows { 0 } else { bucket.slice_len }, Kind::Float, device)?,
         };
         let index = self.buckets.len();
         for (p, param) in bucket.params.iter().enumerate() {
@@ -484,6 +501,11 @@ impl Zero {
         let Some(mut embedding) = self.embedding.take() else {
             return self.start_publishing(comm);
         };
+        if comm.world() == 1 {
+            embedding.only = Some(Rows::zeros(&self.layout.buckets[embedding.bucket], rows::unique(ids))?);
+            self.embedding = Some(embedding);
+            return self.start_publishing(comm);
+        }
         let (index, state) = (embedding.bucket, &self.buckets[embedding.bucket]);
         let bucket = &self.layout.buckets[index];
         if let (true, Some(first)) = (self.unpublished && self.layout.n_slices > 1, ids.first()) {
@@ -519,12 +541,14 @@ impl Zero {
         let tied = readers == 2 && self.stages.last().is_some_and(|last| reads(&last));
         let first = self.stages.first().is_some_and(|first| reads(&first));
         let alone = self.layout.buckets[index].params.len() == 1 && self.buckets[index].device == Device::Cpu;
-        (comm.world() > 1 && first && alone && (readers == 1 || tied)).then(|| Embedding {
+        let pays = comm.world() > 1 || self.gradient_as_rows.as_deref() == Some(matrix);
+        (pays && first && alone && (readers == 1 || tied)).then(|| Embedding {
             bucket: index,
             tied,
             plans: VecDeque::new(),
             early: None,
             late: None,
+            only: None,
         })
     }
 
@@ -564,6 +588,12 @@ impl Zero {
             }
         }
         let mut rebind = self.comes_and_goes() || early.is_some();
+        if let Some(embedding) = self.embedding.as_mut().filter(|_| stage == 0 && pass.is_backward())
+            && let Some(rows) = embedding.only.take()
+        {
+            embedding.late = Some(rows);
+            rebind = true;
+        }
         if pass.is_backward() {
             let buckets: Vec<usize> = trained(&self.stages[stage]).collect();
             for bucket in buckets {
@@ -603,6 +633,13 @@ impl Zero {
     pub fn leave<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
         let keeps_slices = self.stage >= Stage::Gradients;
         let mut rebind = keeps_slices || self.comes_and_goes();
+        if comm.world() == 1
+            && let Some(embedding) = &mut self.embedding
+            && let Some(rows) = embedding.late.take()
+        {
+            embedding.only = Some(rows);
+            rebind = true;
+        }
         if matches!(pass, Pass::Backward { last } if last || keeps_slices) {
             // Backward goes down: a bucket is complete at the lowest stage that reads it, but for rows that follow.
             let below = |bucket| {
@@ -643,6 +680,10 @@ impl Zero {
         if self.stage >= Stage::Gradients {
             // An earlier micro-batch's, long done.
             self.settle(bucket)?;
+        }
+        if self.only_rows(bucket).is_some() {
+            self.buckets[bucket].reduced = true;
+            return Ok(());
         }
         let rows = match &mut self.embedding {
             Some(embedding) if embedding.bucket == bucket && !embedding.tied => embedding.plans.pop_front().flatten(),
@@ -686,6 +727,12 @@ impl Zero {
             }
         });
         self.sent(bucket)
+    }
+
+    /// The bucket's whole gradient, where it is kept as rows.
+    fn only_rows(&self, bucket: usize) -> Option<RowGradient<'_>> {
+        let embedding = self.embedding.as_ref().filter(|embedding| embedding.bucket == bucket)?;
+        embedding.only.as_ref().map(Rows::gradient)
     }
 
     /// Starts sending the rows that follow the rest of a bucket's gradient.
@@ -812,11 +859,12 @@ impl Zero {
             self.settle(bucket)?;
             assert!(self.buckets[bucket].reduced, "every bucket was reduced");
         }
-        let squares: f64 = self
-            .buckets
-            .iter()
-            .zip(&self.layout.buckets)
-            .map(|(state, bucket)| match self.stage {
+        let squares_of = |index: usize| {
+            if let Some(rows) = self.only_rows(index) {
+                return rows.sum_of_squares();
+            }
+            let (state, bucket) = (&self.buckets[index], &self.layout.buckets[index]);
+            match self.stage {
                 // Whole on every rank: each counts the slice that would be its own.
                 Stage::Replicated => {
                     let length = slice_len(bucket.numel, comm.world());
@@ -825,8 +873,9 @@ impl Zero {
                     adamw::sum_of_squares(&view(&state.grads_slice, start..end))
                 }
                 _ => adamw::sum_of_squares(&state.grads_slice),
-            })
-            .sum();
+            }
+        };
+        let squares: f64 = (0..self.buckets.len()).map(squares_of).sum();
         let mut values = vec![squares];
         values.extend_from_slice(ride_along);
         let mut sums = comm.sum(&values)?;
@@ -841,10 +890,20 @@ impl Zero {
 
     /// One AdamW update of this rank's slices; `groups[g]` is the learning rate and so on of parameter group g.
     pub fn update(&mut self, groups: &[AdamW]) -> Result<()> {
-        for (bucket, state) in self.layout.buckets.iter().zip(&mut self.buckets) {
+        let of_rows = self.embedding.as_ref().and_then(|embedding| {
+            let rows = embedding.only.as_ref()?;
+            Some((embedding.bucket, rows.gradient()))
+        });
+        for (index, (bucket, state)) in self.layout.buckets.iter().zip(&mut self.buckets).enumerate() {
             // An embedding of which only rows were read; what is being published may not change.
             state.values.wait()?;
             let Slice { theta, m, v } = &mut state.slice;
+            if let Some((_, rows)) = of_rows.filter(|(bucket, _)| *bucket == index) {
+                for (part, group) in bucket.groups_in_slice(self.my_slice) {
+                    adamw::update_rows(&groups[group], theta, m, v, rows, part);
+                }
+                continue;
+            }
             // The same tensor where both lie in one place.
             let g = state.grads_slice.f_to_device(theta.device())?;
             for (part, group) in bucket.groups_in_slice(self.my_slice) {
@@ -980,6 +1039,8 @@ impl Zero {
             gradients += state.incoming.as_ref().map_or(0, bytes);
             optimizer += bytes(&state.slice.theta) + bytes(&state.slice.m) + bytes(&state.slice.v);
         }
+        let only = self.embedding.as_ref().and_then(|embedding| embedding.only.as_ref());
+        gradients += only.map_or(0, |rows| bytes(&rows.values));
         parameters += self
             .frozen
             .iter()

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use super::sizes::{Block, Sizes, has_lora};
-use crate::plan::{Device, Mix, Precision, Recompute, Residual, Train};
+use crate::plan::{Device, FullModule, Mix, Precision, Recompute, Residual, Train};
 
 /// Slices are multiples of this many elements, so that every slice starts on a cache line in f32.
 pub const ALIGNMENT: usize = 16;
@@ -40,6 +40,14 @@ pub const PRODUCT_BYTES: usize = 16 << 20;
 /// Elements of one exchange between MPI's ranks take at most about this much on each side, and two are under way at a time.
 /// Large enough that a message's latency does not count, small enough that staging is nothing beside a bucket.
 pub const STAGING_BYTES: usize = 8 << 20;
+
+/// Rows of the embedding's gradient that one rank keeps at most, where it keeps those that a step names and no others: on a CPU,
+/// where the matrix trains, and nothing beside it in its stage or with the head.
+pub fn gradient_rows(sizes: &Sizes, train: &Train, world: usize) -> Option<usize> {
+    let alone = sizes.block == Block::Llama || !train.full.contains(&FullModule::Positions);
+    let keeps = world == 1 && train.device == Device::Cpu && !sizes.tied && alone;
+    (keeps && sizes.embedding_trains(&train.full)).then(|| sizes.rows.min(train.rows_per_step * train.sequence_length))
+}
 
 /// How training is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -494,12 +502,17 @@ impl Budget {
         let on_gpu = train.device != Device::Cpu;
         let snapshot = u64::from(saves) * of_trained.optimizer;
         // A bucket's gradient comes down, and its parameters go up, one bucket at a time.
+        let of_rows = gradient_rows(sizes, train, division.world).filter(|_| division.zero < 2);
+        let zeros = of_rows.map_or(0, |rows| {
+            let whole: usize = division.slices(&trained.numels[..1]).iter().sum();
+            4 * (whole - rows * sizes.hidden) as u64
+        });
         let travels = division.slices(&trained.numels).into_iter().max().unwrap_or(0) * (4 + division.width);
         let offloaded = u64::from(train.offload_optimizer) * (of_trained.optimizer + travels as u64);
         Budget {
             kept: [
                 of_trained.parameters + of_frozen.parameters,
-                of_trained.gradients,
+                of_trained.gradients - zeros,
                 if train.offload_optimizer {
                     0
                 } else {

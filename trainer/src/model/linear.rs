@@ -4,7 +4,7 @@
 use tch::Tensor;
 
 use super::fp8::Fp8;
-use super::{DropoutRows, Weight};
+use super::{DropoutRows, Weight, low_rank};
 
 /// y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with s = α / r, or α / √r where it is rank-stabilised.
 pub struct Linear {
@@ -26,6 +26,13 @@ pub struct LoraPair {
     pub dropout: f64,
 }
 
+impl LoraPair {
+    /// r
+    pub fn rank(&self) -> usize {
+        self.a_ri.value.size()[0] as usize
+    }
+}
+
 impl Linear {
     pub fn forward(&self, x_ni: &Tensor, dropout: Option<&DropoutRows>) -> Tensor {
         let mut y_no = match (&self.fp8, &self.bias_o) {
@@ -35,7 +42,12 @@ impl Linear {
             (None, Some(bias_o)) => bias_o.value.addmm(x_ni, &self.weight_oi.value.tr()),
         };
         if let Some(lora) = &self.lora {
-            let dropped = masked(x_ni, self.mask(lora, x_ni, dropout).as_ref());
+            let mask_ni = self.mask(lora, x_ni, dropout);
+            if mask_ni.is_none() && low_rank::takes(lora, x_ni) {
+                low_rank::forward(lora, x_ni, &mut y_no);
+                return y_no;
+            }
+            let dropped = masked(x_ni, mask_ni.as_ref());
             let low_nr = dropped.matmul(&lora.a_ri.value.tr()) * lora.scale;
             let _ = y_no.addmm_(&low_nr, &lora.b_or.value.tr());
         }
@@ -53,8 +65,13 @@ impl Linear {
             bias_o.accumulate(|| d_y_no.sum_dim_intlist(0, false, tch::Kind::Float));
         }
         let Some(lora) = &self.lora else { return d_x_ni };
-        // Low-rank activations lie transposed, [r, n]: GEMMs this thin run at half the speed or less the other way round.
         let mask_ni = self.mask(lora, x_ni, dropout);
+        if mask_ni.is_none() && low_rank::takes(lora, x_ni) {
+            let lora = self.lora.as_mut().expect("checked above");
+            low_rank::backward(lora, x_ni, d_y_no, &mut d_x_ni);
+            return d_x_ni;
+        }
+        // Low-rank activations lie transposed, [r, n]: GEMMs this thin run at half the speed or less the other way round.
         let dropped = masked(x_ni, mask_ni.as_ref());
         let low_rn = lora.a_ri.value.matmul(&dropped.tr());
         let d_low_rn = lora.b_or.value.tr().matmul(&d_y_no.tr()) * lora.scale;

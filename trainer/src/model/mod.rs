@@ -10,6 +10,7 @@ pub(crate) mod kernels;
 mod layer;
 mod linear;
 mod load;
+mod low_rank;
 mod mlp;
 mod new_rows;
 mod norm;

@@ -82,6 +82,9 @@ pub fn build_model<'a>(
         Precision::F32 => Wire::F32,
         Precision::Bf16 => Wire::Bf16,
     });
+    if !config.tie_word_embeddings {
+        zero.keep_gradient_as_rows(&format!("{}.weight", config.names().embedding));
+    }
     // A stage at a time: where a rank keeps a slice, it never holds more of the base than one stage.
     let mut take = |stage: &str, mut weights: Vec<&mut Weight>| -> Result<()> {
         let spec = bucket_of(stage, &weights);
@@ -107,6 +110,7 @@ pub fn build_model<'a>(
     );
     let recompute = planned::recomputation(plan, &model.sizes(), comm, device, (stage, shard_frozen))?;
     let mut trainer = Trainer::new(plan, comm, model, zero);
+    sharding::memory::give_back();
     trainer.recompute = recompute;
     Ok((trainer, digest))
 }

@@ -28,6 +28,7 @@ pub(in crate::model) trait Element: Copy + Send + Sync + 'static {
     fn plain(values: &[Self]) -> Option<&[f32]>;
     /// The values themselves, where they are bf16.
     fn halves(values: &[Self]) -> Option<&[bf16]>;
+    fn halves_mut(values: &mut [Self]) -> Option<&mut [bf16]>;
     fn of(tensor: &Tensor) -> &[Self];
     fn of_mut(tensor: &mut Tensor) -> &mut [Self];
 }
@@ -48,6 +49,10 @@ impl Element for f32 {
     }
 
     fn halves(_: &[f32]) -> Option<&[bf16]> {
+        None
+    }
+
+    fn halves_mut(_: &mut [f32]) -> Option<&mut [bf16]> {
         None
     }
 
@@ -80,6 +85,10 @@ impl Element for bf16 {
     }
 
     fn halves(values: &[bf16]) -> Option<&[bf16]> {
+        Some(values)
+    }
+
+    fn halves_mut(values: &mut [bf16]) -> Option<&mut [bf16]> {
         Some(values)
     }
 

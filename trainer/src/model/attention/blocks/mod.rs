@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
 use super::Stretch;
-use crate::model::gemm::pairs;
+use crate::model::gemm::pairs::{self, Right};
 use crate::model::kernels::cpu::{Element, LANES, by_kind, dot, exp, largest, sum};
 use crate::model::kernels::vectors::vectorized;
 
@@ -88,20 +88,21 @@ fn blocks(stretches: &[Stretch], sizes: Sizes) -> Vec<Block> {
     stretches.iter().enumerate().flat_map(of).collect()
 }
 
-/// What a head gives to d_q, d_k and d_v: f32, rows of a stretch `stride` apart, d_k and d_v not yet summed over heads.
+/// What a query head gives to d_k and d_v, not yet summed over heads: rows of a stretch `stride` apart.
 pub struct Grads {
-    parts: [Vec<f32>; 3],
+    d_k: Vec<f32>,
+    d_v: Vec<f32>,
     stride: usize,
 }
 
 vectorized! {
-    /// Row `t` of part `which`, summed over heads.
-    fn round_sum<E>(sum: &mut [E], heads: &[Grads], which: usize, t: usize) -> () {
+    /// Row `t` of d_k or d_v, summed over heads.
+    fn round_sum<E>(sum: &mut [E], heads: &[(Vec<E>, Grads)], which: fn(&Grads) -> &[f32], t: usize) -> () {
         for (index, sum) in sum.chunks_mut(LANES).enumerate() {
             let mut lanes = [0f32; LANES];
-            for Grads { parts, stride } in heads {
-                let part = &parts[which][t * stride + index * LANES..];
-                lanes.iter_mut().zip(part).for_each(|(lane, x)| *lane += x);
+            for (_, grads) in heads {
+                let row = &which(grads)[t * grads.stride + index * LANES..];
+                lanes.iter_mut().zip(row).for_each(|(lane, x)| *lane += x);
             }
             sum.iter_mut().zip(lanes).for_each(|(sum, x)| *sum = E::round(x));
         }
@@ -160,15 +161,13 @@ pub fn forward(q_bthd: &Tensor, k_btgd: &Tensor, v_btgd: &Tensor, stretches: &[S
             .rev()
             .for_each_init(Room::default, |room, (block, out, logsumexp)| {
                 for h in 0..heads {
-                    let stride = match (&packed, E::halves(q)) {
+                    match (&packed, E::halves(q)) {
                         (Some(packed), Some(q)) => {
                             let packed = &packed[block.stretch * sizes.groups + sizes.group(h)];
-                            paired::forward(q, packed, sizes, &block, h, room, logsumexp)
+                            let out = E::halves_mut(out).expect("as q is");
+                            paired::forward(q, packed, sizes, &block, h, room, (out, logsumexp));
                         }
-                        _ => plain::forward([q, k, v], sizes, &block, h, room, logsumexp),
-                    };
-                    for (out, row) in out.chunks_exact_mut(heads * dim).zip(room.out.chunks_exact(stride)) {
-                        round_row(&mut out[h * dim..(h + 1) * dim], row);
+                        _ => plain::forward([q, k, v], sizes, &block, h, room, (&mut *out, logsumexp)),
                     }
                 }
             });
@@ -204,17 +203,19 @@ pub fn backward(
             let (stretch, h) = (index / heads, index % heads);
             let it = &stretches[stretch];
             let positions = (sizes.first(it), it.length());
+            let mut d_q = vec![E::round(0.0); it.length() * dim];
             let halves = [d_out, q, out].map(E::halves);
-            match (&packed, halves) {
-                (Some(packed), [Some(d_out), Some(q), Some(out)]) => {
+            let grads = match (&packed, halves, E::halves_mut(&mut d_q)) {
+                (Some(packed), [Some(d_out), Some(q), Some(out)], Some(d_q)) => {
                     let packed = &packed[stretch * groups + sizes.group(h)];
-                    paired::backward([d_out, q, out], packed, logsumexp, sizes, positions, h, room)
+                    paired::backward([d_out, q, out], packed, logsumexp, sizes, positions, h, (room, d_q))
                 }
-                _ => plain::backward([d_out, q, k, v, out], logsumexp, sizes, positions, h, room),
-            }
+                _ => plain::backward([d_out, q, k, v, out], logsumexp, sizes, positions, h, (room, &mut d_q)),
+            };
+            (d_q, grads)
         };
         let tasks = (0..stretches.len() * heads).into_par_iter();
-        let of_heads: Vec<Grads> = tasks.map_init(Room::default, of_head).collect();
+        let of_heads: Vec<(Vec<E>, Grads)> = tasks.map_init(Room::default, of_head).collect();
         // Stretches lie one behind the other in memory, and so do what their heads gave.
         let mut rest = (E::of_mut(&mut d_q), E::of_mut(&mut d_k), E::of_mut(&mut d_v));
         let mut parts = Vec::new();
@@ -233,13 +234,13 @@ pub fn backward(
             .into_par_iter()
             .with_min_len(64)
             .for_each(|(t, ((d_q, d_k), d_v), of_heads)| {
-                for (d_q, of_head) in d_q.chunks_exact_mut(dim).zip(of_heads) {
-                    round_sum(d_q, std::slice::from_ref(of_head), 0, t);
+                for (d_q, (of_head, _)) in d_q.chunks_exact_mut(dim).zip(of_heads) {
+                    d_q.copy_from_slice(&of_head[t * dim..(t + 1) * dim]);
                 }
-                for (which, d) in [(1, d_k), (2, d_v)] {
-                    for (d, sharing) in d.chunks_exact_mut(dim).zip(of_heads.chunks_exact(heads / groups)) {
-                        round_sum(d, sharing, which, t);
-                    }
+                let of_groups = d_k.chunks_exact_mut(dim).zip(d_v.chunks_exact_mut(dim));
+                for ((d_k, d_v), sharing) in of_groups.zip(of_heads.chunks_exact(heads / groups)) {
+                    round_sum(d_k, sharing, |grads| &grads.d_k, t);
+                    round_sum(d_v, sharing, |grads| &grads.d_v, t);
                 }
             });
         (d_q, d_k, d_v)
@@ -286,7 +287,10 @@ pub struct Room {
     scores: Vec<f32>,
     d_scores: Vec<f32>,
     out: Vec<f32>,
-    /// A left operand, and probabilities or their gradient, as pairs of bf16.
+    /// Operands of the products of pairs: a block's rows, and probabilities and their gradient.
     left: Vec<u32>,
+    right: Right,
     p: Vec<u32>,
+    d_across: Vec<u32>,
+    d_along: Vec<u32>,
 }

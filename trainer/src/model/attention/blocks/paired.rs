@@ -3,9 +3,11 @@
 
 use half::bf16;
 
-use super::{Block, Grads, QUERIES, Room, Sizes, softmax, softmax_backward};
-use crate::model::gemm::Into;
-use crate::model::gemm::pairs::{COLUMNS, Left, ROWS, Right, halves_of, pair_across, pair_along, product};
+use std::f32::consts::{LN_2, LOG2_E};
+
+use super::{Block, Grads, QUERIES, Room, Sizes};
+use crate::model::gemm::pairs::rows::{Derivatives, Query, derivatives, dot, powers, round};
+use crate::model::gemm::pairs::{COLUMNS, Into, Left, Part, ROWS, Right, halves_of, product};
 
 /// Keys and values of one head, laid out for the products; those of a whole stretch, since every block reads them.
 #[derive(Default)]
@@ -13,7 +15,7 @@ pub struct Packed {
     /// To be summed over dims.
     keys_t: Right,
     values_t: Right,
-    /// To be summed over positions.
+    /// To be summed over positions, of which there are none beyond the stretch: zeros fill the last block.
     keys: Right,
     values: Right,
 }
@@ -24,7 +26,9 @@ impl Packed {
         let [k, v] = [k, v].map(|x| move || rows(x, stretch, (group, sizes.groups), sizes.dim));
         let mut packed = Packed::default();
         packed.keys_t.transposed(k(), sizes.dim);
-        packed.values.stacked(v(), sizes.dim);
+        packed
+            .values
+            .stacked(v(), sizes.dim, stretch.1.next_multiple_of(COLUMNS) / 2);
         packed
     }
 
@@ -34,7 +38,9 @@ impl Packed {
         let mut packed = Packed::default();
         packed.keys_t.transposed(k(), sizes.dim);
         packed.values_t.transposed(v(), sizes.dim);
-        packed.keys.stacked(k(), sizes.dim);
+        packed
+            .keys
+            .stacked(k(), sizes.dim, stretch.1.next_multiple_of(COLUMNS) / 2);
         packed
     }
 }
@@ -61,10 +67,11 @@ fn left<'a>(x: &[bf16], here: (usize, usize), head: (usize, usize), dim: usize, 
     for (pairs, row) in room.chunks_exact_mut(count).zip(rows(x, here, head, dim)) {
         halves_of(pairs)[..dim].copy_from_slice(row);
     }
-    Left::rows(room, padded, count)
+    Left::rows(room, padded, count, count)
 }
 
-/// As in `plain.rs`.
+/// Writes head `h` of a block's queries to its places of `out` and `logsumexp`. Probabilities are divided by their sum at the very
+/// end, where they have become `dim` values.
 pub fn forward(
     q: &[bf16],
     packed: &Packed,
@@ -72,33 +79,42 @@ pub fn forward(
     block: &Block,
     h: usize,
     room: &mut Room,
-    logsumexp: &mut [f32],
-) -> usize {
+    (out, logsumexp): (&mut [bf16], &mut [f32]),
+) {
     let Sizes { heads, dim, .. } = sizes;
     let &Block {
         begin, first, queries, ..
     } = block;
     let keys = (first + queries).next_multiple_of(COLUMNS);
-    let q = left(q, (begin + first, queries), (h, heads), dim, &mut room.left);
     let padded = queries.next_multiple_of(ROWS);
+    let q = left(q, (begin + first, queries), (h, heads), dim, &mut room.left);
     room.scores.resize(padded * keys, 0.0);
-    product(q, &packed.keys_t, keys, sizes.scale(), whole(&mut room.scores, keys));
+    let into = Into::panels(&mut room.scores, padded);
+    product(
+        q,
+        &packed.keys_t,
+        keys,
+        sizes.scale() * LOG2_E,
+        Part::Seen { first },
+        into,
+    );
     // What stands in rows that pad the block is multiplied and not read.
     room.p.resize(padded * keys / 2, 0);
-    let rows = room
-        .scores
-        .chunks_exact_mut(keys)
-        .zip(room.p.chunks_exact_mut(keys / 2));
-    for (i, (scores, p)) in rows.take(queries).enumerate() {
-        logsumexp[i * heads + h] = softmax(scores, first + i + 1);
-        pair_along(p, scores);
+    let mut totals = [0f32; QUERIES];
+    for (i, p) in room.p.chunks_exact_mut(keys / 2).take(queries).enumerate() {
+        let (largest, total) = powers(p, &room.scores, (i, padded), first + i + 1);
+        logsumexp[i * heads + h] = (largest + total.log2()) * LN_2;
+        totals[i] = total;
     }
     let stride = dim.next_multiple_of(COLUMNS);
     room.out.resize(padded * stride, 0.0);
-    // The last pairs may be of keys that do not exist, whose values were padded with nothing.
-    let p = Left::strided_rows(&room.p, padded, packed.values.count().min(keys / 2), keys / 2);
-    product(p, &packed.values, stride, 1.0, whole(&mut room.out, stride));
-    stride
+    let p = Left::rows(&room.p, padded, keys / 2, keys / 2);
+    let into = Into::rows(&mut room.out, stride);
+    product(p, &packed.values, stride, 1.0, Part::OverKeys { first }, into);
+    let rows = out.chunks_exact_mut(heads * dim).zip(room.out.chunks_exact(stride));
+    for ((out, row), total) in rows.zip(totals) {
+        round(&mut out[h * dim..(h + 1) * dim], row, 1.0 / total);
+    }
 }
 
 /// As in `plain.rs`.
@@ -109,88 +125,66 @@ pub fn backward(
     sizes: Sizes,
     (begin, length): (usize, usize),
     h: usize,
-    room: &mut Room,
+    (room, d_q): (&mut Room, &mut [bf16]),
 ) -> Grads {
     let Sizes { heads, dim, .. } = sizes;
-    let stride = dim.next_multiple_of(COLUMNS);
-    let [mut d_q, mut d_k, mut d_v] = [(); 3].map(|()| vec![0f32; length.next_multiple_of(COLUMNS) * stride]);
-    let (mut q_rows, mut d_out_rows) = (Right::default(), Right::default());
+    let (scale, stride) = (sizes.scale(), dim.next_multiple_of(COLUMNS));
+    let [mut d_k, mut d_v] = [(); 2].map(|()| vec![0f32; length.next_multiple_of(COLUMNS) * stride]);
     for first in (0..length).step_by(QUERIES) {
         let queries = QUERIES.min(length - first);
         let padded = queries.next_multiple_of(ROWS);
         let keys = (first + queries).next_multiple_of(COLUMNS);
         let here = (begin + first, queries);
-        room.scores.resize(padded * keys, 0.0);
-        room.d_scores.resize(padded * keys, 0.0);
-        let q_left = left(q, here, (h, heads), dim, &mut room.left);
-        product(
-            q_left,
-            &packed.keys_t,
-            keys,
-            sizes.scale(),
-            whole(&mut room.scores, keys),
-        );
-        let d_out_left = left(d_out, here, (h, heads), dim, &mut room.left);
-        product(d_out_left, &packed.values_t, keys, 1.0, whole(&mut room.d_scores, keys));
-        let rows_of_both = room
-            .scores
-            .chunks_exact_mut(keys)
-            .zip(room.d_scores.chunks_exact_mut(keys));
-        for (i, (p, d)) in rows_of_both.enumerate() {
+        for (x, keys_or_values, scale, scores) in [
+            (q, &packed.keys_t, scale * LOG2_E, &mut room.scores),
+            (d_out, &packed.values_t, 1.0, &mut room.d_scores),
+        ] {
+            scores.resize(padded * keys, 0.0);
+            let x = left(x, here, (h, heads), dim, &mut room.left);
+            let into = Into::panels(scores, padded);
+            product(x, keys_or_values, keys, scale, Part::Seen { first }, into);
+        }
+        let [p_across, d_across, d_along] = [&mut room.p, &mut room.d_across, &mut room.d_along].map(|pairs| {
+            pairs.resize(padded / 2 * keys, 0);
+            &mut pairs[..]
+        });
+        let mut into = Derivatives {
+            p_across,
+            d_across,
+            d_along,
+        };
+        let query = |i: usize| {
             if i >= queries {
-                p.fill(0.0);
-                d.fill(0.0);
-                continue;
+                return Query::default();
             }
             let position = begin + first + i;
             let row = sizes.row(position, h);
-            let logsumexp = logsumexp[position * heads + h];
-            softmax_backward(p, d, first + i + 1, &out[row.clone()], &d_out[row], logsumexp);
+            Query {
+                seen: first + i + 1,
+                log_sum: logsumexp[position * heads + h] * LOG2_E,
+                row_sum: dot(&out[row.clone()], &d_out[row]),
+            }
+        };
+        for two in 0..padded / 2 {
+            let both = [2 * two, 2 * two + 1].map(query);
+            derivatives(&mut into, [&room.scores, &room.d_scores], (two, padded), keys, both);
         }
 
         // d_v = Pᵀ d_out and d_k = d_scoresᵀ q sum over queries, d_q = d_scores k over keys.
-        let (scale, half) = (sizes.scale(), padded / 2);
-        q_rows.stacked(rows(q, here, (h, heads), dim), dim);
-        d_out_rows.stacked(rows(d_out, here, (h, heads), dim), dim);
-        let count = queries.div_ceil(2);
-        room.p.resize(half * keys, 0);
-        for (scores, right, sum, scale) in [
-            (&room.scores, &d_out_rows, &mut d_v, 1.0),
-            (&room.d_scores, &q_rows, &mut d_k, scale),
-        ] {
-            for (two, p) in scores.chunks_exact(2 * keys).zip(room.p.chunks_exact_mut(keys)) {
-                pair_across(p, &two[..keys], &two[keys..]);
-            }
-            let into = Into {
-                values: &mut sum[..keys * stride],
-                stride,
-                add: true,
-            };
-            product(Left::columns(&room.p, keys, count), right, stride, scale, into);
+        for (x, across, sum, scale) in [(d_out, &room.p, &mut d_v, 1.0), (q, &room.d_across, &mut d_k, scale)] {
+            room.right.stacked(rows(x, here, (h, heads), dim), dim, padded / 2);
+            let across = Left::tiles(across, keys, padded / 2);
+            let into = Into::sum(&mut sum[..keys * stride], stride);
+            product(across, &room.right, stride, scale, Part::OverQueries { first }, into);
         }
-        for (d_scores, p) in room.d_scores.chunks_exact(keys).zip(room.p.chunks_exact_mut(keys / 2)) {
-            pair_along(p, d_scores);
+        let along = Left::rows(&room.d_along, padded, keys / 2, keys / 2);
+        room.out.resize(padded * stride, 0.0);
+        let into = Into::rows(&mut room.out, stride);
+        product(along, &packed.keys, stride, scale, Part::OverKeys { first }, into);
+        let d_q = d_q[first * dim..].chunks_exact_mut(dim);
+        for (d_q, row) in d_q.zip(room.out.chunks_exact(stride)).take(queries) {
+            round(d_q, row, 1.0);
         }
-        let count = packed.keys.count().min(keys / 2);
-        let d_scores = Left::strided_rows(&room.p, padded, count, keys / 2);
-        product(
-            d_scores,
-            &packed.keys,
-            stride,
-            scale,
-            whole(&mut d_q[first * stride..], stride),
-        );
     }
-    Grads {
-        parts: [d_q, d_k, d_v],
-        stride,
-    }
-}
-
-fn whole(values: &mut [f32], stride: usize) -> Into<'_> {
-    Into {
-        values,
-        stride,
-        add: false,
-    }
+    Grads { d_k, d_v, stride }
 }

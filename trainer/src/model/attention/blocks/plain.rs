@@ -1,6 +1,6 @@
 //! A block of attention by f32 products, whatever the tensors are: on any processor.
 
-use super::{Block, Grads, QUERIES, Room, Sizes, softmax, softmax_backward};
+use super::{Block, Grads, QUERIES, Room, Sizes, round_row, softmax, softmax_backward};
 use crate::model::gemm::{Into, Matrix, product};
 use crate::model::kernels::cpu::Element;
 
@@ -24,15 +24,15 @@ fn head<'a, E: Element>(
     Matrix::new(room, rows, dim, dim)
 }
 
-/// Fills `room.out` with head `h` of a block's queries, and its places of `logsumexp`; the stride of the rows in `room.out`.
+/// Writes head `h` of a block's queries to its places of `out` and `logsumexp`.
 pub fn forward<E: Element>(
     [q, k, v]: [&[E]; 3],
     sizes: Sizes,
     block: &Block,
     h: usize,
     room: &mut Room,
-    logsumexp: &mut [f32],
-) -> usize {
+    (out, logsumexp): (&mut [E], &mut [f32]),
+) {
     let Sizes { heads, dim, .. } = sizes;
     let &Block {
         begin, first, queries, ..
@@ -50,20 +50,22 @@ pub fn forward<E: Element>(
     room.out.resize(queries * dim, 0.0);
     let p = Matrix::new(&room.scores, queries, keys, keys);
     product(p, v, 1.0, fresh(&mut room.out, dim));
-    dim
+    for (out, row) in out.chunks_exact_mut(heads * dim).zip(room.out.chunks_exact(dim)) {
+        round_row(&mut out[h * dim..(h + 1) * dim], row);
+    }
 }
 
-/// What head `h` of `length` positions from `begin` on gives to d_q, d_k and d_v.
+/// Writes `d_q` [t, d] of head `h` for `length` positions from `begin` on; what it gives to d_k and d_v.
 pub fn backward<E: Element>(
     [d_out, q, k, v, out]: [&[E]; 5],
     logsumexp: &[f32],
     sizes: Sizes,
     (begin, length): (usize, usize),
     h: usize,
-    room: &mut Room,
+    (room, d_q): (&mut Room, &mut [E]),
 ) -> Grads {
     let Sizes { heads, dim, .. } = sizes;
-    let [mut d_q, mut d_k, mut d_v] = [(); 3].map(|()| vec![0f32; length * dim]);
+    let [mut d_k, mut d_v] = [(); 2].map(|()| vec![0f32; length * dim]);
     let group = (sizes.group(h), sizes.groups);
     for first in (0..length).step_by(QUERIES) {
         let queries = QUERIES.min(length - first);
@@ -91,13 +93,11 @@ pub fn backward<E: Element>(
         let d_scores = Matrix::new(&room.d_scores, queries, keys, keys);
         product(p.t(), d_out_m, 1.0, added(&mut d_v[..keys * dim], dim));
         product(d_scores.t(), q, sizes.scale(), added(&mut d_k[..keys * dim], dim));
-        let d_q = fresh(&mut d_q[first * dim..keys * dim], dim);
-        product(d_scores, k, sizes.scale(), d_q);
+        room.out.resize(queries * dim, 0.0);
+        product(d_scores, k, sizes.scale(), fresh(&mut room.out, dim));
+        round_row(&mut d_q[first * dim..keys * dim], &room.out);
     }
-    Grads {
-        parts: [d_q, d_k, d_v],
-        stride: dim,
-    }
+    Grads { d_k, d_v, stride: dim }
 }
 
 fn fresh(values: &mut [f32], stride: usize) -> Into<'_> {
