@@ -116,11 +116,13 @@ struct End {
 }
 
 impl End {
-    /// The first line after the last of the run's ordinary ones.
+    /// The first line of ours after the last of the run's ordinary ones. A rank that was reading from another's memory when that
+    /// was killed has Open MPI complain of it, "[host:process] Read -1, …", before anybody can know more.
     fn first_of_the_failure(&self) -> &str {
         let usual = |line: &String| line.starts_with("  ") || line.starts_with("measured after ");
         let last = self.said.iter().rposition(usual).map_or(0, |at| at + 1);
-        self.said.get(last).map_or("", String::as_str)
+        let ours = |line: &&String| !(line.starts_with('[') && line.contains("] Read -1, expected "));
+        self.said[last..].iter().find(ours).map_or("", String::as_str)
     }
 }
 

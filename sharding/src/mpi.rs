@@ -316,8 +316,8 @@ fn poll_first(line: &Line, queue: &mut Queue) -> bool {
     let (mut moved, mut staged, mut index) = (false, 0, 0);
     while index < queue.len().min(MOST_JOBS) {
         let job = &mut queue[index].0;
-        staged += job.staging(line);
-        if index > 0 && staged > MOST_STAGED {
+        let needs = job.staging(line);
+        if index > 0 && staged + needs > MOST_STAGED {
             break;
         }
         let result = match job.poll(line) {
@@ -332,11 +332,11 @@ fn poll_first(line: &Line, queue: &mut Queue) -> bool {
         if let Some(result) = result {
             // The buffers go before the caller hears of it: it may count on their memory.
             let (job, answer) = queue.remove(index).expect("it was polled");
-            staged -= job.staging(line);
             drop(job);
             answer.give(result);
             moved = true;
         } else if job.is_started() {
+            staged += needs;
             index += 1;
         } else {
             break;

@@ -110,3 +110,66 @@ pub fn backward(pair: &mut LoraPair, x_ni: &Tensor, d_y_no: &Tensor, d_x_ni: &mu
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Linear, Weight};
+    use crate::random::Stream;
+
+    fn random(which: u64, shape: &[i64]) -> Tensor {
+        let stream = Stream::new(1, "low rank").fork(which);
+        let values: Vec<f64> = (0..shape.iter().product::<i64>() as u64)
+            .map(|index| stream.normal(index))
+            .collect();
+        Tensor::from_slice(&values).to_kind(Kind::BFloat16).view(shape)
+    }
+
+    /// A linear map in bf16 and, of the same values, in f32, where LoRA's products are GEMMs.
+    #[test]
+    fn a_linear_map_with_lora_is_that_in_f32_rounded() {
+        if !are_there() {
+            eprintln!("SKIPPED: this processor has no AVX512-BF16");
+            return;
+        }
+        // More positions than a task has, an odd number of them, and ranks that fill no eight, one and a half, two.
+        for (n, inputs, outputs, rank) in [(300, 48, 80, 8), (7, 33, 20, 3), (129, 64, 40, 12), (40, 32, 32, 16)] {
+            let trained = |which, shape: &[i64], kind: Kind| {
+                let mut weight = Weight::frozen(String::new(), random(which, shape).to_kind(kind));
+                weight.grad = Some(Tensor::ones(shape, (Kind::Float, Device::Cpu)));
+                weight
+            };
+            let (x, d_y) = (random(4, &[n, inputs]), random(5, &[n, outputs]));
+            let all = |kind: Kind| {
+                let mut linear = Linear {
+                    path: String::new(),
+                    weight_oi: Weight::frozen(String::new(), random(1, &[outputs, inputs]).to_kind(kind)),
+                    bias_o: None,
+                    lora: Some(LoraPair {
+                        a_ri: trained(2, &[rank, inputs], kind),
+                        b_or: trained(3, &[outputs, rank], kind),
+                        scale: 0.5,
+                        dropout: 0.0,
+                    }),
+                    fp8: None,
+                };
+                let (x, d_y) = (x.to_kind(kind), d_y.to_kind(kind));
+                assert_eq!(takes(linear.lora.as_ref().unwrap(), &x), kind == Kind::BFloat16);
+                let y = linear.forward(&x, None);
+                let d_x = linear.backward(&x, None, &d_y);
+                let pair = linear.lora.unwrap();
+                [y, d_x, pair.a_ri.grad.unwrap(), pair.b_or.grad.unwrap()]
+            };
+            let names = ["y", "d_x", "d_A", "d_B"];
+            for ((name, rounded), exact) in names.iter().zip(all(Kind::BFloat16)).zip(all(Kind::Float)) {
+                let difference = (rounded.to_kind(Kind::Float) - &exact).abs().max().double_value(&[]);
+                let largest = exact.abs().max().double_value(&[]);
+                // W's product is rounded before and after what is added to it: two halves of a unit in the last of 8 bits.
+                assert!(
+                    difference < 8e-3 * largest,
+                    "{name} of {n} × {inputs} × {outputs}, rank {rank}: {difference} of {largest}"
+                );
+            }
+        }
+    }
+}
