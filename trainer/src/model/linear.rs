@@ -27,8 +27,8 @@ pub struct LoraPair {
 }
 
 impl LoraPair {
-    /// r
-    pub fn rank(&self) -> usize {
+    /// The rank.
+    pub fn r(&self) -> usize {
         self.a_ri.value.size()[0] as usize
     }
 }

@@ -20,7 +20,7 @@ const LARGEST: usize = 16;
 pub fn takes(pair: &LoraPair, x_ni: &Tensor) -> bool {
     x_ni.device() == Device::Cpu
         && x_ni.kind() == Kind::BFloat16
-        && pair.rank() <= LARGEST
+        && pair.r() <= LARGEST
         && x_ni.numel() > 0
         && are_there()
 }
@@ -29,7 +29,7 @@ pub fn takes(pair: &LoraPair, x_ni: &Tensor) -> bool {
 fn thin(pair: &LoraPair) -> Vec<[Thin; 2]> {
     let (a_ri, b_or) = (pair.a_ri.value.contiguous(), pair.b_or.value.contiguous());
     let (a, b) = (bf16::of(&a_ri), bf16::of(&b_or));
-    let (rank, inputs, outputs) = (pair.rank(), a.len() / pair.rank(), b.len() / pair.rank());
+    let (rank, inputs, outputs) = (pair.r(), a.len() / pair.r(), b.len() / pair.r());
     let eight = |first: usize| {
         let count = RANK.min(rank - first);
         [
@@ -82,7 +82,7 @@ pub fn backward(pair: &mut LoraPair, x_ni: &Tensor, d_y_no: &Tensor, d_x_ni: &mu
             eights.iter().map(eight).collect()
         })
         .collect();
-    let rank = pair.rank();
+    let rank = pair.r();
     for eight in 0..eights.len() {
         let ranks = eight * RANK..rank.min((eight + 1) * RANK);
         if let Some(grad) = &mut pair.a_ri.grad {
