@@ -261,6 +261,16 @@ fn sum_on_gpu(g: &Tensor) -> f64 {
 mod tests {
     use super::*;
 
+    const HOW: AdamW = AdamW {
+        lr: 0.01,
+        beta1: 0.9,
+        beta2: 0.99,
+        epsilon: 1e-3,
+        weight_decay: 0.1,
+        updates_before: 4,
+        gradient_scale: 0.7,
+    };
+
     #[test]
     fn the_first_update_moves_by_the_learning_rate_against_the_gradients_sign() {
         let how = AdamW {
@@ -305,15 +315,6 @@ mod tests {
 
     #[test]
     fn a_gradient_of_rows_is_the_gradient_with_its_zeros() {
-        let how = AdamW {
-            lr: 0.01,
-            beta1: 0.9,
-            beta2: 0.99,
-            epsilon: 1e-3,
-            weight_decay: 0.1,
-            updates_before: 4,
-            gradient_scale: 0.7,
-        };
         // Rows that end and begin within chunks, the first and the last of all, and neighbours.
         let (rows, width) = (700, 50);
         let numbers = [0i64, 5, 6, 327, 328, 655, 699];
@@ -330,9 +331,9 @@ mod tests {
         for range in [0..(rows * width) as usize, 260..33_000] {
             let [mut dense, mut sparse] = [(); 2].map(|()| state.each_ref().map(Tensor::copy));
             let [theta, m, v] = &mut dense;
-            update(&how, theta, m, v, &whole, range.clone());
+            update(&HOW, theta, m, v, &whole, range.clone());
             let [theta, m, v] = &mut sparse;
-            update_rows(&how, theta, m, v, g, range);
+            update_rows(&HOW, theta, m, v, g, range);
             assert_eq!(dense, sparse);
         }
     }
@@ -347,15 +348,6 @@ mod tests {
 
     #[test]
     fn the_gpus_kernels_do_what_the_cpus_do() {
-        let how = AdamW {
-            lr: 0.01,
-            beta1: 0.9,
-            beta2: 0.99,
-            epsilon: 1e-3,
-            weight_decay: 0.1,
-            updates_before: 4,
-            gradient_scale: 0.7,
-        };
         let random = |n: i64| Tensor::randn([n], (Kind::Float, Device::Cpu));
         // Whole and partial packs and blocks; a start that is no multiple of 16 bytes; nothing at all.
         for (n, range) in [(2600, 0..2600), (2600, 5..2003), (7, 3..6), (7, 2..2)] {
@@ -363,7 +355,7 @@ mod tests {
             let g = random(n);
             let run = |update: fn(&AdamW, &mut Tensor, &mut Tensor, &mut Tensor, &Tensor, Range<usize>)| {
                 let [mut theta, mut m, mut v] = state.each_ref().map(Tensor::copy);
-                update(&how, &mut theta, &mut m, &mut v, &g, range.clone());
+                update(&HOW, &mut theta, &mut m, &mut v, &g, range.clone());
                 [theta, m, v]
             };
             for (gpu, cpu) in run(update_on_gpu).iter().zip(run(update)) {

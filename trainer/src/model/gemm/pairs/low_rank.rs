@@ -110,35 +110,14 @@ impl Low {
 #[cfg(target_arch = "x86_64")]
 mod wide {
     use std::arch::x86_64::*;
-    use std::mem::transmute;
 
     use half::bf16;
 
+    use super::super::vectors::{before, half, multiply, zipped};
     use super::{CHUNK, Low, RANK, Thin};
 
     /// Positions that are multiplied at once in [`add_product`]: a chunk of the thin matrix is read once for all of them.
     const ROWS: usize = 4;
-
-    /// Which of the bf16 from `at` on come before `end`.
-    fn before(end: usize, at: usize) -> u32 {
-        match end.saturating_sub(at) {
-            0 => 0,
-            left if left < CHUNK => (1 << left) - 1,
-            _ => !0,
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn multiply(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
-        // SAFETY: bits are bits.
-        unsafe {
-            _mm512_dpbf16_ps(
-                sum,
-                transmute::<__m512i, __m512bh>(a),
-                transmute::<__m512i, __m512bh>(b),
-            )
-        }
-    }
 
     /// Lane i is the sum of vector i's lanes.
     #[target_feature(enable = "avx512f")]
@@ -175,7 +154,7 @@ mod wide {
             let second = first + if is_whole { width } else { 0 };
             let mut products = [_mm512_setzero_ps(); 2 * RANK];
             for at in (0..width).step_by(CHUNK) {
-                let mask = before(width, at);
+                let mask = before::<CHUNK>(width, at);
                 // SAFETY: only what the mask names is read.
                 let load = |values: &[bf16], from: usize| unsafe {
                     _mm512_maskz_loadu_epi16(mask, values.as_ptr().add(from + at).cast())
@@ -190,10 +169,9 @@ mod wide {
                 }
             }
             let there = if is_whole { !0 } else { (1 << RANK) - 1 };
-            let both = _mm512_maskz_mul_ps(there, sums(products), scale);
-            // SAFETY: bits are bits; chunks have eight pairs.
+            let both = half(_mm512_maskz_mul_ps(there, sums(products), scale));
+            // SAFETY: chunks have eight pairs.
             unsafe {
-                let both = transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(both));
                 _mm256_storeu_si256(along.as_mut_ptr().cast(), both);
                 let [upper, lower] = [_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both)];
                 let to = across.as_mut_ptr().cast::<__m128i>();
@@ -229,19 +207,12 @@ mod wide {
     /// The processor has these vectors; y has at least `N` rows of `thin.width`, `pairs` as many of four.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn some<const N: usize>(thin: &Thin, pairs: &[u32], y: &mut [bf16]) {
-        // Word 2i of a result is word i of the even columns, word 2i + 1 of the odd ones.
-        let mut words = [0u16; CHUNK];
-        for (index, word) in words.iter_mut().enumerate() {
-            *word = (index / 2 + index % 2 * CHUNK / 2) as u16;
-        }
-        // SAFETY: as many words as a vector has.
-        let zipped = unsafe { _mm512_loadu_si512(words.as_ptr().cast()) };
         let upper = _mm512_set1_epi32(0xffff_0000u32 as i32);
         for (at, thin_pairs) in (0..thin.width)
             .step_by(CHUNK)
             .zip(thin.pairs.chunks_exact(CHUNK * RANK / 2))
         {
-            let mask = before(thin.width, at);
+            let mask = before::<CHUNK>(thin.width, at);
             let mut sums = [[_mm512_setzero_ps(); 2]; N];
             for (row, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: only what the mask names is read.
@@ -259,10 +230,9 @@ mod wide {
                 }
             }
             for (row, [even, odd]) in sums.into_iter().enumerate() {
-                // SAFETY: bits are bits, and only what the mask names is written.
+                let both = zipped(even, odd);
+                // SAFETY: only what the mask names is written.
                 unsafe {
-                    let both = transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
-                    let both = _mm512_permutexvar_epi16(zipped, both);
                     _mm512_mask_storeu_epi16(y.as_mut_ptr().add(row * thin.width + at).cast(), mask, both);
                 }
             }
@@ -284,7 +254,7 @@ mod wide {
             unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) }
         });
         for at in (0..width).step_by(CHUNK) {
-            let mask = before(width, at);
+            let mask = before::<CHUNK>(width, at);
             let mut products = [[_mm512_setzero_ps(); 2]; RANK];
             for (two, pairs) in low.across.chunks_exact(RANK).enumerate() {
                 // SAFETY: only what the mask names is read.

@@ -3,6 +3,8 @@
 
 pub mod low_rank;
 pub mod rows;
+#[cfg(target_arch = "x86_64")]
+mod vectors;
 
 use half::bf16;
 
@@ -271,19 +273,10 @@ unsafe fn tile(
             [_mm512_loadu_si512(b.cast()), _mm512_loadu_si512(b.add(16).cast())]
         };
         for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: bits are bits; as above.
-            unsafe {
-                let a = _mm512_set1_epi32(*a.add(row * row_stride + index * pair_stride) as i32);
-                sums[0] = _mm512_dpbf16_ps(
-                    sums[0],
-                    std::mem::transmute::<__m512i, __m512bh>(a),
-                    std::mem::transmute::<__m512i, __m512bh>(b[0]),
-                );
-                sums[1] = _mm512_dpbf16_ps(
-                    sums[1],
-                    std::mem::transmute::<__m512i, __m512bh>(a),
-                    std::mem::transmute::<__m512i, __m512bh>(b[1]),
-                );
+            // SAFETY: as above.
+            let a = _mm512_set1_epi32(unsafe { *a.add(row * row_stride + index * pair_stride) } as i32);
+            for (sum, b) in sums.iter_mut().zip(b) {
+                *sum = vectors::multiply(*sum, a, b);
             }
         }
     }

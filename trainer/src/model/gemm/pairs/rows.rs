@@ -122,6 +122,7 @@ mod wide {
 
     use half::bf16;
 
+    use super::super::vectors::{self, half, multiply, rounded, zipped};
     use super::{COLUMNS, Derivatives, Query, ROWS};
 
     /// Lanes of a vector of f32.
@@ -150,14 +151,9 @@ mod wide {
         _mm512_scalef_ps(sum, whole)
     }
 
-    /// Which of the lanes from `at` on come before `seen`.
-    #[target_feature(enable = "avx512f")]
-    fn before(seen: usize, at: usize) -> __mmask16 {
-        match seen.saturating_sub(at) {
-            0 => 0,
-            left if left < LANES => (1 << left) - 1,
-            _ => !0,
-        }
+    /// Which of the lanes from `at` on come before `end`.
+    fn before(end: usize, at: usize) -> __mmask16 {
+        vectors::before::<LANES>(end, at) as __mmask16
     }
 
     /// # Safety
@@ -183,11 +179,8 @@ mod wide {
                 mask => _mm512_maskz_mov_ps(mask, power(_mm512_sub_ps(load(at), most))),
             });
             total = _mm512_add_ps(total, _mm512_add_ps(first, second));
-            // SAFETY: a chunk has as many pairs as a vector; bits are bits.
-            unsafe {
-                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
-                _mm512_storeu_si512(p.as_mut_ptr().cast(), both);
-            }
+            // SAFETY: a chunk has as many pairs as a vector.
+            unsafe { _mm512_storeu_si512(p.as_mut_ptr().cast(), rounded(first, second)) };
         }
         (largest, _mm512_reduce_add_ps(total))
     }
@@ -202,18 +195,10 @@ mod wide {
         keys: usize,
         queries: [Query; 2],
     ) {
-        // Word 2i of a pair of vectors is word i of the first, word 2i + 1 of the second.
-        let mut words = [0u16; 32];
-        for (index, word) in words.iter_mut().enumerate() {
-            *word = (index / 2 + index % 2 * LANES) as u16;
-        }
-        // SAFETY: as many words as a vector has.
-        let zipped = unsafe { _mm512_loadu_si512(words.as_ptr().cast()) };
         let across = |to: &mut [u32], at: usize, upper: __m512, lower: __m512| {
-            // SAFETY: bits are bits, and the caller's promise: of each tile of keys the pairs of all queries lie together.
+            let pairs = zipped(upper, lower);
+            // SAFETY: the caller's promise: of each tile of keys the pairs of all queries lie together.
             unsafe {
-                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(lower, upper));
-                let pairs = _mm512_permutexvar_epi16(zipped, both);
                 let to = to.as_mut_ptr().add(at * (rows / 2) + two * ROWS);
                 _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(pairs));
                 let next = to.add(ROWS * (rows / 2));
@@ -240,10 +225,10 @@ mod wide {
                     let off = _mm512_sub_ps(d_p, row_sums[query]);
                     d[query][half] = _mm512_maskz_mul_ps(mask, p[query][half], off);
                 }
-                // SAFETY: bits are bits, and the caller's promise.
+                // SAFETY: the caller's promise.
                 unsafe {
-                    let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(d[query][1], d[query][0]));
                     let to = (2 * two + query) * (keys / 2) + at / 2;
+                    let both = rounded(d[query][0], d[query][1]);
                     _mm512_storeu_si512(into.d_along.as_mut_ptr().add(to).cast(), both);
                 }
             }
@@ -260,35 +245,26 @@ mod wide {
     pub unsafe fn dot(a: &[bf16], b: &[bf16]) -> f32 {
         let mut sum = _mm512_setzero_ps();
         for at in (0..a.len()).step_by(2 * LANES) {
-            let left = (a.len() - at).min(2 * LANES);
-            let mask = !0u32 >> (2 * LANES - left);
+            let mask = vectors::before::<{ 2 * LANES }>(a.len(), at);
             // SAFETY: only what the mask names is read.
             let [a, b] = [a, b].map(|x| unsafe { _mm512_maskz_loadu_epi16(mask, x.as_ptr().add(at).cast()) });
-            // SAFETY: bits are bits.
-            sum = unsafe {
-                _mm512_dpbf16_ps(
-                    sum,
-                    std::mem::transmute::<__m512i, __m512bh>(a),
-                    std::mem::transmute::<__m512i, __m512bh>(b),
-                )
-            };
+            sum = multiply(sum, a, b);
         }
         _mm512_reduce_add_ps(sum)
     }
 
     /// # Safety
-    /// The processor has these vectors, and `row` is as long as `rounded`.
+    /// The processor has these vectors, and `row` is as long as `to`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    pub unsafe fn round(rounded: &mut [bf16], row: &[f32], scale: f32) {
+    pub unsafe fn round(to: &mut [bf16], row: &[f32], scale: f32) {
         let scale = _mm512_set1_ps(scale);
-        for at in (0..rounded.len()).step_by(LANES) {
-            let mask = before(rounded.len(), at);
-            // SAFETY: only what the mask names is read and written; bits are bits.
+        for at in (0..to.len()).step_by(LANES) {
+            let mask = before(to.len(), at);
+            // SAFETY: only what the mask names is read and written.
             unsafe {
                 let x = _mm512_maskz_loadu_ps(mask, row.as_ptr().add(at));
-                let halves = _mm512_cvtneps_pbh(_mm512_mul_ps(x, scale));
-                let halves = std::mem::transmute::<__m256bh, __m256i>(halves);
-                _mm256_mask_storeu_epi16(rounded.as_mut_ptr().add(at).cast(), mask, halves);
+                let halves = half(_mm512_mul_ps(x, scale));
+                _mm256_mask_storeu_epi16(to.as_mut_ptr().add(at).cast(), mask, halves);
             }
         }
     }
