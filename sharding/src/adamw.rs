@@ -77,39 +77,39 @@ pub fn update_rows(
             let start = range.start + index * CHUNK;
             let room = &mut room[..theta.len()];
             room.fill(0.0);
-            g.fill(start, room);
+            for (here, values) in g.within(start..start + room.len()) {
+                room[here.start - start..here.end - start].copy_from_slice(values);
+            }
             update_chunk(&constants, theta, m, v, room);
         },
     );
 }
 
 impl RowGradient<'_> {
-    /// The elements from `start` on, where any are not zero.
-    fn fill(&self, start: usize, room: &mut [f32]) {
-        let (width, end) = (self.width, start + room.len());
-        let first = self.numbers.partition_point(|row| (*row as usize + 1) * width <= start);
+    /// What of the rows lies in a range of the matrix: where, and the elements.
+    fn within(&self, range: Range<usize>) -> impl Iterator<Item = (Range<usize>, &[f32])> {
+        let width = self.width;
+        let first = self
+            .numbers
+            .partition_point(|row| (*row as usize + 1) * width <= range.start);
         let rows = self.numbers.iter().zip(self.values.chunks_exact(width)).skip(first);
-        for (row, values) in rows.take_while(|(row, _)| (**row as usize) * width < end) {
-            let begin = *row as usize * width;
-            let here = begin.max(start)..(begin + width).min(end);
-            room[here.start - start..here.end - start].copy_from_slice(&values[here.start - begin..here.end - begin]);
-        }
+        let rows = rows.map(move |(row, values)| (*row as usize * width, values));
+        rows.take_while(move |(begin, _)| *begin < range.end)
+            .map(move |(begin, values)| {
+                let here = begin.max(range.start)..(begin + width).min(range.end);
+                (here.clone(), &values[here.start - begin..here.end - begin])
+            })
     }
 
     /// To the bit [`sum_of_squares`] of the gradient with all its zeros.
     pub fn sum_of_squares(&self) -> f64 {
-        let (mut total, mut chunk, mut of_chunk) = (0.0, 0, 0.0);
-        let rows = self.numbers.iter().zip(self.values.chunks_exact(self.width));
-        for (row, values) in rows {
-            for (index, x) in (*row as usize * self.width..).zip(values) {
-                if index / CHUNK != chunk {
-                    total += std::mem::take(&mut of_chunk);
-                    chunk = index / CHUNK;
-                }
-                of_chunk += f64::from(*x) * f64::from(*x);
-            }
-        }
-        total + of_chunk
+        let end = self.numbers.last().map_or(0, |row| (*row as usize + 1) * self.width);
+        let of_chunk = |chunk: usize| -> f64 {
+            let elements = self.within(chunk * CHUNK..(chunk + 1) * CHUNK).flat_map(|(_, x)| x);
+            elements.map(|&x| f64::from(x) * f64::from(x)).sum()
+        };
+        let partial: Vec<f64> = (0..end.div_ceil(CHUNK)).into_par_iter().map(of_chunk).collect();
+        partial.iter().sum()
     }
 }
 
