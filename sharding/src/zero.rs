@@ -141,6 +141,14 @@ struct Embedding {
     only: Option<Rows>,
 }
 
+impl Embedding {
+    /// See [`Zero::only_rows`].
+    fn gradient_of(&self, bucket: usize) -> Option<RowGradient<'_>> {
+        let rows = self.only.as_ref().filter(|_| self.bucket == bucket);
+        rows.map(Rows::gradient)
+    }
+}
+
 /// Where a weight lies: flat bucket, and parameter in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flat {
@@ -731,8 +739,7 @@ impl Zero {
 
     /// The bucket's whole gradient, where it is kept as rows.
     fn only_rows(&self, bucket: usize) -> Option<RowGradient<'_>> {
-        let embedding = self.embedding.as_ref().filter(|embedding| embedding.bucket == bucket)?;
-        embedding.only.as_ref().map(Rows::gradient)
+        self.embedding.as_ref()?.gradient_of(bucket)
     }
 
     /// Starts sending the rows that follow the rest of a bucket's gradient.
@@ -890,15 +897,12 @@ impl Zero {
 
     /// One AdamW update of this rank's slices; `groups[g]` is the learning rate and so on of parameter group g.
     pub fn update(&mut self, groups: &[AdamW]) -> Result<()> {
-        let of_rows = self.embedding.as_ref().and_then(|embedding| {
-            let rows = embedding.only.as_ref()?;
-            Some((embedding.bucket, rows.gradient()))
-        });
+        let embedding = self.embedding.as_ref();
         for (index, (bucket, state)) in self.layout.buckets.iter().zip(&mut self.buckets).enumerate() {
             // An embedding of which only rows were read; what is being published may not change.
             state.values.wait()?;
             let Slice { theta, m, v } = &mut state.slice;
-            if let Some((_, rows)) = of_rows.filter(|(bucket, _)| *bucket == index) {
+            if let Some(rows) = embedding.and_then(|embedding| embedding.gradient_of(index)) {
                 for (part, group) in bucket.groups_in_slice(self.my_slice) {
                     adamw::update_rows(&groups[group], theta, m, v, rows, part);
                 }

@@ -358,9 +358,6 @@ fn held_bytes(comm: &dyn Comm, shared: &Path) {
             for (zero, stage) in Stage::ALL.into_iter().enumerate() {
                 let (mut trainer, _) =
                     trainer::train::build_model(&plan, comm, Device::Cpu, None, (stage, false)).unwrap();
-                // Of the embedding's gradient one rank keeps the rows that a step named.
-                let rows = configs::memory::gradient_rows(&trainer.model.sizes(), &plan.train, comm.world());
-                let as_rows = rows.filter(|_| stage < Stage::Gradients);
                 let check = |trainer: &Trainer, rows: usize| {
                     let buckets = &trainer.zero.layout().buckets;
                     let numels: Vec<usize> = buckets.iter().map(|bucket| bucket.numel).collect();
@@ -375,7 +372,8 @@ fn held_bytes(comm: &dyn Comm, shared: &Path) {
                     let counted = division.of_trained(&numels, &stages);
                     let what = format!("{}, {stage:?}, {precision:?}", model.name);
                     let mut counted = [counted.parameters, counted.gradients, counted.optimizer];
-                    if as_rows.is_some() {
+                    // Of the embedding's gradient one rank keeps the rows that a step named.
+                    if configs::memory::gradient_rows(&trainer.model.sizes(), &plan.train, &division).is_some() {
                         let whole = buckets[0].padded;
                         counted[1] -= 4 * (whole - rows * trainer.model.sizes().hidden) as u64;
                     }

@@ -42,10 +42,11 @@ pub const PRODUCT_BYTES: usize = 16 << 20;
 pub const STAGING_BYTES: usize = 8 << 20;
 
 /// Rows of the embedding's gradient that one rank keeps at most, where it keeps those that a step names and no others: on a CPU,
-/// where the matrix trains, and nothing beside it in its stage or with the head.
-pub fn gradient_rows(sizes: &Sizes, train: &Train, world: usize) -> Option<usize> {
+/// before stage 2, where the matrix trains, and nothing beside it in its stage or with the head.
+pub fn gradient_rows(sizes: &Sizes, train: &Train, division: &Division) -> Option<usize> {
     let alone = sizes.block == Block::Llama || !train.full.contains(&FullModule::Positions);
-    let keeps = world == 1 && train.device == Device::Cpu && !sizes.tied && alone;
+    let whole = division.world == 1 && division.zero < 2;
+    let keeps = whole && train.device == Device::Cpu && !sizes.tied && alone;
     (keeps && sizes.embedding_trains(&train.full)).then(|| sizes.rows.min(train.rows_per_step * train.sequence_length))
 }
 
@@ -502,8 +503,7 @@ impl Budget {
         let on_gpu = train.device != Device::Cpu;
         let snapshot = u64::from(saves) * of_trained.optimizer;
         // A bucket's gradient comes down, and its parameters go up, one bucket at a time.
-        let of_rows = gradient_rows(sizes, train, division.world).filter(|_| division.zero < 2);
-        let zeros = of_rows.map_or(0, |rows| {
+        let zeros = gradient_rows(sizes, train, division).map_or(0, |rows| {
             let whole: usize = division.slices(&trained.numels[..1]).iter().sum();
             4 * (whole - rows * sizes.hidden) as u64
         });

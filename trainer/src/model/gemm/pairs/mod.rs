@@ -12,10 +12,13 @@ use half::bf16;
 pub const ROWS: usize = 8;
 pub const COLUMNS: usize = 32;
 
-/// Whether this processor has such vectors.
+/// Whether this processor has such vectors, and all else that the kernels of this room are compiled for.
 pub fn are_there() -> bool {
     #[cfg(target_arch = "x86_64")]
-    let there = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+    let there = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512bf16");
     #[cfg(not(target_arch = "x86_64"))]
     let there = false;
     there
