@@ -2,6 +2,7 @@
 //! prepared stages, supervision of workers, evaluations, reports.
 
 pub mod attempts;
+pub mod bounded;
 pub mod checkpoint;
 pub mod doctor;
 pub mod evaluation;
@@ -10,6 +11,7 @@ pub mod exit;
 pub mod families;
 pub mod fewshot;
 pub mod files;
+pub mod gpus;
 pub mod history;
 pub mod hostlist;
 pub mod inspection;

@@ -182,6 +182,18 @@ pub fn step_hosts() -> Vec<String> {
     placed().unwrap_or_default().concat()
 }
 
+/// The GPUs that whoever started this process shows it, in their order; `None` where nobody chose among the node's.
+pub fn shown_gpus() -> Option<Vec<String>> {
+    Some(gpus_in(&std::env::var("CUDA_VISIBLE_DEVICES").ok()?))
+}
+
+/// CUDA ends the list at the first word that names none; Slurm writes "NoDevFiles" for a job without GPUs.
+fn gpus_in(variable: &str) -> Vec<String> {
+    let names_one = |word: &&str| word.parse::<u32>().is_ok() || word.starts_with("GPU-") || word.starts_with("MIG-");
+    let words = variable.split(',').map(str::trim);
+    words.take_while(names_one).map(str::to_owned).collect()
+}
+
 /// Whether this process was started so that MPI finds its peers.
 pub fn is_wired_for_mpi() -> bool {
     ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PMI_FD"]
@@ -598,5 +610,20 @@ mod tests {
             [Some(2), Some(2), Some(1), None]
         );
         assert_eq!([on("4", 0), on("x", 0), on("2(x", 0)], [Some(4), None, None]);
+    }
+
+    #[test]
+    fn gpus_are_shown_as_cuda_reads_the_variable() {
+        for (variable, expected) in [
+            ("0", &["0"][..]),
+            ("2, 3", &["2", "3"]),
+            ("GPU-8932f937-d72c,1", &["GPU-8932f937-d72c", "1"]),
+            ("MIG-41b3,MIG-41b4", &["MIG-41b3", "MIG-41b4"]),
+            ("0,-1,1", &["0"]),
+            ("", &[]),
+            ("NoDevFiles", &[]),
+        ] {
+            assert_eq!(gpus_in(variable), expected, "{variable:?}");
+        }
     }
 }

@@ -278,8 +278,32 @@ fn a_killed_launcher_takes_its_worker_along() {
 
 /// Ranks on GPUs are processes of `panglot`'s own; here two of them.
 fn on_gpus(scene: &Scene) -> Output {
+    on_shown_gpus(scene, None)
+}
+
+fn on_shown_gpus(scene: &Scene, shown: Option<&str>) -> Output {
     let mut command = scene.command(&["train", "-n", "2"]);
-    command.arg("train.device=cuda").output().unwrap()
+    command.arg("train.device=cuda").env_remove("CUDA_VISIBLE_DEVICES");
+    command.envs(shown.map(|shown| ("CUDA_VISIBLE_DEVICES", shown)));
+    command.output().unwrap()
+}
+
+#[test]
+fn ranks_that_would_share_a_gpu_are_refused() {
+    for (shown, expected) in [
+        (
+            "3",
+            "2 ranks would share 1 GPU, all that CUDA_VISIBLE_DEVICES shows; start one rank a GPU (-n 1)",
+        ),
+        ("NoDevFiles", "CUDA_VISIBLE_DEVICES shows this process no GPU"),
+    ] {
+        let output = on_shown_gpus(&Scene::new("finishes"), Some(shown));
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(expected), "{said}");
+    }
+    let output = on_shown_gpus(&Scene::new("finishes"), Some("3,GPU-8932f937"));
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
 }
 
 #[test]

@@ -21,6 +21,8 @@ use nix::unistd::Pid;
 /// The login node's address on the bridge; node k has 10.77.0.k.
 const LOGIN: &str = "10.77.0.254";
 const CPUS: usize = 2;
+/// Of each node, as far as Slurm knows.
+const GPUS: usize = 2;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -182,6 +184,7 @@ fn write_configuration(folder: &Path, nodes: &[&str]) -> Result<()> {
          TaskPlugin=task/none\n\
          SelectType=select/cons_tres\n\
          SelectTypeParameters=CR_CPU\n\
+         GresTypes=gpu\n\
          MpiDefault=pmix\n\
          SlurmdTimeout=6\n\
          KillWait=3\n\
@@ -194,7 +197,9 @@ fn write_configuration(folder: &Path, nodes: &[&str]) -> Result<()> {
     let mut hosts = format!("127.0.0.1 localhost\n{LOGIN} login\n");
     for (i, name) in nodes.iter().enumerate() {
         let address = format!("10.77.0.{}", i + 1);
-        conf += &format!("NodeName={name} NodeAddr={address} NodeHostname={name} CPUs={CPUS} State=UNKNOWN\n");
+        conf += &format!(
+            "NodeName={name} NodeAddr={address} NodeHostname={name} CPUs={CPUS} Gres=gpu:{GPUS} State=UNKNOWN\n"
+        );
         hosts += &format!("{address} {name}\n");
     }
     conf += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n";
@@ -204,6 +209,14 @@ fn write_configuration(folder: &Path, nodes: &[&str]) -> Result<()> {
         nodes[0]
     );
     std::fs::write(folder.join("etc/slurm.conf"), conf)?;
+    // Slurm wants a device to each and does not look into it; these are /dev/null under other names.
+    for gpu in 0..GPUS {
+        must("mknod", &[path(&folder.join(format!("gpu{gpu}"))), "c", "1", "3"])?;
+    }
+    std::fs::write(
+        folder.join("etc/gres.conf"),
+        format!("Name=gpu File={at}/gpu[0-{}]\n", GPUS - 1),
+    )?;
     std::fs::write(folder.join("hosts"), hosts)?;
     // Not a secret: nobody outside this machine's test ever meets it.
     std::fs::write(folder.join("munge.key"), [7; 128])?;

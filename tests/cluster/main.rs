@@ -3,6 +3,7 @@
 mod doctor;
 mod faults;
 mod fixture;
+mod gpus;
 mod jobs;
 mod places;
 mod soak;

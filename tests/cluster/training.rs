@@ -206,7 +206,7 @@ pub fn copy_of(file: &Path, copy: &Path) {
     fs::write(copy, bytes).expect("a copy");
 }
 
-fn executable(file: &Path) {
+pub fn executable(file: &Path) {
     fs::set_permissions(file, fs::Permissions::from_mode(0o755)).expect("permissions");
 }
 

@@ -96,7 +96,7 @@ fn nccl_alone(meeting: &Meeting, place: &Place, index: usize, ordered: bool) -> 
         0 => UniqueId::new()?,
         _ => UniqueId::from([0; UniqueId::BYTES]),
     };
-    let told = meeting.broadcast(id.bytes())?;
+    let told = meeting.broadcast(&id.bytes())?;
     let told: [u8; UniqueId::BYTES] = told
         .try_into()
         .ok()

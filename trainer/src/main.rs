@@ -7,9 +7,9 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use configs::{FullModule, NewRows, Plan};
 use launcher::events::Event;
-use launcher::exit;
 use launcher::measurement::Order;
-use launcher::place::Place;
+use launcher::place::{Place, shown_gpus};
+use launcher::{exit, gpus};
 use sharding::{Comm, Mark};
 use tch::Device;
 use trainer::inspect::Trained;
@@ -214,7 +214,10 @@ fn start(command: Command) -> Result<i32> {
 fn device_of(named: configs::Device, place: &Place) -> Result<Device> {
     Ok(match named {
         configs::Device::Cpu => Device::Cpu,
-        configs::Device::Cuda => sharding::cuda::device(place.local_rank)?,
+        configs::Device::Cuda => {
+            let visible = sharding::cuda::load()?;
+            sharding::cuda::device(gpus::index_of(place, visible, shown_gpus().is_some())?)?
+        }
     })
 }
 

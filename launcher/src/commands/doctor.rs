@@ -1,19 +1,18 @@
 //! `panglot doctor`: looks at the nodes of a job, under the same srun or mpirun line as training.
 
-use std::io::Read;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{App, ConfigArgs, Leave, RunFolder};
-use launcher::doctor::{ALL_REDUCE, Examined, examine};
+use launcher::doctor::{ALL_REDUCE, Examined, Host, examine};
 use launcher::events::Event;
+use launcher::gpus::Gpu;
 use launcher::place::Place;
 use launcher::worker::Job;
-use launcher::{exit, files, text};
+use launcher::{bounded, exit, files, text};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -35,6 +34,14 @@ struct Size {
     seconds: f64,
     /// The slowest of them.
     worst_seconds: f64,
+}
+
+/// Which GPU a rank would take.
+#[derive(Debug, Serialize)]
+struct OnGpu {
+    rank: usize,
+    host: String,
+    gpu: Gpu,
 }
 
 pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
@@ -82,35 +89,17 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
 
 /// Runs the ranks' collectives, for a bounded time.
 fn all_reduce(job: &Job) -> anyhow::Result<Option<Collectives>> {
-    let mut child = Command::new(&job.program)
+    let mut command = Command::new(&job.program);
+    command
         .args(&job.args)
-        .envs(job.env.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("cannot start {}", job.program.display()))?;
-    let mut out = child.stdout.take().context("piped")?;
-    let said = std::thread::spawn(move || {
-        let mut text = String::new();
-        let _ = out.read_to_string(&mut text);
-        text
-    });
-    let began = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        if began.elapsed() > ALL_REDUCE {
-            child.kill()?;
-            child.wait()?;
-            bail!("the ranks did not meet or finish within {} s", ALL_REDUCE.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(20));
+        .envs(job.env.iter().map(|(name, value)| (name, value)));
+    let ended = bounded::output(&mut command, ALL_REDUCE);
+    let Some((status, said)) = ended.with_context(|| format!("cannot start {}", job.program.display()))? else {
+        bail!("the ranks did not meet or finish within {} s", ALL_REDUCE.as_secs());
     };
     if !status.success() {
         bail!("a rank ended with {status}");
     }
-    let said = said.join().unwrap_or_default();
     let done = said
         .lines()
         .filter_map(|line| serde_json::from_str(line).ok())
@@ -133,9 +122,18 @@ fn print(
     };
     let measured = collectives.and_then(Result::ok).flatten();
     let hosts: std::collections::BTreeSet<&String> = examined.hosts.values().map(|host| &host.host).collect();
+    let of_rank = |(&rank, host): (&usize, &'_ Host)| {
+        let gpu = host.gpu.clone()?.ok()?;
+        Some(OnGpu {
+            rank,
+            host: host.host.clone(),
+            gpu,
+        })
+    };
+    let gpus: Vec<OnGpu> = examined.hosts.iter().filter_map(of_rank).collect();
     let seconds = examined.began.elapsed().as_secs_f64();
     let result = json!({ "ranks": place.world, "hosts": hosts, "findings": examined.findings, "links": examined.links,
-        "collectives": measured, "collectives_error": error, "seconds": seconds });
+        "gpus": gpus, "collectives": measured, "collectives_error": error, "seconds": seconds });
     app.print(&result, || {
         let mut lines: Vec<String> = examined.findings.iter().map(ToString::to_string).collect();
         if let Some(error) = &error {
@@ -145,6 +143,9 @@ fn print(
                 hosts.iter().map(|host| host.as_str()).collect::<Vec<_>>().join(", ")
             ));
         }
+        lines.extend(gpus.iter().map(|OnGpu { rank, host, gpu }| {
+            format!("rank {rank} on {host} has GPU {} ({}, {})", gpu.number, gpu.name, gpu.uuid)
+        }));
         for size in measured.iter().flat_map(|measured| &measured.sizes) {
             let late = if size.worst_seconds > 4.0 * size.seconds { ", the worst " } else { "" };
             let worst = if late.is_empty() { String::new() } else { milliseconds(size.worst_seconds) };

@@ -8,12 +8,12 @@ use nix::sys::signal::Signal;
 use super::{App, ConfigArgs, Failed, RunFolder, stage, verify_resume, watch};
 use launcher::attempts::{Attempts, Verdict};
 use launcher::events::Event;
-use launcher::place::{Place, PlaceError, is_wired_for_mpi};
+use launcher::place::{Place, PlaceError, is_wired_for_mpi, shown_gpus};
 use launcher::stages::STAGES;
 use launcher::status::Sign;
 use launcher::supervise::Ended;
 use launcher::view::View;
-use launcher::{exit, files, sampling, text};
+use launcher::{exit, files, gpus, sampling, text};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -116,6 +116,11 @@ pub fn train(app: &App, plan: &Plan, also: &mut dyn FnMut(&Event) -> Option<Sign
     let worker = app.worker()?;
     let args = vec!["train".into(), "--plan".into(), write_plan(plan)?];
     let (ranks, threads) = (plan.launch.ranks, plan.launch.threads_per_rank);
+    if plan.train.device == configs::Device::Cuda
+        && let Some(shown) = shown_gpus()
+    {
+        gpus::enough_for(ranks, &shown)?;
+    }
     // GPUs have NCCL; ranks on CPUs need MPI.
     let job = match plan.train.device {
         configs::Device::Cuda if ranks > 1 => worker.processes(ranks, threads, args),

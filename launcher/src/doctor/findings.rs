@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{Host, Link};
+use super::{Host, Link, gpus};
 use crate::rendezvous::sameness::printable;
 use crate::text;
 
@@ -61,19 +61,37 @@ pub fn findings(seen: &Seen) -> Vec<Finding> {
     found.extend(different(seen));
     found.extend(wiring(seen));
     found.extend(of_each_host(seen));
+    found.extend(gpus::findings(seen.hosts));
     found.extend(unreached(seen));
     found.extend(clocks_and_speeds(seen));
     found.sort_by_key(|finding| !finding.refuses);
     found
 }
 
-fn finding(refuses: bool, hosts: impl IntoIterator<Item = String>, what: String, remedy: &str) -> Finding {
+pub fn finding(refuses: bool, hosts: impl IntoIterator<Item = String>, what: String, remedy: &str) -> Finding {
     let hosts: BTreeSet<String> = hosts.into_iter().collect();
     Finding {
         refuses,
         hosts: hosts.into_iter().collect(),
         what,
         remedy: remedy.to_owned(),
+    }
+}
+
+/// Hosts of which the same is true share a line.
+pub fn add(found: &mut Vec<Finding>, new: Finding) {
+    let same =
+        |other: &&mut Finding| (other.refuses, &other.what, &other.remedy) == (new.refuses, &new.what, &new.remedy);
+    match found.iter_mut().find(same) {
+        Some(other) => {
+            let others: Vec<String> = new
+                .hosts
+                .into_iter()
+                .filter(|host| !other.hosts.contains(host))
+                .collect();
+            other.hosts.extend(others);
+        }
+        None => found.push(new),
     }
 }
 
@@ -163,14 +181,8 @@ fn of_each_host(seen: &Seen) -> Vec<Finding> {
         .len()
         > 1;
     let mut found: Vec<Finding> = vec![];
-    // Hosts of which the same is true share a line.
-    let mut say = |refuses: bool, host: &Host, what: String, remedy: &str| match found
-        .iter_mut()
-        .find(|other| other.what == what && other.remedy == remedy)
-    {
-        Some(other) if other.hosts.contains(&host.host) => {}
-        Some(other) => other.hosts.push(host.host.clone()),
-        None => found.push(finding(refuses, [host.host.clone()], what, remedy)),
+    let mut say = |refuses: bool, host: &Host, what: String, remedy: &str| {
+        add(&mut found, finding(refuses, [host.host.clone()], what, remedy));
     };
     let folder = seen.folder.display();
     for host in seen.hosts.values() {

@@ -13,9 +13,10 @@ use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
 
 use super::reach::Door;
-use crate::files;
-use crate::place::{Place, is_wired_for_mpi};
+use crate::gpus::{Gpu, Trouble};
+use crate::place::{Place, SlurmJob, is_wired_for_mpi, shown_gpus};
 use crate::rendezvous::{interfaces, sameness};
+use crate::{files, gpus};
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Host {
@@ -41,6 +42,10 @@ pub struct Host {
     /// Ranks that nobody waits for any more.
     pub leftovers: Vec<String>,
     pub wired_for_mpi: bool,
+    /// The rank belongs to a job of Slurm's.
+    pub in_slurm: bool,
+    /// This rank's own, if the run is on GPUs.
+    pub gpu: Option<Result<Gpu, Trouble>>,
 }
 
 impl Host {
@@ -69,6 +74,8 @@ impl Host {
             threads_per_rank: plan.launch.threads_per_rank,
             leftovers: if place.local_rank == 0 { leftovers() } else { Vec::new() },
             wired_for_mpi: is_wired_for_mpi(),
+            in_slurm: SlurmJob::detect().id.is_some(),
+            gpu: (plan.train.device == configs::Device::Cuda).then(|| gpus::look(place, shown_gpus().as_deref())),
         })
     }
 }

@@ -2,6 +2,7 @@
 //! rank 0 says in one line a finding what would spoil a run, on which host, and what to do.
 
 pub mod findings;
+mod gpus;
 mod host;
 mod reach;
 

@@ -35,8 +35,8 @@ pub enum Error {
         torch = TORCH
     )]
     NoLibtorchCuda(String),
-    #[error("this rank is number {local_rank} on its node, which shows it {visible} GPUs; start one rank a GPU")]
-    NoGpuForRank { local_rank: usize, visible: usize },
+    #[error("there is no GPU {index}: the driver shows this process {visible}, numbered from 0")]
+    NoSuchGpu { index: usize, visible: usize },
     #[error(
         "NVRTC, which compiles the kernels, is not found (libnvrtc.so.13); let LD_LIBRARY_PATH name its folder, \
          nvidia/cu13/lib beside torch"
@@ -97,16 +97,14 @@ pub fn load() -> Result<usize> {
     SEEN.get_or_init(load).clone()
 }
 
-/// The GPU of the rank with this number on its node, ready for tensors and kernels.
+/// The GPU with this index among those that the driver shows, ready for tensors and kernels.
 ///
 /// # Errors
-/// As [`load`]'s; when the node shows fewer GPUs than it has ranks; when kernels could not be compiled there.
-pub fn device(local_rank: usize) -> Result<Device> {
+/// As [`load`]'s; when there is none; when kernels could not be compiled there.
+pub fn device(index: usize) -> Result<Device> {
     let visible = load()?;
-    // A scheduler that gives each rank a GPU of its own shows it that one only.
-    let index = if visible == 1 { 0 } else { local_rank };
     if index >= visible {
-        return Err(Error::NoGpuForRank { local_rank, visible });
+        return Err(Error::NoSuchGpu { index, visible });
     }
     if !kernels::compiler_is_there() {
         return Err(Error::NoNvrtc);

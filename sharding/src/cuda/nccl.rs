@@ -6,9 +6,9 @@
 //! A thread asks every second for asynchronous errors: a peer that is gone would else leave this rank's stream waiting for
 //! ever. It aborts the communicator, which ends the kernels under way.
 //!
-//! Functions are called by name from the libnccl.so.2 that libtorch itself loads: cudarc looks for other file names, and a
-//! second copy of NCCL would be another library than the one that is reported. (cudarc's `Comm` besides aborts when it is
-//! dropped and panics where that fails, and its errors print no code.)
+//! What NCCL's types are, cudarc's `nccl` module says. Its functions are called by name from the libnccl.so.2 that libtorch itself
+//! loads: cudarc looks for other file names, and a second copy of NCCL would be another library than the one that is reported.
+//! (cudarc's `Comm` besides aborts when it is dropped and panics where that fails, and its errors print no code.)
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use cudarc::driver::sys::{CUevent_flags, CUstream};
 use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::{Kind, Tensor};
 
@@ -27,17 +28,12 @@ use crate::{Comm, Error, Pending, Result};
 
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
-/// nccl.h: `ncclComm_t`.
-type Handle = *mut c_void;
+/// As a number, which cudarc's `ncclResult_t` is not: a newer NCCL may answer what that has no name for.
 type Code = c_int;
 
-/// nccl.h: `ncclUniqueId`. Rank 0 makes one, and every rank joins with it: whatever brought the ranks together carries its
-/// bytes.
-#[repr(C)]
+/// Rank 0 makes one, and every rank joins with it: whatever brought the ranks together carries its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UniqueId {
-    internal: [u8; UniqueId::BYTES],
-}
+pub struct UniqueId(ncclUniqueId);
 
 impl UniqueId {
     pub const BYTES: usize = 128;
@@ -51,53 +47,58 @@ impl UniqueId {
         let functions = Functions::load()?;
         let mut id = UniqueId::from([0; UniqueId::BYTES]);
         // SAFETY: writes one id.
-        functions.check("ncclGetUniqueId", unsafe { (functions.get_unique_id)(&mut id) })?;
+        functions.check("ncclGetUniqueId", unsafe { (functions.get_unique_id)(&mut id.0) })?;
         Ok(id)
     }
 
-    pub fn bytes(&self) -> &[u8; UniqueId::BYTES] {
-        &self.internal
+    pub fn bytes(&self) -> [u8; UniqueId::BYTES] {
+        self.0.internal.map(|byte| byte as u8)
     }
 }
 
 impl From<[u8; UniqueId::BYTES]> for UniqueId {
-    fn from(internal: [u8; UniqueId::BYTES]) -> UniqueId {
-        UniqueId { internal }
+    fn from(bytes: [u8; UniqueId::BYTES]) -> UniqueId {
+        UniqueId(ncclUniqueId {
+            internal: bytes.map(|byte| byte as c_char),
+        })
     }
 }
 
 const SUCCESS: Code = 0;
 const IN_PROGRESS: Code = 7;
-/// `ncclUint8`: what is only moved travels as bytes.
-const BYTES: c_int = 1;
-/// `ncclFloat32`, `ncclSum`.
-const FLOAT: c_int = 7;
-const SUM: c_int = 0;
+/// What is only moved travels as bytes.
+const BYTES: ncclDataType_t = ncclDataType_t::ncclUint8;
+const FLOAT: ncclDataType_t = ncclDataType_t::ncclFloat32;
+const SUM: ncclRedOp_t = ncclRedOp_t::ncclSum;
+
+type Reduce =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, CUstream) -> Code;
 
 /// NCCL 2's functions, as nccl.h declares them.
+#[derive(Clone, Copy)]
 struct Functions {
     get_version: unsafe extern "C" fn(*mut c_int) -> Code,
-    get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> Code,
-    comm_init_rank: unsafe extern "C" fn(*mut Handle, c_int, UniqueId, c_int) -> Code,
-    comm_destroy: unsafe extern "C" fn(Handle) -> Code,
-    comm_abort: unsafe extern "C" fn(Handle) -> Code,
-    get_async_error: unsafe extern "C" fn(Handle, *mut Code) -> Code,
+    get_unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> Code,
+    comm_init_rank: unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> Code,
+    comm_destroy: unsafe extern "C" fn(ncclComm_t) -> Code,
+    comm_abort: unsafe extern "C" fn(ncclComm_t) -> Code,
+    get_async_error: unsafe extern "C" fn(ncclComm_t, *mut Code) -> Code,
     get_error_string: unsafe extern "C" fn(Code) -> *const c_char,
-    all_reduce: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, CUstream) -> Code,
-    reduce_scatter: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, CUstream) -> Code,
-    all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Handle, CUstream) -> Code,
-    broadcast: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, CUstream) -> Code,
-    send: unsafe extern "C" fn(*const c_void, usize, c_int, c_int, Handle, CUstream) -> Code,
-    recv: unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Handle, CUstream) -> Code,
+    all_reduce: Reduce,
+    reduce_scatter: Reduce,
+    all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, ncclComm_t, CUstream) -> Code,
+    broadcast:
+        unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, CUstream) -> Code,
+    send: unsafe extern "C" fn(*const c_void, usize, ncclDataType_t, c_int, ncclComm_t, CUstream) -> Code,
+    recv: unsafe extern "C" fn(*mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, CUstream) -> Code,
     group_start: unsafe extern "C" fn() -> Code,
     group_end: unsafe extern "C" fn() -> Code,
-    _library: Library,
 }
 
 impl Functions {
     fn load() -> Result<Functions> {
         let refused = |error: libloading::Error| Error::NoNccl(error.to_string());
-        // It stays for good: `ncclGetUniqueId` leaves a thread behind, which runs on when these functions are dropped.
+        // It stays for good: `ncclGetUniqueId` leaves a thread behind, which runs on, and these functions are copied freely.
         const RTLD_NODELETE: i32 = 0x1000;
         let how = RTLD_NOW | RTLD_GLOBAL | RTLD_NODELETE;
         // SAFETY: NCCL's own library, whose initialisers only read its environment; it is never closed.
@@ -124,7 +125,6 @@ impl Functions {
             recv: named!(b"ncclRecv"),
             group_start: named!(b"ncclGroupStart"),
             group_end: named!(b"ncclGroupEnd"),
-            _library: library,
         })
     }
 
@@ -173,13 +173,13 @@ fn file_of(name: &str) -> String {
 }
 
 /// The communicator; `None` once it was aborted.
-struct Communicator(Option<Handle>);
+struct Communicator(Option<ncclComm_t>);
 
 // SAFETY: NCCL allows a communicator's functions to be called from any thread, one at a time: the mutex around it sees to that.
 unsafe impl Send for Communicator {}
 
 impl Communicator {
-    fn alive(&self) -> Result<Handle> {
+    fn alive(&self) -> Result<ncclComm_t> {
         self.0.ok_or(Error::NcclAborted)
     }
 }
@@ -209,7 +209,7 @@ impl Refused {
 
 /// NCCL's part of a rank: library, communicator, stream, and the thread that watches them.
 struct Connection {
-    functions: Arc<Functions>,
+    functions: Functions,
     communicator: Arc<Mutex<Communicator>>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -221,7 +221,7 @@ struct Connection {
 impl Connection {
     fn new(id: &UniqueId, host: &dyn Comm, index: usize) -> Result<Connection> {
         let context = context(index)?;
-        let functions = Arc::new(Functions::load()?);
+        let functions = Functions::load()?;
         let version = functions.version()?;
         let stream = context.new_stream().map_err(driver("cuStreamCreate"))?;
         let mut handle = std::ptr::null_mut();
@@ -229,12 +229,12 @@ impl Connection {
         let (world, rank) = (host.world() as c_int, host.rank() as c_int);
         // SAFETY: writes one handle; every rank calls it with the same id and world, and a rank of its own.
         functions.check("ncclCommInitRank", unsafe {
-            (functions.comm_init_rank)(&mut handle, world, *id, rank)
+            (functions.comm_init_rank)(&mut handle, world, id.0, rank)
         })?;
         let communicator = Arc::new(Mutex::new(Communicator(Some(handle))));
         let watching = Arc::new(AtomicBool::new(true));
         let watch = {
-            let (functions, communicator, watching) = (functions.clone(), communicator.clone(), watching.clone());
+            let (functions, communicator, watching) = (functions, communicator.clone(), watching.clone());
             std::thread::Builder::new()
                 .name("nccl watch".into())
                 .spawn(move || watch(&functions, &communicator, &watching))
@@ -261,7 +261,7 @@ fn told_id(host: &dyn Comm) -> Result<UniqueId> {
         Some(Ok(id)) => *id,
         _ => none,
     };
-    let told = host.broadcast_bytes(told.bytes())?;
+    let told = host.broadcast_bytes(&told.bytes())?;
     if let Some(made) = made {
         return made;
     }
@@ -339,7 +339,7 @@ impl Nccl {
         &self,
         name: &'static str,
         buffers: Vec<Tensor>,
-        call: impl FnOnce(&Functions, Handle, CUstream) -> Code,
+        call: impl FnOnce(&Functions, ncclComm_t, CUstream) -> Code,
         then: impl FnOnce() -> Result<()> + 'static,
     ) -> Result<Pending> {
         let torch = self.torch_stream()?;
@@ -410,7 +410,7 @@ impl Nccl {
         let parts: Vec<_> = parts.enumerate().collect();
         let (from, to) = (send.data_ptr() as usize, receive.data_ptr() as usize);
         let buffers = vec![send.shallow_clone(), receive.shallow_clone()];
-        let call = move |functions: &Functions, handle: Handle, stream: CUstream| {
+        let call = move |functions: &Functions, handle: ncclComm_t, stream: CUstream| {
             // SAFETY: the parts lie within the two buffers, which live until the stream is through; a group makes the calls
             // of all peers one operation, so that none waits for another.
             unsafe {
@@ -470,6 +470,7 @@ fn watch(functions: &Functions, communicator: &Mutex<Communicator>, watching: &A
             communicator.0 = None;
             // SAFETY: as above; nobody has the handle any more.
             unsafe { (functions.comm_abort)(handle) };
+            return;
         }
     }
 }
@@ -513,7 +514,7 @@ impl Comm for Nccl {
         if wire == Wire::F32 && !self.ordered {
             let (from, to, count) = (full.data_ptr() as usize, mine.data_ptr() as usize, mine.numel());
             let buffers = vec![full.shallow_clone(), mine.shallow_clone()];
-            let call = move |functions: &Functions, handle: Handle, stream: CUstream| {
+            let call = move |functions: &Functions, handle: ncclComm_t, stream: CUstream| {
                 // SAFETY: counts were checked; both buffers live until the stream is through.
                 unsafe {
                     let (from, to) = (from as *const c_void, to as *mut c_void);
@@ -545,7 +546,7 @@ impl Comm for Nccl {
         self.sent().add(2 * slice * (world - 1) * wire.bytes());
         if wire == Wire::F32 && !self.ordered {
             let at = values.data_ptr() as usize;
-            let call = move |functions: &Functions, handle: Handle, stream: CUstream| {
+            let call = move |functions: &Functions, handle: ncclComm_t, stream: CUstream| {
                 // SAFETY: in place, as NCCL allows; the buffer lives until the stream is through.
                 unsafe {
                     (functions.all_reduce)(
@@ -612,7 +613,7 @@ impl Comm for Nccl {
             self.sent().add(bytes);
         }
         let (at, root) = (values.data_ptr() as usize, root as c_int);
-        let call = move |functions: &Functions, handle: Handle, stream: CUstream| {
+        let call = move |functions: &Functions, handle: ncclComm_t, stream: CUstream| {
             // SAFETY: in place; the buffer lives until the stream is through.
             unsafe {
                 (functions.broadcast)(
@@ -661,7 +662,7 @@ impl Nccl {
         let bytes = mine.numel() * mine.kind().elt_size_in_bytes();
         let (from, to) = (mine.data_ptr() as usize, full.data_ptr() as usize);
         let buffers = vec![mine.shallow_clone(), full.shallow_clone()];
-        let call = move |functions: &Functions, handle: Handle, stream: CUstream| {
+        let call = move |functions: &Functions, handle: ncclComm_t, stream: CUstream| {
             // SAFETY: counts were checked; both buffers live until the stream is through.
             unsafe { (functions.all_gather)(from as *const c_void, to as *mut c_void, bytes, BYTES, handle, stream) }
         };
@@ -671,6 +672,8 @@ impl Nccl {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use tch::Device;
 
     use super::*;
@@ -680,7 +683,7 @@ mod tests {
         let id = UniqueId::new().unwrap_or_else(|error| panic!("{error}; `make setup` provides it"));
         assert_ne!(id, UniqueId::from([0; UniqueId::BYTES]));
         assert_ne!(id, UniqueId::new().unwrap(), "each world has its own");
-        assert_eq!(UniqueId::from(*id.bytes()), id);
+        assert_eq!(UniqueId::from(id.bytes()), id);
     }
 
     #[test]
@@ -688,6 +691,35 @@ mod tests {
         let said = Communicator(None).alive().unwrap_err().to_string();
         assert!(said.contains("look at the first rank that stopped"), "{said}");
         assert!(Communicator(Some(std::ptr::dangling_mut())).alive().is_ok());
+    }
+
+    #[test]
+    fn an_error_that_comes_later_ends_the_communicator() {
+        static ASKED: AtomicUsize = AtomicUsize::new(0);
+        static ABORTED: AtomicUsize = AtomicUsize::new(0);
+        unsafe extern "C" fn remote_error_at_the_third(_: ncclComm_t, error: *mut Code) -> Code {
+            let third = ASKED.fetch_add(1, Ordering::Relaxed) == 2;
+            // SAFETY: where `watch` wants the answer.
+            unsafe { *error = if third { 6 } else { SUCCESS } };
+            SUCCESS
+        }
+        unsafe extern "C" fn abort(communicator: ncclComm_t) -> Code {
+            ABORTED.store(communicator as usize, Ordering::Relaxed);
+            SUCCESS
+        }
+        let functions = Functions {
+            get_async_error: remote_error_at_the_third,
+            comm_abort: abort,
+            ..Functions::load().unwrap()
+        };
+        let handle: ncclComm_t = std::ptr::without_provenance_mut(4096);
+        let communicator = Mutex::new(Communicator(Some(handle)));
+        watch(&functions, &communicator, &AtomicBool::new(false));
+        assert_eq!(ASKED.load(Ordering::Relaxed), 0, "the run was over");
+        watch(&functions, &communicator, &AtomicBool::new(true));
+        assert_eq!(ASKED.load(Ordering::Relaxed), 3, "once a second, until one is told");
+        assert_eq!(ABORTED.load(Ordering::Relaxed), 4096);
+        assert!(communicator.lock().unwrap().alive().is_err());
     }
 
     #[test]
