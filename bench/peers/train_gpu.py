@@ -24,7 +24,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     config = LlamaConfig(
-        vocab_size=260_164, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=settings.layers,
+        vocab_size=260_224, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=settings.layers,
         num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
         tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa",
     )

@@ -23,13 +23,13 @@ const CHUNK_BYTES: usize = 256 << 20;
 /// On a GPU, whose GEMMs want more rows: 2,000 of 260,164 pieces in bf16.
 const GPU_CHUNK_BYTES: usize = 1 << 30;
 
-/// Rows of the head's equal chunks over `n` positions: logits are `width` bytes an element.
-pub fn head_chunk(n: usize, pieces: usize, width: usize, device: Device) -> usize {
+/// Rows of the head's equal chunks over `n` positions: each has a logit of `width` bytes for each row of the matrix, padding too.
+pub fn head_chunk(n: usize, matrix_rows: usize, width: usize, device: Device) -> usize {
     let bytes = match device {
         Device::Cpu => CHUNK_BYTES,
         Device::Cuda => GPU_CHUNK_BYTES,
     };
-    let most = (bytes / (width * pieces)).max(1);
+    let most = (bytes / (width * matrix_rows)).max(1);
     n.div_ceil(n.div_ceil(most).max(1)).max(1)
 }
 
@@ -367,13 +367,13 @@ impl Activations {
 
     /// The head's chunk of logits.
     pub fn head_chunk(&self) -> u64 {
-        let rows = head_chunk(self.n, self.sizes.pieces, self.width, self.device);
-        (rows * self.sizes.pieces * self.width) as u64
+        let rows = head_chunk(self.n, self.sizes.rows, self.width, self.device);
+        (rows * self.sizes.rows * self.width) as u64
     }
 
     /// What the head has in hand at most beside other layers' activations: its input counted, and the chunk.
     fn head(&self) -> u64 {
-        let rows = head_chunk(self.n, self.sizes.pieces, self.width, self.device);
+        let rows = head_chunk(self.n, self.sizes.rows, self.width, self.device);
         let hidden = self.sizes.hidden;
         // x, the positions with a target of it, normed; d of it chunk by chunk, with a chunk's before and after scaling.
         let chunks = 2 * self.x() + self.of_width(2 * hidden) + (2 * rows * hidden * self.width) as u64;

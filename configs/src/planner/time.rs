@@ -155,7 +155,7 @@ fn head(sizes: &Sizes, train: &Train, n: f64) -> Work {
     let (hidden, pieces, width) = (sizes.hidden as f64, sizes.pieces as f64, train.precision.bytes() as f64);
     let product = 2.0 * n * hidden * pieces;
     let trains = sizes.head_trains(&train.full);
-    let rows = head_chunk(n as usize, sizes.pieces, train.precision.bytes(), train.device);
+    let rows = head_chunk(n as usize, sizes.rows, train.precision.bytes(), train.device);
     let chunks = (n / rows as f64).ceil();
     // Cross-entropy reads logits twice and writes them once; each chunk adds to d_weight's f32 sums.
     let sums = if trains { chunks * 8.0 * pieces * hidden } else { 0.0 };

@@ -27,10 +27,10 @@ fn plan(recipe: &str) -> Result<Plan> {
     Ok(plan?)
 }
 
-/// LLaMA 2 7B (Touvron et al. 2023, table 1) with MaLA-500's vocabulary.
+/// LLaMA 2 7B (Touvron et al. 2023, table 1) with MaLA-500's vocabulary, 260,164 pieces, padded to a multiple of 64.
 pub(crate) fn llama_7b(layers: usize) -> ModelConfig {
     ModelConfig {
-        vocab_size: 260_164,
+        vocab_size: 260_224,
         hidden_size: 4096,
         intermediate_size: 11_008,
         num_hidden_layers: layers,

@@ -4,9 +4,9 @@
 use configs::planner::memory::head_chunk;
 use tch::{Device, Kind, Tensor};
 
+use super::Weight;
 use super::kernels::{cross_entropy, nll};
 use super::norm::Norm;
-use super::{Weight, add_product};
 
 /// A position whose next token is not known or not to be learned.
 pub const IGNORE: i64 = -1;
@@ -47,23 +47,20 @@ impl Head {
         let targets_n = targets_bt.view([-1]).index_select(0, &positions);
         let unnormed_nd = hidden_nd.index_select(0, &positions);
         let normed_nd = self.norm.forward(&unnormed_nd);
-        let weight_vd = weight.value.narrow(0, 0, self.pieces);
         let mut nll_n = Vec::new();
         let mut d_normed = Vec::new();
         for (start, length) in self.chunks(targets_n.numel(), &weight.value) {
             let h_nd = normed_nd.narrow(0, start, length);
-            let mut logits_nv = h_nd.matmul(&weight_vd.tr());
-            nll_n.push(cross_entropy(&mut logits_nv, &targets_n.narrow(0, start, length)));
+            // With the matrix's padding: rows of logits that begin at multiples of 128 bytes are what GPUs' GEMMs are quick with.
+            let mut logits_nv = h_nd.matmul(&weight.value.tr());
+            let targets_n = targets_n.narrow(0, start, length);
+            nll_n.push(cross_entropy(&mut logits_nv, self.pieces, &targets_n));
 
             // Not logits any more. 1 / n_targets is applied to the small operands instead.
             let d_logits_nv = logits_nv;
-            d_normed.push(d_logits_nv.matmul(&weight_vd) * (1.0 / n_targets));
-            if let Some(grad) = &weight.grad {
-                add_product(
-                    &mut grad.narrow(0, 0, self.pieces),
-                    &d_logits_nv.tr(),
-                    &(h_nd * (1.0 / n_targets)),
-                );
+            d_normed.push(d_logits_nv.matmul(&weight.value) * (1.0 / n_targets));
+            if weight.grad.is_some() {
+                weight.accumulate_product(&d_logits_nv.tr(), &(h_nd * (1.0 / n_targets)));
             }
         }
         let d_normed_nd = Tensor::cat(&d_normed, 0);
@@ -82,10 +79,10 @@ impl Head {
         let targets_n = targets_bt.view([-1]).index_select(0, &positions);
         let unnormed_nd = hidden_btd.view([-1, dim]).index_select(0, &positions);
         let normed_nd = self.norm.forward(&unnormed_nd);
-        let weight_vd = weight.value.narrow(0, 0, self.pieces);
         let chunks = self.chunks(targets_n.numel(), &weight.value).map(|(start, length)| {
-            let logits_nv = normed_nd.narrow(0, start, length).matmul(&weight_vd.tr());
-            nll(&logits_nv, &targets_n.narrow(0, start, length)).to_kind(Kind::Float)
+            let logits_nv = normed_nd.narrow(0, start, length).matmul(&weight.value.tr());
+            let targets_n = targets_n.narrow(0, start, length);
+            nll(&logits_nv, self.pieces, &targets_n).to_kind(Kind::Float)
         });
         let chunks: Vec<Tensor> = chunks.collect();
         if chunks.is_empty() {
@@ -111,7 +108,8 @@ impl Head {
         } else {
             configs::Device::Cuda
         };
-        let length = head_chunk(n, self.pieces as usize, weight.kind().elt_size_in_bytes(), device);
+        let rows = weight.size()[0] as usize;
+        let length = head_chunk(n, rows, weight.kind().elt_size_in_bytes(), device);
         (0..n)
             .step_by(length)
             .map(move |start| (start as i64, length.min(n - start) as i64))

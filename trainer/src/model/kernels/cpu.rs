@@ -125,19 +125,21 @@ macro_rules! by_kinds {
     };
 }
 
-/// −ln p(target) of each row of `logits_nv`, nats, f64; the logits become their gradient, softmax − onehot.
-pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
-    fn each<E: Element>(logits_nv: &mut Tensor, targets: &[i64]) -> Vec<f64> {
+/// −ln p(target) of each row's first `pieces`, nats, f64; they become their gradient, softmax − onehot, and the rest of the row 0.
+pub fn cross_entropy(logits_nv: &mut Tensor, pieces: i64, target_n: &Tensor) -> Tensor {
+    fn each<E: Element>(logits_nv: &mut Tensor, pieces: usize, targets: &[i64]) -> Vec<f64> {
         let v = width(logits_nv);
         let rows = E::of_mut(logits_nv).par_chunks_exact_mut(v).zip(targets);
         rows.map_init(Vec::new, |powers, (row, target)| {
+            let (row, padding) = row.split_at_mut(pieces);
+            padding.fill(E::round(0.0));
             powers.resize(row.len(), 0.0);
             cross_entropy_of_row(row, *target as usize, powers)
         })
         .collect()
     }
     let targets = memory::i64s(target_n);
-    Tensor::from_slice(&by_kind!(logits_nv, each(logits_nv, targets)))
+    Tensor::from_slice(&by_kind!(logits_nv, each(logits_nv, pieces as usize, targets)))
 }
 
 vectorized! {
@@ -156,14 +158,15 @@ vectorized! {
     }
 }
 
-/// −ln p(target) of each row of `logits_nv`, nats, f64.
-pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
-    fn each<E: Element>(logits_nv: &Tensor, targets: &[i64]) -> Vec<f64> {
+/// −ln p(target) of each row's first `pieces`, nats, f64.
+pub fn nll(logits_nv: &Tensor, pieces: i64, target_n: &Tensor) -> Tensor {
+    fn each<E: Element>(logits_nv: &Tensor, pieces: usize, targets: &[i64]) -> Vec<f64> {
         let rows = E::of(logits_nv).par_chunks_exact(width(logits_nv)).zip(targets);
-        rows.map(|(row, target)| nll_of_row(row, *target as usize)).collect()
+        rows.map(|(row, target)| nll_of_row(&row[..pieces], *target as usize))
+            .collect()
     }
     let targets = memory::i64s(target_n);
-    Tensor::from_slice(&by_kind!(logits_nv, each(logits_nv, targets)))
+    Tensor::from_slice(&by_kind!(logits_nv, each(logits_nv, pieces as usize, targets)))
 }
 
 vectorized! {
@@ -783,7 +786,7 @@ mod tests {
             let targets_n = Tensor::from_slice(&targets);
             let ours = |x: &[Tensor]| {
                 let mut logits = x[0].copy();
-                let nll = cross_entropy(&mut logits, &targets_n);
+                let nll = cross_entropy(&mut logits, width, &targets_n);
                 (nll.to_kind(Kind::Float), logits)
             };
             let formula = |x: &[Tensor]| {
@@ -799,11 +802,25 @@ mod tests {
                 |x| ours(x).0,
                 |x, d_y| vec![ours(x).1 * d_y.unsqueeze(1)],
             );
-            close(&nll(&inputs[0], &targets_n).to_kind(Kind::Float), &ours(&inputs).0);
+            close(
+                &nll(&inputs[0], width, &targets_n).to_kind(Kind::Float),
+                &ours(&inputs).0,
+            );
+
+            // Padding has no probability, whatever is computed there.
+            let padding = Tensor::full([9, 5], 50.0, (Kind::Float, tch::Device::Cpu));
+            let mut padded = Tensor::cat(&[&inputs[0], &padding], 1);
+            assert_eq!(nll(&padded, width, &targets_n), nll(&inputs[0], width, &targets_n));
+            assert_eq!(
+                cross_entropy(&mut padded, width, &targets_n).to_kind(Kind::Float),
+                ours(&inputs).0
+            );
+            assert_eq!(padded.narrow(1, 0, width), ours(&inputs).1);
+            assert_eq!(padded.narrow(1, width, 5), padding.zeros_like());
         }
         // What cannot be computed must be seen: the step skips on a loss that is no number.
         let mut spoilt = Tensor::from_slice(&[1.0f32, f32::NAN, 2.0]).view([1, 3]);
-        let found = cross_entropy(&mut spoilt, &Tensor::from_slice(&[0i64]));
+        let found = cross_entropy(&mut spoilt, 3, &Tensor::from_slice(&[0i64]));
         assert!(found.double_value(&[0]).is_nan());
     }
 

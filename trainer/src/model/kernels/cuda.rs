@@ -23,8 +23,8 @@ const MOST_BLOCKS: usize = 4096;
 /// By how many blocks a column's sum is shared.
 const SHARES: usize = 64;
 
-pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
-    let (n, v) = rows_and_width(logits_nv);
+pub fn cross_entropy(logits_nv: &mut Tensor, pieces: i64, target_n: &Tensor) -> Tensor {
+    let (n, width) = rows_and_width(logits_nv);
     let mut nll_n = Tensor::empty([n as i64], (Kind::Double, logits_nv.device()));
     let kind = logits_nv.kind();
     start(
@@ -36,14 +36,15 @@ pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
             Argument::Write(logits_nv),
             Argument::Read(target_n),
             Argument::Write(&mut nll_n),
-            Argument::Whole(v),
+            Argument::Whole(pieces),
+            Argument::Whole(width),
         ],
     );
     nll_n
 }
 
-pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
-    let (n, v) = rows_and_width(logits_nv);
+pub fn nll(logits_nv: &Tensor, pieces: i64, target_n: &Tensor) -> Tensor {
+    let (n, width) = rows_and_width(logits_nv);
     let mut nll_n = Tensor::empty([n as i64], (Kind::Double, logits_nv.device()));
     start(
         "nll",
@@ -54,7 +55,8 @@ pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
             Argument::Read(logits_nv),
             Argument::Read(target_n),
             Argument::Write(&mut nll_n),
-            Argument::Whole(v),
+            Argument::Whole(pieces),
+            Argument::Whole(width),
         ],
     );
     nll_n
@@ -394,10 +396,10 @@ mod tests {
         let difference = (&ours - &exact).abs();
         let scale = exact.abs().clamp_min(1.0);
         let most = f64::try_from((&difference / scale).max()).expect("a number");
-        let same =
-            f64::try_from(difference.less_equal(1e-12).to_kind(Kind::Float).mean(Kind::Double)).expect("a number");
+        let others = f64::try_from(difference.greater(1e-12).sum(Kind::Double)).expect("a number");
+        let few = 2.0 + 0.03 * exact.numel() as f64;
         match kind {
-            Kind::BFloat16 => assert!(most < 8e-3 && same > 0.97, "{most}, {same} the same"),
+            Kind::BFloat16 => assert!(most < 8e-3 && others <= few, "{most}, {others} others"),
             _ => assert!(most < 3e-6, "{most}"),
         }
     }
@@ -514,23 +516,31 @@ mod tests {
     fn cross_entropy_is_the_cpus() {
         for kind in KINDS {
             // Rows that begin at any multiple of 2 bytes; shorter than a wide load; more than one turn of every thread.
-            for (n, v) in [(5, 1003), (3, 3), (2, 9001), (4, 512)] {
-                let logits = random(&[n, v], kind) * 6.0;
+            for (n, v, padding) in [
+                (5, 1003, 0),
+                (3, 3, 0),
+                (2, 9001, 0),
+                (4, 512, 0),
+                (5, 1003, 21),
+                (3, 3, 5),
+                (2, 100, 900),
+            ] {
+                let logits = random(&[n, v + padding], kind) * 6.0;
                 let targets: Vec<i64> = (0..n).map(|row| (row * 31 + v - 1) % v).collect();
                 let targets = Tensor::from_slice(&targets);
                 let (mut ours, mut exact) = (logits.copy(), logits.copy());
                 close(
-                    &cross_entropy(&mut ours, &targets),
-                    &cpu::cross_entropy(&mut exact, &targets),
+                    &cross_entropy(&mut ours, v, &targets),
+                    &cpu::cross_entropy(&mut exact, v, &targets),
                 );
                 close(&ours, &exact);
-                close(&nll(&logits, &targets), &cpu::nll(&logits, &targets));
+                close(&nll(&logits, v, &targets), &cpu::nll(&logits, v, &targets));
             }
             // What cannot be computed must be seen.
             let spoilt = Tensor::from_slice(&[1.0f32, f32::NAN, 2.0, 1.0, 2.0, 3.0])
                 .view([2, 3])
                 .to_kind(kind);
-            let found = Vec::<f64>::try_from(nll(&spoilt, &Tensor::from_slice(&[0i64, 3]))).unwrap();
+            let found = Vec::<f64>::try_from(nll(&spoilt, 3, &Tensor::from_slice(&[0i64, 3]))).unwrap();
             assert!(
                 found.iter().all(|nll| nll.is_nan()),
                 "a logit and a target that are none: {found:?}"

@@ -341,9 +341,10 @@ template <class E> __device__ __forceinline__ float logit_at(const E *row, i64 t
     return target >= 0 && target < v ? widen(row[target]) : infinite() - infinite();
 }
 
-// The logits become their gradient, softmax − onehot.
-template <class E> __device__ __forceinline__ void cross_entropy(E *logits_nv, const i64 *target_n, double *nll_n, i64 v) {
-    E *row = logits_nv + i64(blockIdx.x) * v;
+// The first `v` of a row of `width` are logits, which become their gradient, softmax − onehot; the rest is padding and becomes 0.
+template <class E>
+__device__ __forceinline__ void cross_entropy(E *logits_nv, const i64 *target_n, double *nll_n, i64 v, i64 width) {
+    E *row = logits_nv + i64(blockIdx.x) * width;
     i64 target = target_n[blockIdx.x];
     double logsumexp = log_sum_exp(row, v);
     float at = logit_at(row, target, v), shift = float(logsumexp);
@@ -358,25 +359,32 @@ template <class E> __device__ __forceinline__ void cross_entropy(E *logits_nv, c
         }
         store(row + i, pack);
     });
+    for (i64 i = v + threadIdx.x; i < width; i += blockDim.x)
+        row[i] = rounded<E>(0.0f);
     if (threadIdx.x == 0)
         nll_n[blockIdx.x] = logsumexp - double(at);
 }
 
-template <class E> __device__ __forceinline__ void nll(const E *logits_nv, const i64 *target_n, double *nll_n, i64 v) {
-    const E *row = logits_nv + i64(blockIdx.x) * v;
+template <class E>
+__device__ __forceinline__ void nll(const E *logits_nv, const i64 *target_n, double *nll_n, i64 v, i64 width) {
+    const E *row = logits_nv + i64(blockIdx.x) * width;
     double logsumexp = log_sum_exp(row, v);
     if (threadIdx.x == 0)
         nll_n[blockIdx.x] = logsumexp - double(logit_at(row, target_n[blockIdx.x], v));
 }
 
-KERNEL cross_entropy_f32(float *logits_nv, const i64 *target_n, double *nll_n, i64 v) {
-    cross_entropy(logits_nv, target_n, nll_n, v);
+KERNEL cross_entropy_f32(float *logits_nv, const i64 *target_n, double *nll_n, i64 v, i64 width) {
+    cross_entropy(logits_nv, target_n, nll_n, v, width);
 }
-KERNEL cross_entropy_bf16(bf16 *logits_nv, const i64 *target_n, double *nll_n, i64 v) {
-    cross_entropy(logits_nv, target_n, nll_n, v);
+KERNEL cross_entropy_bf16(bf16 *logits_nv, const i64 *target_n, double *nll_n, i64 v, i64 width) {
+    cross_entropy(logits_nv, target_n, nll_n, v, width);
 }
-KERNEL nll_f32(const float *logits_nv, const i64 *target_n, double *nll_n, i64 v) { nll(logits_nv, target_n, nll_n, v); }
-KERNEL nll_bf16(const bf16 *logits_nv, const i64 *target_n, double *nll_n, i64 v) { nll(logits_nv, target_n, nll_n, v); }
+KERNEL nll_f32(const float *logits_nv, const i64 *target_n, double *nll_n, i64 v, i64 width) {
+    nll(logits_nv, target_n, nll_n, v, width);
+}
+KERNEL nll_bf16(const bf16 *logits_nv, const i64 *target_n, double *nll_n, i64 v, i64 width) {
+    nll(logits_nv, target_n, nll_n, v, width);
+}
 
 // ---- Dropout: a function of (key of the row, element), as random.rs computes it
 

@@ -20,14 +20,15 @@ macro_rules! where_it_lies {
     };
 }
 
-/// −ln p(target) of each row of `logits_nv`, nats, f64, on its device; the logits become their gradient, softmax − onehot.
-pub fn cross_entropy(logits_nv: &mut Tensor, target_n: &Tensor) -> Tensor {
-    where_it_lies!(logits_nv, cross_entropy(logits_nv, target_n))
+/// −ln p(target) of each row of `logits_nv`, nats, f64, on its device; the logits become their gradient, softmax − onehot. Of a
+/// row the first `pieces` are logits; what follows is padding, which has no probability and the gradient 0.
+pub fn cross_entropy(logits_nv: &mut Tensor, pieces: i64, target_n: &Tensor) -> Tensor {
+    where_it_lies!(logits_nv, cross_entropy(logits_nv, pieces, target_n))
 }
 
-/// −ln p(target) of each row of `logits_nv`, nats, f64, on its device.
-pub fn nll(logits_nv: &Tensor, target_n: &Tensor) -> Tensor {
-    where_it_lies!(logits_nv, nll(logits_nv, target_n))
+/// −ln p(target) of the first `pieces` of each row of `logits_nv`, nats, f64, on its device.
+pub fn nll(logits_nv: &Tensor, pieces: i64, target_n: &Tensor) -> Tensor {
+    where_it_lies!(logits_nv, nll(logits_nv, pieces, target_n))
 }
 
 /// RMSNorm of each row (Zhang and Sennrich 2019): x / √(mean(x²) + ε), rounded, times w.
