@@ -642,6 +642,14 @@ fn train(raw: raw::Train, full: Vec<FullModule>, rules: &mut Rules) -> Train {
         },
     );
     rules.require(
+        raw.frozen_precision.is_none() || raw.shard_frozen != Some(true),
+        || {
+            "train.shard_frozen = true divides the frozen matrices among ranks, but train.frozen_precision = fp8 has each rank keep \
+             its own in 8 bits, whole; leave out one of them"
+                .to_owned()
+        },
+    );
+    rules.require(
         raw.offload_optimizer != Some(true) || raw.device == Some(Device::Cuda),
         || {
             "train.offload_optimizer = true moves optimizer state from a GPU to its host, but train.device is cpu, where it \

@@ -32,12 +32,12 @@ pub enum NoGpu {
     },
 }
 
-/// The index of a rank's own among the `visible` GPUs. `named`: CUDA_VISIBLE_DEVICES says which those are. Then one GPU is the
-/// rank's own, from a scheduler that gives each rank another; of several, and where nobody chose, ranks count them off.
+/// The index of a rank's own among the `visible` GPUs. `shown`: how many CUDA_VISIBLE_DEVICES shows, if it is set; one is the rank's
+/// own, from a scheduler that gives each rank another. Of several, and where nobody chose, ranks count them off.
 ///
 /// # Errors
 /// When none is left for this rank.
-pub fn index_of(place: &Place, visible: usize, named: bool) -> Result<usize, NoGpu> {
+pub fn index_of(place: &Place, visible: usize, shown: Option<usize>) -> Result<usize, NoGpu> {
     let Place {
         local_rank,
         local_world,
@@ -45,7 +45,7 @@ pub fn index_of(place: &Place, visible: usize, named: bool) -> Result<usize, NoG
     } = *place;
     match visible {
         0 => Err(NoGpu::Hidden),
-        1 if named => Ok(0),
+        1 if shown == Some(1) => Ok(0),
         _ if local_rank < visible => Ok(local_rank),
         _ => Err(NoGpu::TooFew {
             local_rank,
@@ -128,11 +128,9 @@ fn ask(query: &str, deadline: Instant) -> Result<String, Trouble> {
         }
         Ok(None) => {
             let what = format!("nvidia-smi gave no answer in {} s", ANSWER.as_secs());
-            trouble(
-                true,
-                what,
-                "its driver or a GPU hangs: exclude the host (exclude=HOST) and tell its keepers",
-            )
+            let remedy = "its driver may hang: where collectives do not end either, exclude the host (exclude=HOST); else have its \
+                          driver stay awake (nvidia-persistenced)";
+            trouble(false, what, remedy)
         }
         Err(error) => trouble(
             false,
@@ -151,7 +149,7 @@ fn own(place: &Place, shown: Option<&[String]>, gpus: &str, processes: &str) -> 
     };
     let gpus: Vec<Gpu> = gpus.lines().filter_map(|line| gpu(line, processes)).collect();
     let visible = shown.map_or(gpus.len(), <[String]>::len);
-    let index = index_of(place, visible, shown.is_some()).map_err(|error| {
+    let index = index_of(place, visible, shown.map(<[String]>::len)).map_err(|error| {
         let error = error.to_string();
         let (what, remedy) = error.split_once("; ").unwrap_or((&error, ""));
         refused(what.to_owned(), remedy)
@@ -233,18 +231,20 @@ mod tests {
 
     #[test]
     fn a_rank_takes_the_one_it_was_given_or_counts_them_off() {
-        assert_eq!(index_of(&rank(3, 4), 4, true), Ok(3));
-        assert_eq!(index_of(&rank(3, 4), 4, false), Ok(3));
+        assert_eq!(index_of(&rank(3, 4), 4, Some(4)), Ok(3));
+        assert_eq!(index_of(&rank(3, 4), 4, None), Ok(3));
         // Given to this rank alone.
-        assert_eq!(index_of(&rank(3, 4), 1, true), Ok(0));
+        assert_eq!(index_of(&rank(3, 4), 1, Some(1)), Ok(0));
+        // One of two that were shown has fallen off: rank 1 must not take rank 0's.
+        assert!(index_of(&rank(1, 2), 1, Some(2)).is_err());
         // Nobody chose: all ranks would take the same one.
-        let too_few = index_of(&rank(1, 2), 1, false).unwrap_err().to_string();
+        let too_few = index_of(&rank(1, 2), 1, None).unwrap_err().to_string();
         assert!(
             too_few.starts_with("this rank is number 1 of 2 on its node, which shows it 1 GPU; start one rank a GPU"),
             "{too_few}"
         );
-        assert!(index_of(&rank(2, 4), 2, true).is_err());
-        assert_eq!(index_of(&rank(0, 1), 0, true), Err(NoGpu::Hidden));
+        assert!(index_of(&rank(2, 4), 2, Some(2)).is_err());
+        assert_eq!(index_of(&rank(0, 1), 0, Some(0)), Err(NoGpu::Hidden));
     }
 
     const GPUS: &str = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 17\n1, GPU-bb22, NVIDIA H100 80GB HBM3, 38912\n";

@@ -194,12 +194,29 @@ fn gpus_in(variable: &str) -> Vec<String> {
     words.take_while(names_one).map(str::to_owned).collect()
 }
 
+const MPI_WIRES: [&str; 4] = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PMI_FD"];
+
 /// Whether this process was started so that MPI finds its peers.
 pub fn is_wired_for_mpi() -> bool {
-    ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PMI_FD"]
-        .iter()
-        .any(|name| std::env::var_os(name).is_some())
+    MPI_WIRES.iter().any(|name| std::env::var_os(name).is_some())
 }
+
+/// By which launchers tell a process its place, and by which MPI finds its peers; without them it is nobody's rank.
+pub const RANK_VARIABLES: [&str; 13] = [
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    MPI_WIRES[0],
+    MPI_WIRES[1],
+    MPI_WIRES[2],
+    MPI_WIRES[3],
+    "PMIX_NAMESPACE",
+    "SLURM_STEP_ID",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "PALS_RANKID",
+    "FLUX_TASK_RANK",
+];
 
 impl Place {
     pub fn detect() -> Result<Place, PlaceError> {

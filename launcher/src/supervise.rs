@@ -22,7 +22,7 @@ use tokio::sync::mpsc::{self, UnboundedSender};
 
 use crate::events::Event;
 use crate::exit;
-use crate::place::EAR;
+use crate::place::{EAR, RANK_VARIABLES};
 use crate::rendezvous;
 use crate::worker::Job;
 
@@ -190,6 +190,12 @@ fn spawn(job: &Job, rank: &[(&'static str, String)], ear: Option<&Ear>) -> io::R
         .arg(std::process::id().to_string())
         .arg(&job.program)
         .args(&job.args);
+    if !rank.is_empty() {
+        // This process may be a rank of somebody else's, alone: its ranks are not.
+        for name in RANK_VARIABLES {
+            command.env_remove(name);
+        }
+    }
     command.envs(job.env.iter().chain(rank).map(|(name, value)| (name, value)));
     command.envs(ear.map(|ear| (EAR, &ear.path)));
     // Its own group: Ctrl-C reaches it through us only, once.

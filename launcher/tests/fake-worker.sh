@@ -14,6 +14,9 @@ finishes)
     echo '{"event":"note","text":"resumed from step 7"}'
     echo '{"event":"done","result":{"steps":20}}'
     ;;
+says-its-place)
+    env | grep -E '^(RANK|WORLD_SIZE|LOCAL_RANK|SLURM_[A-Z_]*|PMI[A-Z_]*|OMPI_COMM_WORLD_[A-Z_]*)=' | sort > "$run/place-$RANK"
+    ;;
 exits-with-*) exit "${name#exits-with-}" ;;
 waits-for-a-signal)
     trap 'echo "{\"event\":\"note\",\"text\":\"got TERM\"}"; exit 75' TERM

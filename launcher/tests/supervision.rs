@@ -289,6 +289,30 @@ fn on_shown_gpus(scene: &Scene, shown: Option<&str>) -> Output {
 }
 
 #[test]
+fn ranks_of_our_own_are_nobody_else_s() {
+    // As in a step of Slurm's with one task and several GPUs, wired for MPI.
+    let scene = Scene::new("says-its-place");
+    let mut command = scene.command(&["train", "-n", "2"]);
+    command.arg("train.device=cuda").env_remove("CUDA_VISIBLE_DEVICES");
+    let step = [
+        ("SLURM_JOB_ID", "7"),
+        ("SLURM_STEP_ID", "0"),
+        ("SLURM_PROCID", "0"),
+        ("SLURM_LOCALID", "0"),
+        ("SLURM_NTASKS", "1"),
+        ("PMIX_RANK", "0"),
+        ("PMIX_NAMESPACE", "slurm.pmix.7.0"),
+    ];
+    let output = command.envs(step).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    for rank in 0..2 {
+        let place = fs::read_to_string(scene.folder.path().join(format!("run/place-{rank}"))).unwrap();
+        let expected = format!("LOCAL_RANK={rank}\nRANK={rank}\nSLURM_JOB_ID=7\nSLURM_NTASKS=1\nWORLD_SIZE=2\n");
+        assert_eq!(place, expected);
+    }
+}
+
+#[test]
 fn ranks_that_would_share_a_gpu_are_refused() {
     for (shown, expected) in [
         (

@@ -105,7 +105,7 @@ fn gpus_that_cannot_be_used_are_one_line_each() {
     let said = examine(&training, &["--gpus-per-node=2"], "[ $host != n1 ] || sleep 60");
     check(
         &said,
-        &["refused: n1: nvidia-smi gave no answer in 6 s; its driver or a GPU hangs: exclude the host"],
+        &["warning: n1: nvidia-smi gave no answer in 6 s; its driver may hang"],
     );
     let fails = "[ $host != n1 ] || { echo \"No devices were found\"; exit 6; }";
     let said = examine(&training, &["--gpus-per-node=2"], fails);

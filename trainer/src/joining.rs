@@ -276,8 +276,23 @@ pub fn code_of(error: &anyhow::Error) -> i32 {
     let has = |is: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(is);
     if let Some(error) = error.downcast_ref::<MeetError>() {
         error.code()
-    } else if has(|cause| cause.is::<sharding::Error>()) {
+    } else if has(|cause| {
+        use sharding::Error::{Gone, Mpi, Nccl, NcclAborted};
+        matches!(
+            cause.downcast_ref(),
+            Some(Mpi { .. } | Nccl { .. } | NcclAborted | Gone)
+        )
+    }) {
         exit::PEER
+    } else if has(|cause| {
+        // Memory that is short, a driver that fails: nothing that a peer has done.
+        use sharding::{Error, cuda};
+        matches!(
+            cause.downcast_ref(),
+            Some(Error::Torch(_) | Error::NoThread | Error::Cuda(cuda::Error::Driver { .. }))
+        ) || matches!(cause.downcast_ref(), Some(cuda::Error::Driver { .. }))
+    }) {
+        exit::INTERNAL
     } else if has(|cause| {
         let missing = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
         cause.is::<crate::checkpoint::WritesFailed>() || cause.downcast_ref().is_some_and(|error| !missing(error))

@@ -216,7 +216,7 @@ fn device_of(named: configs::Device, place: &Place) -> Result<Device> {
         configs::Device::Cpu => Device::Cpu,
         configs::Device::Cuda => {
             let visible = sharding::cuda::load()?;
-            sharding::cuda::device(gpus::index_of(place, visible, shown_gpus().is_some())?)?
+            sharding::cuda::device(gpus::index_of(place, visible, shown_gpus().map(|shown| shown.len()))?)?
         }
     })
 }

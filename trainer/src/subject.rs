@@ -68,6 +68,10 @@ impl Subject {
         let mut plan = plan.clone();
         // What the slices hold is f32, whatever the run computed in.
         plan.train.precision = precision;
+        // What is merged below must be there in full.
+        plan.train.frozen_precision = None;
+        // A GPU that holds the model need not hold what trains it.
+        plan.train.offload_optimizer = device != Device::Cpu;
         let (mut trainer, _) = train::build(&plan, comm, device, (Stage::OptimizerState, false))?;
         let folder = plan.folders.run.join(launcher::checkpoint::FOLDER);
         let (path, manifest) = match step {
@@ -85,6 +89,9 @@ impl Subject {
         checkpoint::load(&path, &manifest, comm, &mut trainer.zero)?;
         trainer.zero.arrived(comm)?;
         let Trainer { mut model, .. } = trainer;
+        for weight in model.stages().into_iter().flat_map(|(_, weights)| weights) {
+            weight.grad = None;
+        }
         for linear in model.layers.iter_mut().flat_map(Layer::linears_mut) {
             if linear.lora.is_some() {
                 linear.weight_oi.value = linear.merged().to_kind(model.kind);

@@ -69,7 +69,8 @@ impl Watched {
 
     fn start(&self, collective: Collective, call: impl FnOnce() -> Result<Pending>) -> Result<Pending> {
         let number = self.next();
-        let pending = call()?;
+        // An engine may wait here already: for the host's copies, or where its own queue is full.
+        let pending = waiting(&self.pulse, None, collective, number, call)?;
         let (pulse, timeline) = (Arc::clone(&self.pulse), self.timeline.clone());
         Ok(pending.around(move |finish| waiting(&pulse, timeline.as_deref(), collective, number, finish)))
     }

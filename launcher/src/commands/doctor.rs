@@ -1,13 +1,14 @@
 //! `panglot doctor`: looks at the nodes of a job, under the same srun or mpirun line as training.
 
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{App, ConfigArgs, Leave, RunFolder};
-use launcher::doctor::{ALL_REDUCE, Examined, Host, examine};
+use launcher::doctor::{Examined, Host, examine, limit_of_all_reduces};
 use launcher::events::Event;
 use launcher::gpus::Gpu;
 use launcher::place::Place;
@@ -72,7 +73,8 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             .join(format!("plan-{}.json", place.rank));
         files::write_json(&file, &plan)?;
         let words = vec!["doctor".into(), "--plan".into(), file.clone().into()];
-        let measured = all_reduce(&worker?.alone(plan.launch.threads_per_rank, words));
+        let limit = limit_of_all_reduces(plan.train.device);
+        let measured = all_reduce(&worker?.alone(plan.launch.threads_per_rank, words), limit);
         let _ = std::fs::remove_file(&file);
         Some(measured)
     };
@@ -88,14 +90,14 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
 }
 
 /// Runs the ranks' collectives, for a bounded time.
-fn all_reduce(job: &Job) -> anyhow::Result<Option<Collectives>> {
+fn all_reduce(job: &Job, limit: Duration) -> anyhow::Result<Option<Collectives>> {
     let mut command = Command::new(&job.program);
     command
         .args(&job.args)
         .envs(job.env.iter().map(|(name, value)| (name, value)));
-    let ended = bounded::output(&mut command, ALL_REDUCE);
+    let ended = bounded::output(&mut command, limit);
     let Some((status, said)) = ended.with_context(|| format!("cannot start {}", job.program.display()))? else {
-        bail!("the ranks did not meet or finish within {} s", ALL_REDUCE.as_secs());
+        bail!("the ranks did not meet or finish within {} s", limit.as_secs());
     };
     if !status.success() {
         bail!("a rank ended with {status}");

@@ -25,8 +25,18 @@ pub use reach::Link;
 /// A shared file system shows a new file to other hosts within a few seconds, or it is not shared.
 const REPORTS: Duration = Duration::from_secs(8);
 const LINKS: Duration = Duration::from_secs(8);
-/// The all-reduces; with the two above it stays within 30 s.
-pub const ALL_REDUCE: Duration = Duration::from_secs(10);
+/// The all-reduces; with the two above it stays within 30 s, and where all is sound it takes a second or two.
+const ALL_REDUCES: Duration = Duration::from_secs(10);
+/// On GPUs: before it come libtorch's CUDA half from a cold file system, contexts, and NCCL's first connections.
+const ALL_REDUCES_ON_GPUS: Duration = Duration::from_secs(25);
+
+/// How long the all-reduces may take, all that comes before them counted.
+pub fn limit_of_all_reduces(device: configs::Device) -> Duration {
+    match device {
+        configs::Device::Cpu => ALL_REDUCES,
+        configs::Device::Cuda => ALL_REDUCES_ON_GPUS,
+    }
+}
 
 /// What rank 0 concludes before ranks meet in collectives.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -148,6 +148,19 @@ impl Watch {
                     "all ranks wait and none has moved for {seconds} s: {all}; the network or the engine of collectives is stuck"
                 )))
             }
+            // Nobody waits in a collective, as ranks see it that wait for their GPU.
+            (Some(_), None) => {
+                let here = || self.seen.iter().filter(|seen| !seen.left);
+                let least = here().map(still).min()?;
+                let patience = here().map(|seen| seen.state.phase.patience()).max()?;
+                (least > ALL_WAIT.max(patience).max(20 * self.longest)).then(|| {
+                    Finding::Over(format!(
+                        "no rank has moved for {} s: {}; a device, its driver or the engine of collectives is stuck",
+                        least.as_secs(),
+                        self.others(None)
+                    ))
+                })
+            }
             _ => None,
         }
     }
@@ -320,6 +333,31 @@ mod tests {
             ),
             "{text}"
         );
+    }
+
+    #[test]
+    fn all_still_and_none_waiting_is_told() {
+        // As on GPUs, whose collectives are waited for where a number is read.
+        let found = run(700, &[0, 1, 2], |_, _| state(Phase::Backward, 9, None, 1));
+        let [(at, Finding::Over(text))] = &found[..] else {
+            panic!("{found:?}")
+        };
+        assert!((600.0..602.0).contains(at), "{at}");
+        assert!(
+            text.starts_with("no rank has moved for 600 s: ranks 0–2 work at backward of stage 9 in step 1200"),
+            "{text}"
+        );
+        // One that moves is enough, and so is work that takes long.
+        assert_eq!(
+            run(700, &[0, 1, 2], |rank, at| state(
+                Phase::Backward,
+                9,
+                None,
+                at as u64 / 20 * (rank as u64 % 2)
+            )),
+            []
+        );
+        assert_eq!(run(1700, &[0, 1, 2], |_, _| state(Phase::Save, 0, None, 1)), []);
     }
 
     #[test]

@@ -229,6 +229,7 @@ impl Source {
             return Ok(Arc::clone(module));
         }
         let context = context(index)?;
+        check_compiler()?;
         let (major, minor) = context.compute_capability().map_err(driver("cuDeviceGetAttribute"))?;
         let ptx = self.compile(&format!("compute_{major}{minor}"))?;
         let module = context
@@ -261,11 +262,57 @@ pub fn compiler_is_there() -> bool {
     }
 }
 
+/// # Errors
+/// When NVRTC is of a newer CUDA than the driver: a toolkit of the machine's own may be found before the one of libtorch's.
+fn check_compiler() -> Result<()> {
+    let (mut major, mut minor, mut known) = (0, 0, 0);
+    // SAFETY: both write the numbers they are given places for; NVRTC was found before, the driver too.
+    let codes = unsafe {
+        (
+            cudarc::nvrtc::sys::nvrtcVersion(&mut major, &mut minor),
+            sys::cuDriverGetVersion(&mut known),
+        )
+    };
+    match codes {
+        (cudarc::nvrtc::sys::nvrtcResult::NVRTC_SUCCESS, sys::CUresult::CUDA_SUCCESS) => {
+            fits((major, minor), (known / 1000, known % 1000 / 10))
+        }
+        // What cannot be asked shows itself when the kernels are loaded.
+        _ => Ok(()),
+    }
+}
+
+/// PTX is read by drivers of the same CUDA or a later one.
+fn fits(compiler: (i32, i32), driver: (i32, i32)) -> Result<()> {
+    match compiler > driver {
+        true => Err(Error::NewerNvrtc { compiler, driver }),
+        false => Ok(()),
+    }
+}
+
 /// By which a kernel's name says what its tensors are made of.
 fn ending(kind: Kind) -> &'static str {
     match kind {
         Kind::Float => "f32",
         Kind::BFloat16 => "bf16",
         kind => unreachable!("kernels compute on f32 or bf16, not on {kind:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_compiler_newer_than_the_driver_is_refused() {
+        for (compiler, driver) in [((13, 0), (13, 0)), ((13, 0), (13, 2)), ((12, 9), (13, 0))] {
+            assert!(fits(compiler, driver).is_ok());
+        }
+        let said = fits((13, 1), (13, 0)).unwrap_err().to_string();
+        assert!(
+            said.contains("NVRTC 13.1, newer than this driver, which knows CUDA 13.0")
+                && said.contains("LD_LIBRARY_PATH"),
+            "{said}"
+        );
     }
 }

@@ -42,6 +42,12 @@ pub enum Error {
          nvidia/cu13/lib beside torch"
     )]
     NoNvrtc,
+    #[error(
+        "the kernels' compiler is NVRTC {}.{}, newer than this driver, which knows CUDA {}.{} and could not load what it makes; let \
+         LD_LIBRARY_PATH begin with the folder of the libnvrtc.so.13 that came with torch {torch} (nvidia/cu13/lib beside it)",
+        compiler.0, compiler.1, driver.0, driver.1, torch = TORCH
+    )]
+    NewerNvrtc { compiler: (i32, i32), driver: (i32, i32) },
     #[error("{file} does not compile for {architecture}; this is a defect:\n{log}")]
     Compile {
         file: &'static str,
@@ -73,8 +79,10 @@ pub struct Gpu {
 
 /// Whether this machine has NVIDIA's driver.
 pub fn driver_is_there() -> bool {
+    // Asked once: it looks for the file under seventeen names, and every launch of a kernel comes by here.
+    static THERE: OnceLock<bool> = OnceLock::new();
     // SAFETY: opens libcuda.so, whose initialisers are the driver's own, and looks at whether it could.
-    unsafe { sys::is_culib_present() }
+    *THERE.get_or_init(|| unsafe { sys::is_culib_present() })
 }
 
 /// Loads libtorch's CUDA half, once, and says how many GPUs it sees. Before the first tensor: libtorch asks once whether
@@ -90,7 +98,10 @@ pub fn load() -> Result<usize> {
         }
         check_libtorch()?;
         match Cuda::device_count() {
-            n if n > 0 && Cuda::is_available() => Ok(n as usize),
+            n if n > 0 && Cuda::is_available() => {
+                keep_f32_products_exact();
+                Ok(n as usize)
+            }
             _ => Err(Error::NoGpu),
         }
     };
@@ -169,6 +180,13 @@ pub fn use_deterministic_algorithms() {
     }
 }
 
+/// Whether f32 is multiplied as TF32, of 10 bits, is otherwise for an environment variable to say (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE,
+/// which some containers set).
+fn keep_f32_products_exact() {
+    // SAFETY: as above.
+    unsafe { set_allow_tf32(global_context(), false) }
+}
+
 /// Whether libtorch takes such algorithms.
 pub fn algorithms_are_deterministic() -> bool {
     // SAFETY: as above.
@@ -184,6 +202,8 @@ unsafe extern "C" {
     fn set_deterministic_mkldnn(context: *mut c_void, on: bool);
     #[link_name = "_ZN2at7Context39setDeterministicFillUninitializedMemoryEb"]
     fn set_deterministic_fill(context: *mut c_void, on: bool);
+    #[link_name = "_ZN2at7Context18setAllowTF32CuBLASEb"]
+    fn set_allow_tf32(context: *mut c_void, on: bool);
     #[link_name = "_ZNK2at7Context23deterministicAlgorithmsEv"]
     fn deterministic_algorithms(context: *const c_void) -> bool;
 }

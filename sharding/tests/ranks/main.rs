@@ -8,8 +8,8 @@ mod zero;
 use std::path::Path;
 
 use mpirun::Case;
-use sharding::cuda::nccl::{Nccl, UniqueId};
-use sharding::staged::Staged;
+use sharding::cuda::nccl::{Nccl, Refused, UniqueId};
+use sharding::staged::{NoHost, Staged};
 use sharding::{Comm, cuda};
 
 fn cases() -> Vec<Case> {
@@ -40,22 +40,11 @@ fn main() {
                 mpirun::run(&cases, &staged, "staged MPI", Path::new(shared));
             }
         }
-        [child, world, shared] if child == "--gpu-of" => {
+        [child, world, shared] if GPU.contains(&child.as_str()) => {
             mpirun::end_all_on_panic();
             // Before the first tensor, so before the ranks meet.
             cuda::load().expect("a GPU");
-            let world = world.parse().expect("a number of ranks");
-            let host = match world {
-                1 => sharding::join(1),
-                _ => sharding::join_through_mpi(world),
-            };
-            let host = host.expect("the ranks meet");
-            // One node: ranks and GPUs have the same numbers.
-            let gpu = host.rank();
-            collectives::on(cuda::device(gpu).expect("a GPU a rank"));
-            let comm = Nccl::join(host, gpu, true).unwrap_or_else(|refused| panic!("{}", refused.error));
-            println!("{}", comm.engine());
-            mpirun::run(&cases(), &comm, "NCCL", Path::new(shared));
+            on_gpus(child, world.parse().expect("a number of ranks"), Path::new(shared));
         }
         // As libtest answers; its other options choose nothing here.
         [list, ..] if list == "--list" => mpirun::list(&cases()),
@@ -66,11 +55,58 @@ fn main() {
             let start = |kind, ranks| mpirun::start(kind, ranks, tempfile::tempdir().expect("a folder").path());
             (1..=4).for_each(|ranks| start("--rank-of", ranks));
             match cuda::load() {
-                Ok(gpus) => start("--gpu-of", gpus),
+                Ok(gpus) => GPU.into_iter().for_each(|kind| start(kind, gpus)),
                 Err(error) => println!("SKIPPED: every case on NCCL: {error}"),
             }
         }
     }
+}
+
+/// NCCL with sums in rank order, with its own sums, and without MPI beside it.
+const GPU: [&str; 3] = ["--gpu-in-order-of", "--gpu-of", "--gpu-alone-of"];
+
+fn on_gpus(kind: &str, world: usize, shared: &Path) {
+    let host = match world {
+        1 => sharding::join(1),
+        _ => sharding::join_through_mpi(world),
+    };
+    let host = host.expect("the ranks meet");
+    // One node: ranks and GPUs have the same numbers.
+    let gpu = host.rank();
+    let device = cuda::device(gpu).expect("a GPU a rank");
+    collectives::on(device);
+    let joined = |comm: Result<Nccl, Refused>| comm.unwrap_or_else(|refused| panic!("{}", refused.error));
+    let (comm, cases): (Box<dyn Comm>, Vec<Case>) = match kind {
+        "--gpu-in-order-of" => (Box::new(joined(Nccl::join(host, gpu, true))), cases()),
+        "--gpu-of" => {
+            // NCCL adds in an order of its own.
+            let ordered = [
+                "sums_are_made_in_rank_order",
+                "an_all_reduce_is_the_same_bits_everywhere",
+            ];
+            let cases = collectives::CASES
+                .into_iter()
+                .filter(|(name, _)| !ordered.contains(name));
+            (Box::new(joined(Nccl::join(host, gpu, false))), cases.collect())
+        }
+        _ => {
+            let id = if host.rank() == 0 {
+                UniqueId::new().expect("an id")
+            } else {
+                UniqueId::from([0; UniqueId::BYTES])
+            };
+            let told = host.broadcast_bytes(&id.bytes()).expect("rank 0 tells it");
+            let id = UniqueId::from(<[u8; UniqueId::BYTES]>::try_from(told).expect("as many as were sent"));
+            let nowhere = Box::new(NoHost::new(host.rank(), host.world()));
+            let nccl = joined(Nccl::join_with(&id, nowhere, gpu, true));
+            (
+                Box::new(Staged::new(Box::new(nccl), device)),
+                collectives::CASES.to_vec(),
+            )
+        }
+    };
+    println!("{}", comm.engine());
+    mpirun::run(&cases, comm.as_ref(), &kind["--".len()..], shared);
 }
 
 /// Without a driver every rank refuses to join through NCCL by itself: none is left waiting for the others, whoever brought
