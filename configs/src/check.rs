@@ -1174,8 +1174,11 @@ fn check_checkpoint(plan: &Plan, rules: &mut Rules) {
         )
     });
     if let Some(minutes) = every_minutes {
-        rules.require(minutes.is_finite() && *minutes > 0.0, || {
-            format!("checkpoint.every_minutes = {minutes} is not above 0; remove the line to save by steps alone")
+        rules.require(*minutes > 0.0 && *minutes <= 525_600.0, || {
+            format!(
+                "checkpoint.every_minutes = {minutes} is not above 0 and at most a year (525600); remove the line to save by steps \
+                 alone"
+            )
         });
     }
     if let Some(most) = lose_at_most {

@@ -240,15 +240,9 @@ impl Corpus {
 
     /// The held-out documents of a language, of all sources in their order.
     pub fn held_out(&self, language: &Language) -> Result<Vec<Document>> {
-        let mut entries = self.entries(language).peekable();
-        if entries.peek().is_none() {
-            return Err(Error::NoSuchLanguage {
-                language: language.clone(),
-                path: self.folder.clone(),
-            });
-        }
+        self.check_has(language)?;
         let mut documents = Vec::new();
-        for entry in entries {
+        for entry in self.entries(language) {
             documents.extend(self.all_documents(entry, Split::HeldOut)?);
         }
         Ok(documents)
@@ -258,6 +252,18 @@ impl Corpus {
     pub fn entries<'a>(&'a self, language: &'a Language) -> impl Iterator<Item = &'a LanguageEntry> {
         let entries = self.manifest.languages.iter();
         entries.filter(move |entry| entry.language == *language)
+    }
+
+    /// # Errors
+    /// When no source has text in the language.
+    pub fn check_has(&self, language: &Language) -> Result<()> {
+        match self.entries(language).next() {
+            Some(_) => Ok(()),
+            None => Err(Error::NoSuchLanguage {
+                language: language.clone(),
+                path: self.folder.clone(),
+            }),
+        }
     }
 
     /// Reads every file and compares it with the manifest. Progress counts entries of the manifest.

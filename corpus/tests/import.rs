@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use common::{fetched, write_folders};
 use corpus::{
-    Corpus, CorpusManifest, Document, ImportSettings, Language, LanguageEntry, OnUnreadable, SourceKind, SourceSpec,
-    Split, import, import_folders, import_udhr,
+    Corpus, CorpusManifest, Document, ImportSettings, Language, LanguageEntry, OnUnreadable, Sides, SourceKind,
+    SourceSpec, Split, import, import_folders, import_udhr,
 };
 use proptest::prelude::*;
 
@@ -463,6 +463,63 @@ fn what_one_source_holds_out_another_of_the_language_does_not_train_on() {
     );
     assert!(train.iter().all(|text| !measured.contains(text)));
     assert_eq!(train.len() + measured.len(), articles.len(), "and none is lost");
+}
+
+#[test]
+fn a_pair_that_is_held_out_is_held_out_in_both_directions() {
+    let temp = tempfile::tempdir().unwrap();
+    let pairs = temp.path().join("pairs.tsv");
+    let turned = temp.path().join("turned.tsv");
+    let lines =
+        |first: &str, second: &str| -> String { (0..400).map(|i| format!("{first} {i}\t{second} {i}\n")).collect() };
+    fs::write(&pairs, lines("Good day", "Bonjour")).unwrap();
+    fs::write(&turned, lines("Bonjour", "Good day")).unwrap();
+    // By itself each language would draw at another rank: one has ten times as much text.
+    let root = temp.path().join("text");
+    let much = (0..3000).map(|i| format!("Line {i} of English.")).collect();
+    write_folders(
+        &root,
+        &[
+            ("eng_Latn", much),
+            ("fra_Latn", vec!["Une ligne.".into(), "Deux lignes.".into()]),
+        ],
+    );
+    let parallel = |name: &str, file: &Path, languages: [&str; 2]| {
+        let kind = SourceKind::Parallel {
+            sides: Sides::Tsv(file.to_path_buf()),
+            languages: languages.map(|language| language.parse().unwrap()),
+            template: "{source}\n{target}".into(),
+        };
+        SourceSpec::new(name, kind)
+    };
+    let sources = [
+        folders("texts", &root),
+        parallel("there", &pairs, ["eng_Latn", "fra_Latn"]),
+        parallel("back", &turned, ["fra_Latn", "eng_Latn"]),
+    ];
+    for most in [None, Some(20)] {
+        let settings = ImportSettings {
+            held_out_most: most,
+            ..ImportSettings::new(0.2, 1)
+        };
+        let out = temp.path().join("corpus");
+        import_with(&sources, &out, &settings).unwrap();
+        let corpus = Corpus::open(&out).unwrap();
+        let numbers = |source: &str, split| -> BTreeSet<String> {
+            let entries = corpus
+                .manifest()
+                .languages
+                .iter()
+                .filter(|entry| entry.source == source);
+            let documents = entries.flat_map(|entry| all(&corpus, entry, split));
+            let number = |document: Document| document.text.rsplit_once(' ').unwrap().1.to_owned();
+            documents.map(number).collect()
+        };
+        let [there, back] = ["there", "back"].map(|source| numbers(source, Split::HeldOut));
+        assert_eq!(there.len(), most.unwrap_or(80) as usize);
+        assert_eq!(there, back);
+        assert!(there.is_disjoint(&numbers("back", Split::Train)));
+    }
 }
 
 #[test]

@@ -493,3 +493,36 @@ fn what_cannot_be_extended_says_why() {
     );
     check(SETTINGS.clone(), &|file| file["version"] = "9".into(), "cannot be used");
 }
+
+#[test]
+fn added_tokens_that_the_vocabulary_does_not_name_keep_their_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base");
+    byte_level_base(&base, BASE_SIZE, &["all human beings are born free"]);
+    // As many byte-level files have it: the last number is in `added_tokens` alone.
+    let mut file = json(&base);
+    let id = file["model"]["vocab"].as_object().unwrap().len();
+    file["added_tokens"]
+        .as_array_mut()
+        .unwrap()
+        .push(serde_json::json!({ "id": id, "content": "<|turn|>",
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true }));
+    fs::write(base.join("tokenizer.json"), file.to_string()).unwrap();
+    let before = Tokenizer::open(&base).unwrap();
+    assert_eq!(before.id("<|turn|>"), Some(id as u32));
+
+    let extended = folder.path().join("extended");
+    let settings = VocabularySettings {
+        special: vec!["<|new|>".into()],
+        ..SETTINGS.clone()
+    };
+    let vocabulary = extend(&FIXTURE.corpus, &base, Some(&settings), &extended, &mut |_, _| {}).unwrap();
+    let after = Tokenizer::open(&extended).unwrap();
+    for id in 0..before.size() as u32 {
+        assert_eq!(after.piece(id), before.piece(id));
+    }
+    for (place, piece) in vocabulary.pieces.iter().enumerate() {
+        assert_eq!(after.piece((before.size() + place) as u32).as_ref(), Some(&piece.piece));
+    }
+    assert_eq!(after.encode("<|turn|>").unwrap(), [id as u32]);
+}

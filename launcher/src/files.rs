@@ -8,13 +8,17 @@ use anyhow::Context;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Writes beside, syncs, renames. The process's number keeps ranks that write the same file apart.
+use crate::rendezvous::secret::random;
+
+/// Writes beside, syncs, renames. What is random in the name beside keeps ranks that write the same file apart: processes of two
+/// hosts may have one number.
 pub fn write_atomically(file: &Path, content: &[u8]) -> anyhow::Result<()> {
     let write = || -> io::Result<()> {
         let folder = file.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder)?;
-        let partial = beside(file, &format!("{}.partial", std::process::id()));
-        let mut out = File::create(&partial)?;
+        let name: [u8; 8] = random()?;
+        let partial = beside(file, &format!("{:016x}.partial", u64::from_le_bytes(name)));
+        let mut out = File::create_new(&partial)?;
         out.write_all(content)?;
         out.sync_all()?;
         fs::rename(&partial, file)?;

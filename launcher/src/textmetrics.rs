@@ -327,6 +327,7 @@ fn identified_as(code: &str) -> &str {
         "twi" => "aka",
         "uzn" => "uzb",
         "ydd" => "yid",
+        "zho" => "cmn",
         known => known,
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -53,10 +53,7 @@ impl During {
             every,
             steps: plan.train.steps,
             tokens_per_batch: plan.evaluation.tokens_per_batch,
-            // What was best after this step is not there any more.
-            best: files::read_json(&best_file(&checkpoints))
-                .ok()
-                .filter(|best: &Best| best.step <= step),
+            best: best_so_far(&checkpoints, step, comm)?,
             checkpoints,
             lines: plan.folders.run.join("evaluations/during.jsonl"),
         };
@@ -151,6 +148,25 @@ impl During {
 }
 
 /// −ln p of every target by the model as it trains, stage by stage: parameters that are divided among ranks come and go.
+/// As rank 0 reads it, on all ranks: what is best decides whether they save together, and a shared file system's caches may show
+/// each another file. What was best after `step` is not there any more.
+fn best_so_far(checkpoints: &Path, step: u64, comm: &dyn Comm) -> Result<Option<Best>> {
+    let read = || files::read_json(&best_file(checkpoints)).ok();
+    let best: Option<Best> = if comm.rank() == 0 { read() } else { None };
+    let none = Best {
+        step: 0,
+        macro_bits_per_byte: f64::NAN,
+    };
+    let best = best.filter(|best| best.step <= step).unwrap_or(none);
+    let told = comm.broadcast_bytes(&[best.step.to_le_bytes(), best.macro_bits_per_byte.to_le_bytes()].concat())?;
+    let (step, bits) = told.split_at(8);
+    let best = Best {
+        step: u64::from_le_bytes(step.try_into()?),
+        macro_bits_per_byte: f64::from_le_bytes(bits.try_into()?),
+    };
+    Ok(best.macro_bits_per_byte.is_finite().then_some(best))
+}
+
 fn nll(trainer: &mut Trainer, ids_bt: &Tensor, targets_bt: &Tensor) -> Result<Tensor> {
     let (model, zero, comm) = (&mut trainer.model, &mut trainer.zero, trainer.comm);
     let pass = Pass {

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use configs::{FullModule, Lora, Plan};
+use configs::{FullModule, Lora, Plan, Recompute};
+use launcher::checkpoint::Identity;
 use serde_json::{Value, json};
 use sharding::{Comm, Stage};
 use tch::{Kind, Tensor};
@@ -19,7 +20,14 @@ use crate::train;
 pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path) -> Result<Value> {
     // On the host, wherever the model was trained: nothing here is worth waiting for a GPU. An export needs every parameter
     // whole, and a checkpoint of any ZeRO stage is read at any other.
-    let (mut trainer, identity) = train::build(plan, comm, tch::Device::Cpu, (Stage::OptimizerState, false))?;
+    let mut building = plan.clone();
+    // Nothing is recomputed; what a planner would choose for the run's devices says nothing of this host.
+    building.train.recompute = Recompute::Full.into();
+    let (mut trainer, identity) = train::build(&building, comm, tch::Device::Cpu, (Stage::OptimizerState, false))?;
+    let identity = Identity {
+        plan: plan.clone(),
+        ..identity
+    };
     let folder = plan.folders.run.join(launcher::checkpoint::FOLDER);
     let found = launcher::checkpoint::newest(&folder)?
         .with_context(|| format!("{} holds no checkpoint to export; train first", folder.display()))?;
@@ -43,14 +51,22 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
     if comm.rank() == 0 {
         let model = &trainer.model;
         let tokenizer = &plan.folders.vocabulary;
-        write_merged(merged, &model.config, &model.merged_weights(), model.kind, tokenizer)?;
+        let base = &plan.folders.base_model;
+        write_merged(
+            merged,
+            &model.config,
+            &model.merged_weights(),
+            model.kind,
+            tokenizer,
+            base,
+        )?;
         let difference = logits_difference(model, &plan.folders.base_model, merged)?;
         result["logits_difference"] = json!(difference);
         if let Some(lora) = &plan.train.lora {
-            let base = &plan.folders.base_model;
+            let grows = plan.vocabulary.is_some();
             write_adapter(
                 adapter,
-                &Adapter::of(model, lora, &plan.train.full, base)?,
+                &Adapter::of(model, lora, &plan.train.full, base, grows)?,
                 model.kind,
                 tokenizer,
             )?;
@@ -61,16 +77,19 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
     Ok(result)
 }
 
-/// Writes a model folder from weights under Hugging Face's names, with the tokenizer's files, and verifies it.
+/// Writes a model folder from weights under Hugging Face's names, with the tokenizer's files and what `base` says of generation,
+/// and verifies it.
 pub fn write_merged(
     dir: &Path,
     config: &ModelConfig,
     weights: &[(String, Tensor)],
     kind: Kind,
     tokenizer: &Path,
+    base: &Path,
 ) -> Result<()> {
     let folder = NewFolder::begin(dir)?;
     folder.copy_tokenizer(tokenizer)?;
+    folder.copy_generation_config(base)?;
     write_weights(&folder, config, kind, SHARD_BYTES, &mut |name, _| {
         let found = weights.iter().find(|(known, _)| known == name);
         found
@@ -198,10 +217,17 @@ pub struct Adapter<'a> {
 }
 
 impl<'a> Adapter<'a> {
-    pub fn of(model: &Model, lora: &'a Lora, trained: &[FullModule], base: &'a Path) -> Result<Adapter<'a>> {
+    /// `grows`: the vocabulary has pieces that the base's has not, whether or not its matrices have rows to spare for them.
+    pub fn of(
+        model: &Model,
+        lora: &'a Lora,
+        trained: &[FullModule],
+        base: &'a Path,
+        grows: bool,
+    ) -> Result<Adapter<'a>> {
         let base_pieces = ModelConfig::open(base)?.vocab_size as i64;
         let pieces = model.head.pieces;
-        let grown = pieces != base_pieces;
+        let grown = grows || pieces != base_pieces;
         let matrix = |weight: &Weight| weight.value.narrow(0, 0, pieces).contiguous();
         let tied = model.head_weight.is_none();
         let mut full = Vec::new();

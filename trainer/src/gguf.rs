@@ -97,7 +97,7 @@ impl Gguf {
             max_position_embeddings: self.count("llama.context_length")?,
             tie_word_embeddings: !self.content.tensor_infos.contains_key("output.weight"),
             bos_token_id: self.token("bos")?,
-            eos_token_id: self.token("eos")?,
+            eos_token_id: self.token("eos")?.into_iter().collect(),
             family: Family::Llama {
                 rope_theta: match self.content.metadata.contains_key("llama.rope.freq_base") {
                     true => self.number("llama.rope.freq_base")?,
@@ -525,7 +525,7 @@ mod tests {
                 rope_scaling: None,
             };
             assert_eq!((config.norm_epsilon, config.family), (1e-5, family));
-            assert_eq!((config.tie_word_embeddings, config.eos_token_id), (tied, Some(0)));
+            assert_eq!((config.tie_word_embeddings, &config.eos_token_id[..]), (tied, &[0][..]));
             assert_eq!(ModelConfig::open(&out).unwrap(), config);
             let weights = Weights::open(&out).unwrap();
             for (name, shape) in config.parameter_shapes() {

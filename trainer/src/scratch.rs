@@ -96,7 +96,7 @@ fn config(shape: &Shape, tokenizer: &Path) -> Result<ModelConfig> {
         max_position_embeddings: shape.max_position_embeddings,
         tie_word_embeddings: shape.tie_word_embeddings,
         bos_token_id: special(tokenizer, &pieces, "bos_token"),
-        eos_token_id: special(tokenizer, &pieces, "eos_token"),
+        eos_token_id: special(tokenizer, &pieces, "eos_token").into_iter().collect(),
         family,
     };
     // The rules of config.json hold here too.

@@ -4,16 +4,18 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
-use configs::{Plan, Precision, Residual};
+use anyhow::{Context, Result, bail, ensure};
+use configs::{Plan, Precision, Recompute, Residual};
 use corpus::Tokenizer;
 use launcher::checkpoint::manifest::step_name;
+use launcher::checkpoint::{Identity, differences};
 use launcher::measurement::{MadeBy, ModelRef};
 use serde_json::Value;
 use sharding::{Comm, Stage};
 use tch::{Device, Kind};
 
 use crate::evaluate::kind;
+use crate::hf::folder::GENERATION_CONFIG;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{Layer, Model, Trains};
 use crate::step::Trainer;
@@ -65,14 +67,17 @@ impl Subject {
         comm: &dyn Comm,
         device: Device,
     ) -> Result<Subject> {
+        let trained_by = plan;
         let mut plan = plan.clone();
         // What the slices hold is f32, whatever the run computed in.
         plan.train.precision = precision;
+        // Nothing is recomputed; what a planner would choose is no matter.
+        plan.train.recompute = Recompute::Full.into();
         // What is merged below must be there in full.
         plan.train.frozen_precision = None;
         // A GPU that holds the model need not hold what trains it.
         plan.train.offload_optimizer = device != Device::Cpu;
-        let (mut trainer, _) = train::build(&plan, comm, device, (Stage::OptimizerState, false))?;
+        let (mut trainer, identity) = train::build(&plan, comm, device, (Stage::OptimizerState, false))?;
         let folder = plan.folders.run.join(launcher::checkpoint::FOLDER);
         let (path, manifest) = match step {
             Some(step) => {
@@ -86,6 +91,13 @@ impl Subject {
                 (found.folder, found.manifest)
             }
         };
+        let identity = Identity {
+            plan: trained_by.clone(),
+            ..identity
+        };
+        if let Some(refusal) = differences(&manifest.identity, &identity).of_the_model().refusal(&path) {
+            bail!(refusal);
+        }
         checkpoint::load(&path, &manifest, comm, &mut trainer.zero)?;
         trainer.zero.arrived(comm)?;
         let Trainer { mut model, .. } = trainer;
@@ -175,7 +187,7 @@ fn ends(folder: &Path, config: &ModelConfig) -> BTreeSet<u32> {
         };
         (!ids.is_empty()).then_some(ids)
     };
-    named("generation_config.json")
+    named(GENERATION_CONFIG)
         .or_else(|| named("config.json"))
-        .unwrap_or_else(|| config.eos_token_id.into_iter().collect())
+        .unwrap_or_else(|| config.eos_token_id.iter().copied().collect())
 }

@@ -66,7 +66,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     } else {
         None
     };
-    let mut clock = Clock::start(plan, rank_0);
+    let mut clock = Clock::start(plan, trainer.zero.layout().numel() as u64, rank_0);
 
     note_beginning(&trainer, device);
     say(Event::Note {
@@ -105,10 +105,16 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         clock.took(started.elapsed());
         let boundary = Boundary::agree(comm, &saver, &clock)?;
         let seconds = started.elapsed().as_secs_f64();
+        let done = trainer.step == plan.train.steps;
+        let hurries = boundary.time_is_short || (report.stop && !done);
         let held_out = match &mut during {
-            Some(during) if during.is_due(trainer.step) => {
+            // Whoever has to end soon saves, and measures nothing.
+            Some(during) if during.is_due(trainer.step) && !hurries => {
                 comm.at(Mark::Evaluate);
-                Some(during.measure(&mut trainer)?)
+                let measured = during.measure(&mut trainer)?;
+                // It stands between a look at the clock and the save as a step does.
+                clock.took(started.elapsed());
+                Some(measured)
             }
             _ => None,
         };
@@ -143,7 +149,6 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         }
         let outcome = saver.advance(boundary.writing)?;
         clock.tell(outcome, &trainer);
-        let done = trainer.step == plan.train.steps;
         let asked = report.stop || trainer.step == last;
         let ends = done || asked || boundary.time_is_short;
         if let Some(during) = during.as_ref().filter(|_| is_best && rank_0) {

@@ -293,7 +293,15 @@ fn exports_load_in_stock_transformers_and_peft_and_give_our_logits() {
             root.path().join(format!("{index}-merged")),
             root.path().join(format!("{index}-adapter")),
         );
-        export::write_merged(&merged, &model.config, &model.merged_weights(), Kind::Float, &tokenizer).unwrap();
+        export::write_merged(
+            &merged,
+            &model.config,
+            &model.merged_weights(),
+            Kind::Float,
+            &tokenizer,
+            &base,
+        )
+        .unwrap();
         export::logits_difference(&model, &base, &merged).unwrap();
         if !grown {
             let said = export::logits_difference(&model, &base, &base).unwrap_err().to_string();
@@ -302,7 +310,7 @@ fn exports_load_in_stock_transformers_and_peft_and_give_our_logits() {
                 "the untrained model passed for the export: {said}"
             );
         }
-        let parts = Adapter::of(&model, &lora, full, &base).unwrap();
+        let parts = Adapter::of(&model, &lora, full, &base, *grown).unwrap();
         export::write_adapter(&adapter, &parts, Kind::Float, &tokenizer).unwrap();
         let logits = model.head.whole_logits(model.head_matrix(), &model.hidden(&ids));
         assert_eq!(logits.size(), [2, 20, pieces as i64]);

@@ -228,8 +228,8 @@ pub struct ImportSettings {
     pub seed: u64,
     /// Share of the passages that is held out, 0 ≤ share < 1.
     pub held_out: f64,
-    /// At most this many passages a language (of a parallel source: in all) are held out, those that would be at the
-    /// smallest share; the others return to training.
+    /// At most this many passages a language (of a source whose languages say the same, in all; of parallel text, of two
+    /// languages) are held out, those that would be at the smallest share; the others return to training.
     pub held_out_most: Option<u64>,
     /// Leave out lines that stood in the language before; not in instructions and parallel text.
     pub deduplicate_lines: bool,
@@ -288,6 +288,17 @@ pub enum OnUnreadable {
     Skip,
 }
 
+/// Passages that are drawn together are held out below one rank, in whatever language or source they come again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum DrawnWith {
+    /// The other passages of their language.
+    Language,
+    /// All of the source, where a passage's name means the same passage in every language.
+    Source,
+    /// All pairs of two languages, whichever is the target and whatever sources they are in.
+    Pairs([Language; 2]),
+}
+
 /// A place that documents come from. Languages may be read more than once, and in parallel.
 pub(crate) trait Source: Sync {
     /// For the manifest.
@@ -295,9 +306,9 @@ pub(crate) trait Source: Sync {
     fn languages(&self) -> &[SourceLanguage];
     /// Hands every document of one language to the sink, in a fixed order. Memory does not grow with the language.
     fn read(&self, language: usize, sink: &mut dyn Sink) -> Result<()>;
-    /// Whether a passage's name means the same passage in every language.
-    fn is_parallel(&self) -> bool {
-        false
+    /// With what its passages are drawn to be held out.
+    fn drawn_with(&self) -> DrawnWith {
+        DrawnWith::Language
     }
     fn skipped(&self) -> &[Skipped] {
         &[]

@@ -7,7 +7,7 @@ use crate::import::lines::Lines;
 use crate::import::records::Place;
 use crate::import::template::Template;
 use crate::import::texts::key_of;
-use crate::import::{Sides, Sink, Source, SourceLanguage};
+use crate::import::{DrawnWith, Sides, Sink, Source, SourceLanguage};
 use crate::{Document, Error, Language, Result};
 
 const NAMES: [&str; 4] = ["source", "target", "source_language", "target_language"];
@@ -139,6 +139,12 @@ impl Parallel {
 }
 
 impl Source for Parallel {
+    fn drawn_with(&self) -> DrawnWith {
+        let mut languages = [self.source.clone(), self.target[0].language.clone()];
+        languages.sort();
+        DrawnWith::Pairs(languages)
+    }
+
     fn name(&self) -> &'static str {
         "parallel"
     }

@@ -26,7 +26,7 @@ use crate::import::normalise::nfc;
 use crate::import::repeated_lines::{LineCensus, LineFilter};
 use crate::import::sorted::Sorter;
 use crate::import::units::Unit as TextUnit;
-use crate::import::{ImportSettings, OnUnreadable, Sink, Source, SourceSpec};
+use crate::import::{DrawnWith, ImportSettings, OnUnreadable, Sink, Source, SourceSpec};
 use crate::{CorpusManifest, Counts, Document, Error, Language, LanguageEntry, Progress, Result, Split};
 
 /// Grows when what is kept of an interrupted import means something else.
@@ -391,7 +391,7 @@ impl Run<'_> {
         self.read(unit, self.line_filter(unit)?, &mut |part, document| {
             let number = unit.parts[part].source;
             let (rank, text) = (rank(self.settings.seed, document.passage()), text_hash(&document.text));
-            if self.sources[number].source.is_parallel() {
+            if let Some(number) = self.drawn_as(number) {
                 let passage = Passage { number, rank, text }.to_bytes();
                 return passages.write_all(&passage).map_err(Error::io("write", &passages_path));
             }
@@ -413,6 +413,16 @@ impl Run<'_> {
         Ok(choice)
     }
 
+    /// The first source with which this one's passages are drawn; `None` where each language draws its own.
+    fn drawn_as(&self, number: usize) -> Option<usize> {
+        let with = |number: usize| -> DrawnWith { self.sources[number].source.drawn_with() };
+        match with(number) {
+            DrawnWith::Language => None,
+            DrawnWith::Source => Some(number),
+            pairs => (0..=number).find(|first| with(*first) == pairs),
+        }
+    }
+
     /// Between the passes: parallel sources' lotteries, and the texts that any lottery drew.
     fn held_out(&self, choices: Vec<Choice>) -> Result<HeldOut> {
         let budget = sorters_bytes(self.settings.memory_bytes, self.checks) / 4;
@@ -428,11 +438,14 @@ impl Run<'_> {
                 }
             }
         };
-        let mut of_source = Vec::new();
-        for (number, opened) in self.sources.iter().enumerate() {
-            if !opened.source.is_parallel() {
-                of_source.push(None);
-                continue;
+        let mut of_source: Vec<Option<u64>> = Vec::new();
+        for number in 0..self.sources.len() {
+            match self.drawn_as(number) {
+                Some(first) if first == number => {}
+                with_another => {
+                    of_source.push(with_another.and_then(|first| of_source[first]));
+                    continue;
+                }
             }
             let mut lottery = Lottery::new(&self.kept.path("all-ranks"), budget);
             for unit in self.units {
@@ -765,7 +778,7 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// The thresholds below which passages are held out, and what no language may train on.
 struct HeldOut {
-    /// Of each source, if it is parallel.
+    /// Of each source whose passages are drawn together in all its languages.
     of_source: Vec<Option<u64>>,
     of_language: BTreeMap<Language, u64>,
     texts: HeldOutTexts,
@@ -865,7 +878,7 @@ impl PartWriter {
 
 /// A passage of a parallel source.
 struct Passage {
-    /// Of the source.
+    /// Of the first source that it is drawn with.
     number: usize,
     rank: u64,
     text: TextHash,
@@ -966,8 +979,8 @@ mod tests {
             })
         }
 
-        fn is_parallel(&self) -> bool {
-            true
+        fn drawn_with(&self) -> DrawnWith {
+            DrawnWith::Source
         }
 
         fn skipped(&self) -> &[crate::Skipped] {

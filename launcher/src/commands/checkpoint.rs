@@ -109,21 +109,34 @@ impl Which {
                 "{} is a folder, which has no settings to change; name a config instead",
                 self.what.display()
             );
-            let two = Keep { newest: 2, every: None };
-            (self.what.clone(), two)
+            (self.what.clone(), None)
         } else {
             let plan = configs::load(&self.what, &self.overrides)?;
             let keep = Keep {
                 newest: plan.checkpoint.keep,
                 every: plan.checkpoint.keep_every,
             };
-            (plan.folders.run, keep)
+            (plan.folders.run, Some(keep))
         };
         let below = run.join(FOLDER);
         // The folder of the checkpoints themselves will do, too.
         let checkpoints = if below.is_dir() { below } else { run };
+        let keep = keep.unwrap_or_else(|| kept_by_the_run(&checkpoints));
         Ok(Place { checkpoints, keep })
     }
+}
+
+/// As the plan has it that wrote the newest checkpoint.
+fn kept_by_the_run(checkpoints: &Path) -> Keep {
+    let all = list(checkpoints).unwrap_or_default();
+    let newest = all.iter().rev().find_map(|(_, folder)| read_manifest(folder).ok());
+    newest.map_or(Keep { newest: 2, every: None }, |manifest| {
+        let settings = manifest.identity.plan.checkpoint;
+        Keep {
+            newest: settings.keep,
+            every: settings.keep_every,
+        }
+    })
 }
 
 impl One {

@@ -4,7 +4,8 @@
 //! Order is kept by events both ways: NCCL's stream waits for what libtorch's stream was given before a collective is
 //! started, and libtorch's stream waits for the collective when its [`Pending`] is waited for; the host waits for neither.
 //! A thread asks every second for asynchronous errors: a peer that is gone would else leave this rank's stream waiting for
-//! ever. It aborts the communicator, which ends the kernels under way.
+//! ever. It aborts the communicator, which ends the kernels under way. While a call is inside NCCL (the first that meets a peer
+//! connects to it) it cannot: there the ranks' own watch over each other ends the process.
 //!
 //! What NCCL's types are, cudarc's `nccl` module says. Its functions are called by name from the libnccl.so.2 that libtorch itself
 //! loads: cudarc looks for other file names, and a second copy of NCCL would be another library than the one that is reported.

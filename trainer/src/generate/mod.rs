@@ -64,7 +64,7 @@ pub fn generate(
     news: &mut dyn FnMut(News) -> Result<()>,
 ) -> Result<()> {
     let Generate { requests, sampling, .. } = task;
-    let most_positions = subject.model.config.max_position_embeddings;
+    let most_positions = subject.model.longest();
     let mut waiting = VecDeque::new();
     for (index, request) in requests.iter().enumerate() {
         let ids = subject.prompt(&request.prompt, sampling.special_tokens)?;
@@ -111,7 +111,7 @@ pub fn generate(
                 at,
                 slots: 0,
                 random: seeds.fork(numbers[index] as u64),
-                stream: TextStream::behind(&subject.tokenizer, &ids),
+                stream: TextStream::behind(&subject.tokenizer, &ids)?,
                 told: 0,
                 ids,
             });

@@ -41,7 +41,7 @@ pub(crate) fn llama_7b(layers: usize) -> ModelConfig {
         max_position_embeddings: 4096,
         tie_word_embeddings: false,
         bos_token_id: Some(1),
-        eos_token_id: Some(2),
+        eos_token_id: vec![2],
         family: Family::Llama {
             rope_theta: 10_000.0,
             rope_scaling: None,

@@ -23,8 +23,8 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     pub tie_word_embeddings: bool,
     pub bos_token_id: Option<u32>,
-    /// The first one where a model names several.
-    pub eos_token_id: Option<u32>,
+    /// Tokens that end a text: none, one or several.
+    pub eos_token_id: Vec<u32>,
     pub family: Family,
 }
 
@@ -158,7 +158,7 @@ impl ModelConfig {
         let fields = Fields(object);
         fields.must_be("model_type", &["llama", "gpt2"], "llama")?;
         ensure!(
-            !object.contains_key("quantization_config"),
+            fields.present("quantization_config").is_none(),
             "quantization_config is present, but this program reads f32, bf16 and f16 weights; \
              save the model dequantised (`model.dequantize().save_pretrained(…)`)"
         );
@@ -178,13 +178,18 @@ impl ModelConfig {
             } => self.llama_json(rope_theta, rope_scaling),
             Family::Gpt2 { activation } => self.gpt2_json(activation),
         };
+        let ends = match &self.eos_token_id[..] {
+            [] => Value::Null,
+            [one] => json!(one),
+            several => json!(several),
+        };
         let shared = json!({
             "vocab_size": self.vocab_size,
             "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": 0.02,
             "use_cache": true,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "eos_token_id": ends,
             "torch_dtype": dtype,
             "dtype": dtype,
         });
@@ -409,8 +414,8 @@ fn llama(fields: &Fields) -> Result<ModelConfig> {
         norm_epsilon: fields.positive("rms_norm_eps", Some(1e-6))?,
         max_position_embeddings: fields.count("max_position_embeddings", Some(2048))?,
         tie_word_embeddings: fields.bool("tie_word_embeddings", false)?,
-        bos_token_id: fields.token("bos_token_id")?,
-        eos_token_id: fields.token("eos_token_id")?,
+        bos_token_id: fields.tokens("bos_token_id")?.first().copied(),
+        eos_token_id: fields.tokens("eos_token_id")?,
         family: Family::Llama {
             rope_theta: rope_theta(fields)?,
             rope_scaling: rope_scaling(fields)?,
@@ -464,8 +469,8 @@ fn gpt2(fields: &Fields) -> Result<ModelConfig> {
         norm_epsilon: fields.positive("layer_norm_epsilon", Some(1e-5))?,
         max_position_embeddings: fields.count("n_positions", Some(1024))?,
         tie_word_embeddings: fields.bool("tie_word_embeddings", true)?,
-        bos_token_id: fields.token("bos_token_id")?,
-        eos_token_id: fields.token("eos_token_id")?,
+        bos_token_id: fields.tokens("bos_token_id")?.first().copied(),
+        eos_token_id: fields.tokens("eos_token_id")?,
         family: Family::Gpt2 { activation },
     })
 }
@@ -611,16 +616,17 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn token(&self, name: &str) -> Result<Option<u32>> {
-        let first = |value: &'a Value| match value {
-            Value::Array(several) => several.first(),
-            one => Some(one),
+    fn tokens(&self, name: &str) -> Result<Vec<u32>> {
+        let several = match self.present(name) {
+            None => &[],
+            Some(Value::Array(several)) => &several[..],
+            Some(one) => std::slice::from_ref(one),
         };
-        let Some(value) = self.present(name).and_then(first) else {
-            return Ok(None);
+        let id = |value: &Value| {
+            let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+            must(name, value, id, "a token's number, or a list of them")
         };
-        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        must(name, value, id, "a token's number, or a list of them").map(Some)
+        several.iter().map(id).collect()
     }
 }
 
@@ -677,7 +683,8 @@ mod tests {
             "bos_token_id": 1, "eos_token_id": [2, 3], "rope_theta": 123_456.5 }),
         )
         .unwrap();
-        assert_eq!(config.eos_token_id, Some(2));
+        assert_eq!(config.eos_token_id, [2, 3]);
+        assert_eq!(config.to_json("float32")["eos_token_id"], json!([2, 3]));
         let written = config.to_json("bfloat16");
         assert_eq!(ModelConfig::from_json(written.as_object().unwrap()).unwrap(), config);
     }

@@ -24,6 +24,15 @@ impl NewFolder {
         let mut partial = name.to_os_string();
         partial.push(".partial");
         let partial = target.with_file_name(partial);
+        let old = old_of(&partial);
+        if old.exists() && target.exists() {
+            // A commit was interrupted while it removed what it had replaced.
+            refuse_foreign(&old)?;
+            fs::remove_dir_all(&old).with_context(|| format!("removing the replaced {}", old.display()))?;
+        } else if old.exists() {
+            // Or before the new one had its name.
+            fs::rename(&old, target).with_context(|| format!("giving {} its name back", target.display()))?;
+        }
         if partial.exists() {
             refuse_foreign(&partial)?;
             fs::remove_dir_all(&partial).with_context(|| format!("removing the unfinished {}", partial.display()))?;
@@ -62,6 +71,18 @@ impl NewFolder {
         Ok(())
     }
 
+    /// Copies what `from` says of how its model writes (which tokens end a text, temperatures), if it says anything.
+    pub fn copy_generation_config(&self, from: &Path) -> Result<()> {
+        let file = from.join(GENERATION_CONFIG);
+        if file.is_file() {
+            self.write(
+                GENERATION_CONFIG,
+                fs::read(&file).with_context(|| file.display().to_string())?,
+            )?;
+        }
+        Ok(())
+    }
+
     /// Gives the folder its name. What stood there before goes.
     pub fn commit(self) -> Result<()> {
         sync(&self.partial)?;
@@ -69,11 +90,7 @@ impl NewFolder {
             Some(parent) if parent != Path::new("") => parent.to_path_buf(),
             _ => PathBuf::from("."),
         };
-        let old = self.target.exists().then(|| {
-            let mut name = self.partial.file_name().unwrap_or_default().to_os_string();
-            name.push(".old");
-            self.target.with_file_name(name)
-        });
+        let old = self.target.exists().then(|| old_of(&self.partial));
         let in_place = || format!("giving {} its name", self.target.display());
         if let Some(old) = &old {
             fs::rename(&self.target, old).with_context(in_place)?;
@@ -85,6 +102,15 @@ impl NewFolder {
         }
         Ok(())
     }
+}
+
+pub const GENERATION_CONFIG: &str = "generation_config.json";
+
+/// Where what `partial` replaces goes first.
+fn old_of(partial: &Path) -> PathBuf {
+    let mut name = partial.file_name().unwrap_or_default().to_os_string();
+    name.push(".old");
+    partial.with_file_name(name)
 }
 
 /// All files a tokenizer may come in.
@@ -111,13 +137,7 @@ fn refuse_foreign(folder: &Path) -> Result<()> {
         let known = name.ends_with(".safetensors")
             || name.ends_with(".safetensors.index.json")
             || TOKENIZER_FILES.contains(&name.as_str())
-            || [
-                "config.json",
-                "generation_config.json",
-                "adapter_config.json",
-                "README.md",
-            ]
-            .contains(&name.as_str());
+            || ["config.json", GENERATION_CONFIG, "adapter_config.json", "README.md"].contains(&name.as_str());
         if !known || entry.path().is_dir() {
             bail!(
                 "{} holds {name}, which is no part of a model folder, and would be replaced; \
@@ -179,6 +199,30 @@ mod tests {
         let folder = NewFolder::begin(&target).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
         folder.commit().unwrap();
+    }
+
+    #[test]
+    fn a_commit_that_was_interrupted_is_finished_by_the_next() {
+        let root = tempfile::tempdir().unwrap();
+        let (target, old) = (root.path().join("model"), root.path().join("model.partial.old"));
+        let make = |folder: &Path, text: &str| {
+            fs::create_dir_all(folder).unwrap();
+            fs::write(folder.join("config.json"), text).unwrap();
+        };
+        let read = || fs::read_to_string(target.join("config.json")).unwrap();
+        // While the old one was being removed.
+        make(&target, "second");
+        make(&old, "first");
+        let folder = NewFolder::begin(&target).unwrap();
+        assert_eq!((read().as_str(), old.exists()), ("second", false));
+        folder.write("config.json", "third").unwrap();
+        folder.commit().unwrap();
+        assert_eq!(read(), "third");
+        // Between the two renames: there is no other whole one.
+        fs::rename(&target, &old).unwrap();
+        make(&root.path().join("model.partial"), "fourth");
+        NewFolder::begin(&target).unwrap();
+        assert_eq!((read().as_str(), old.exists()), ("third", false));
     }
 
     #[test]

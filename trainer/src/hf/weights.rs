@@ -567,7 +567,7 @@ mod tests {
             max_position_embeddings: 32,
             tie_word_embeddings: tied,
             bos_token_id: None,
-            eos_token_id: None,
+            eos_token_id: vec![],
             family: Family::Llama {
                 rope_theta: 1e4,
                 rope_scaling: None,

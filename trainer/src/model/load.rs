@@ -91,11 +91,7 @@ impl Model {
             Family::Llama {
                 rope_theta,
                 rope_scaling,
-            } => {
-                // Positions beyond the longest row are never asked for; the table is small all the same.
-                let longest = config.max_position_embeddings.min(1 << 16);
-                Some(Rotary::new(longest, config.head_dim, rope_theta, rope_scaling).on(weights.device()))
-            }
+            } => Some(Rotary::new(longest(config), config.head_dim, rope_theta, rope_scaling).on(weights.device())),
             Family::Gpt2 { .. } => None,
         };
         Ok(Model {
@@ -162,12 +158,28 @@ impl Model {
     /// Refuses rows that the position table does not reach.
     pub fn check_length(&self, length: usize, what: &str) -> Result<()> {
         ensure!(
-            length <= self.config.max_position_embeddings,
-            "{what} = {length} exceeds the model's {} positions (max_position_embeddings); choose at most that many",
-            self.config.max_position_embeddings
+            length <= self.longest(),
+            "{what} = {length} exceeds the model's {} positions ({}); choose at most that many",
+            self.longest(),
+            match self.longest() < self.config.max_position_embeddings {
+                true => "as many as this program has a table for",
+                false => "max_position_embeddings",
+            }
         );
         Ok(())
     }
+
+    /// Positions of the longest row.
+    pub fn longest(&self) -> usize {
+        longest(&self.config)
+    }
+}
+
+/// The table of a model for a million positions would be half a gigabyte, and nobody trains on such rows here.
+const MOST_POSITIONS: usize = 1 << 18;
+
+fn longest(config: &ModelConfig) -> usize {
+    config.max_position_embeddings.min(MOST_POSITIONS)
 }
 
 /// [out, in] to how Hugging Face stores it and back: the two differ by a transposition, or not at all.
@@ -359,6 +371,13 @@ fn pieces(config: &ModelConfig, trains: &Trains) -> Result<usize> {
         "the vocabulary extends a base of {} pieces but this model has {}; make the vocabulary again from this base",
         vocabulary.base_size,
         config.vocab_size
+    );
+    // Untrained new rows are noise for ever; that is never what was meant.
+    ensure!(
+        vocabulary.pieces.is_empty() || head.is_some(),
+        "the vocabulary adds {} rows to lm_head, which this base does not tie to embed_tokens, but train.full does not name it: \
+         they would never learn; add lm_head to train.full",
+        vocabulary.pieces.len()
     );
     // A base may have more rows than its tokenizer has pieces; new pieces take the first unused ones.
     Ok(match vocabulary.pieces.is_empty() {

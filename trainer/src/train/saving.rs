@@ -1,12 +1,13 @@
 //! When a run saves: after so many steps or minutes, at its end, and in time before the job's; and what people are told of it.
 
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use configs::Plan;
 use launcher::checkpoint::manifest::planned_bytes;
 use launcher::events::Event;
-use launcher::history::{History, What};
+use launcher::history::{Happening, History, What};
 use launcher::place::SlurmJob;
 use launcher::{text, wall_time};
 use sharding::Comm;
@@ -61,8 +62,23 @@ pub struct Clock {
     failed: bool,
 }
 
+/// Bytes a second that a busy file system of many users still takes.
+const SLOW_DISK: f64 = 500e6;
+
+/// Seconds of an attempt's first save: as long as the slowest of the run's before, or as a slow disk takes. An attempt that is
+/// ended before its first save is due must still save in time.
+fn expected_save(run: &Path, elements: u64) -> f64 {
+    let of = |happening: Happening| match happening.what {
+        What::Saved { seconds, .. } => Some(seconds),
+        _ => None,
+    };
+    let before = History::of(run).all().into_iter().filter_map(of).reduce(f64::max);
+    before.unwrap_or(planned_bytes(elements) as f64 / SLOW_DISK)
+}
+
 impl Clock {
-    pub fn start(plan: &Plan, rank_0: bool) -> Clock {
+    /// `elements`: parameters that train.
+    pub fn start(plan: &Plan, elements: u64, rank_0: bool) -> Clock {
         let end = match rank_0.then(|| wall_time::job_end(&SlurmJob::detect())) {
             Some(Err(error)) => {
                 let text = format!("nothing is saved in time before the job's limit, which is not known: {error:#}");
@@ -80,7 +96,11 @@ impl Clock {
             end,
             last_save: Instant::now(),
             longest_step: 0.0,
-            longest_save: 0.0,
+            longest_save: if rank_0 {
+                expected_save(&plan.folders.run, elements)
+            } else {
+                0.0
+            },
             saves_told: 0,
             failed: false,
         }
