@@ -136,21 +136,13 @@ fn main() -> ExitCode {
 
 /// Prints what went wrong, unless the worker has; gives the code to leave with.
 fn report(error: &anyhow::Error) -> i32 {
-    if let Some(Leave(code)) = error.downcast_ref() {
-        return *code;
+    if error.downcast_ref::<Leave>().is_none() {
+        match error.is::<Failed>() {
+            true => eprintln!("panglot: {error}"),
+            false => eprintln!("panglot: {error:#}"),
+        }
     }
-    if let Some(failed) = error.downcast_ref::<Failed>() {
-        eprintln!("panglot: {error}");
-        return failed.code;
-    }
-    eprintln!("panglot: {error:#}");
-    if error.is::<commands::verify_resume::Differs>() {
-        return exit::INTERNAL;
-    }
-    let is = |kind: fn(&std::io::Error) -> bool| error.chain().any(|cause| cause.downcast_ref().is_some_and(kind));
-    // A file that is not there was named wrongly; one that cannot be read or written is the machine's matter.
-    let files = is(|error| error.kind() != std::io::ErrorKind::NotFound) && !error.is::<configs::ConfigError>();
-    if files { exit::IO } else { exit::USER }
+    commands::code_of(error)
 }
 
 #[cfg(test)]

@@ -156,7 +156,10 @@ pub fn launch_id() -> String {
         "PALS_APID",
         "FLUX_JOB_ID",
     ];
-    let parts: Vec<String> = names.iter().filter_map(|name| std::env::var(name).ok()).collect();
+    // mpirun starts its daemons on other nodes as a step of its own, which its ranks on the first node are not in.
+    let of_mpirun = std::env::var_os("OMPI_COMM_WORLD_RANK").is_some();
+    let told = names.iter().filter(|name| !(of_mpirun && **name == "SLURM_STEP_ID"));
+    let parts: Vec<String> = told.filter_map(|name| std::env::var(name).ok()).collect();
     let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' };
     let id: String = parts.join(".").chars().map(plain).take(100).collect();
     if id.is_empty() { "local".to_owned() } else { id }
@@ -180,6 +183,13 @@ pub fn step_hosts() -> Vec<String> {
         hosts.into_iter().enumerate().map(of_host).collect::<Option<Vec<_>>>()
     };
     placed().unwrap_or_default().concat()
+}
+
+/// CPUs that a step of Slurm's gives each of its ranks, where that was asked for. With more than one rank a node, what this process
+/// may run on is then its own share or, unbound, all of theirs.
+pub fn cpus_of_rank() -> Option<usize> {
+    let told = |name: &str| std::env::var(name).ok();
+    told("SLURM_STEP_ID").and(told("SLURM_CPUS_PER_TASK"))?.parse().ok()
 }
 
 /// The GPUs that whoever started this process shows it, in their order; `None` where nobody chose among the node's.
@@ -410,8 +420,14 @@ fn pmi(variables: &Variables) -> Found {
         return Ok(None);
     };
     let world = variables.with("PMI_RANK", "PMI_SIZE")?;
-    // Only Hydra sets a local rank of PMI's; srun --mpi=pmi2 and PALS have their own.
-    let local = ["MPI_LOCALRANKID", "SLURM_LOCALID", "PALS_LOCAL_RANKID"];
+    // Only Hydra sets a local rank of PMI's; srun --mpi=pmi2, PALS and Flux have their own.
+    let local = [
+        "MPI_LOCALRANKID",
+        "PMI_LOCAL_RANK",
+        "SLURM_LOCALID",
+        "PALS_LOCAL_RANKID",
+        "FLUX_TASK_LOCAL_ID",
+    ];
     let local = local
         .iter()
         .find_map(|&name| variables.number(name).transpose())
@@ -426,7 +442,10 @@ fn pmi(variables: &Variables) -> Found {
             });
         }
     };
-    let local_world = variables.number("MPI_LOCALNRANKS")?;
+    let local_world = match variables.number("MPI_LOCALNRANKS")? {
+        None => variables.number("PMI_LOCAL_SIZE")?,
+        told => told,
+    };
     Ok(Some(Told {
         rank,
         world,
@@ -542,6 +561,13 @@ mod tests {
             Family::Flux,
             here,
             4,
+        );
+        // As its own plugin sets them beside.
+        check(
+            "FLUX_TASK_RANK=3 FLUX_JOB_SIZE=4 FLUX_TASK_LOCAL_ID=1 PMI_RANK=3 PMI_SIZE=4 PMI_LOCAL_SIZE=2",
+            Family::Pmi,
+            here,
+            2,
         );
         check("", Family::Alone, (0, 1, 0), 1);
     }

@@ -78,6 +78,8 @@ enum Kind {
     Time,
     /// Names and lists of them, as Slurm writes them.
     Words,
+    /// A name that stands in the script without quotes.
+    Word,
     /// A name or a file's path.
     Text,
 }
@@ -100,7 +102,7 @@ const KEYS: [(&str, &str, Kind); 17] = [
     ("mail_user", "mail-user", Kind::Words),
     ("job_name", "job-name", Kind::Text),
     ("output", "output", Kind::Text),
-    ("mpi", "mpi", Kind::Words),
+    ("mpi", "mpi", Kind::Word),
 ];
 
 impl Settings {
@@ -167,6 +169,9 @@ impl Settings {
                 return Err(wrong(
                     "holds characters that no such name has; use letters, digits and _.,:@+=/&|*[]()-",
                 ));
+            }
+            Kind::Word if !allowed("_.-") => {
+                return Err(wrong("is no such name; use letters, digits and _.-"));
             }
             // Lines of #SBATCH are read by Slurm, whose quotes are not a shell's: nothing that would need any.
             Kind::Text if !allowed("_.,:@+=/%~-") => {
@@ -289,6 +294,12 @@ fn directives(job: &Submission) -> String {
     for (option, value) in [("job-name", job.name.as_str()), ("output", "panglot-%j.out")] {
         if !settings.has(option) {
             lines.push((option, value.to_owned()));
+        }
+    }
+    if job.chain.is_some() {
+        // By the name a chain's jobs wait for each other, and what is left of them is cancelled: no other chain may have it.
+        for (_, name) in lines.iter_mut().filter(|(option, _)| *option == "job-name") {
+            *name = format!("{name}-{}", job.nonce);
         }
     }
     // What an attempt said is kept when the next one speaks.

@@ -209,11 +209,17 @@ fn spawn(job: &Job, rank: &[(&'static str, String)], ear: Option<&Ear>) -> io::R
 
 /// Tells what a process says and how it ends, the one beside the other: a stray may hold the pipe.
 fn follow(mut child: Child, index: usize, tell: UnboundedSender<(usize, News)>) {
-    let lines = child.stdout.take().map(|stdout| BufReader::new(stdout).lines());
+    let stdout = child.stdout.take().map(BufReader::new);
     let said = tell.clone();
     tokio::spawn(async move {
-        let Some(mut lines) = lines else { return };
-        while let Ok(Some(line)) = lines.next_line().await {
+        let Some(mut stdout) = stdout else { return };
+        let mut bytes = Vec::new();
+        // Libraries print there too, in whatever bytes.
+        while let Ok(1..) = stdout.read_until(b'\n', &mut bytes).await {
+            let line = String::from_utf8_lossy(&bytes)
+                .trim_end_matches(['\n', '\r'])
+                .to_owned();
+            bytes.clear();
             if said.send((index, News::Line(line))).is_err() {
                 return;
             }

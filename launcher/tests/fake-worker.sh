@@ -11,6 +11,7 @@ case $name in
 finishes)
     echo '{"event":"phase","name":"pretending"}'
     echo 'a library chatters'
+    printf 'and says \\377\\n'
     echo '{"event":"note","text":"resumed from step 7"}'
     echo '{"event":"done","result":{"steps":20}}'
     ;;

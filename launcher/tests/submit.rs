@@ -192,6 +192,9 @@ fn what_does_not_fit_is_refused_with_the_rule() {
     assert!(refused("account=a b").contains("characters that no such name has"));
     assert!(refused("partition=--wrap=id").contains("characters"));
     assert!(refused("job_name=a\nb").contains("line break"));
+    for mpi in ["pmix&id", "pmix|id", "(id)"] {
+        assert!(refused(&format!("mpi={mpi}")).contains("is no such name"), "{mpi}");
+    }
     for name in ["a b", "a'b", "$(id)", "a#b", "a\\b"] {
         assert!(
             refused(&format!("job_name={name}")).contains("cannot stand in a line of #SBATCH"),
@@ -216,6 +219,24 @@ fn what_does_not_fit_is_refused_with_the_rule() {
         })
         .is_err()
     );
+}
+
+#[test]
+fn chains_wait_for_their_own_jobs_alone() {
+    for settings in ["nodes=2", "nodes=2 job_name=mine"] {
+        let name = |nonce: &str| {
+            let script = script(&Submission {
+                chain: Some(3),
+                nonce: nonce.to_owned(),
+                ..job(settings)
+            });
+            let script = script.unwrap();
+            let line = script.lines().find_map(|line| line.strip_prefix("#SBATCH --job-name="));
+            line.unwrap().to_owned()
+        };
+        assert!(name("a1").ends_with("-a1"), "{}", name("a1"));
+        assert_ne!(name("a1"), name("b2"));
+    }
 }
 
 #[test]

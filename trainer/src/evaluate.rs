@@ -129,7 +129,7 @@ pub fn day_zero(
         };
         let subject = Subject {
             name: name.to_owned(),
-            digest: weights.digest(),
+            digest: weights.digest_with(&config),
             model: Model::load(&config, &weights.on(device), kind(plan.train.precision), &grows)
                 .with_context(|| format!("loading {}", folders.base_model.display()))?,
             tokenizer: Tokenizer::open(tokenizer)?,

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use configs::{FullModule, NewRows, Plan};
 use launcher::events::Event;
 use launcher::measurement::Order;
-use launcher::place::{Place, shown_gpus};
+use launcher::place::{Place, cpus_of_rank, shown_gpus};
 use launcher::{exit, gpus};
 use sharding::{Comm, Mark};
 use tch::Device;
@@ -169,7 +169,11 @@ fn start(command: Command) -> Result<i32> {
         (Command::Measure { .. }, _) => device_of(order.as_ref().expect("read above").device, &place)?,
         _ => Device::Cpu,
     };
-    set_threads(threads.unwrap_or_else(|| cores().div_ceil(place.local_world).max(1)))?;
+    let own = || match cpus_of_rank() {
+        Some(cpus) => cpus.min(cores()),
+        None => cores().div_ceil(place.local_world),
+    };
+    set_threads(threads.unwrap_or_else(own).max(1))?;
     if let Some(plan) = &plan {
         log_to(&plan.folders.run.join("logs").join(format!("rank-{}.log", place.rank)))?;
     }

@@ -46,7 +46,7 @@ impl Subject {
     pub fn of_folder(folder: &Path, precision: Precision, device: Device) -> Result<Subject> {
         let config = ModelConfig::open(folder)?;
         let weights = Weights::open(folder)?;
-        let digest = weights.digest();
+        let digest = weights.digest_with(&config);
         let model = Model::load(&config, &weights.on(device), kind(precision), &Trains::default())
             .with_context(|| format!("loading {}", folder.display()))?;
         Ok(Subject {

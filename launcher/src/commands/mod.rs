@@ -70,6 +70,23 @@ pub struct Failed {
 #[error("exit code {0}")]
 pub struct Leave(pub i32);
 
+/// What the process leaves with.
+pub fn code_of(error: &anyhow::Error) -> i32 {
+    if let Some(Leave(code)) = error.downcast_ref() {
+        return *code;
+    }
+    if let Some(failed) = error.downcast_ref::<Failed>() {
+        return failed.code;
+    }
+    if error.is::<verify_resume::Differs>() {
+        return exit::INTERNAL;
+    }
+    let is = |kind: fn(&std::io::Error) -> bool| error.chain().any(|cause| cause.downcast_ref().is_some_and(kind));
+    // A file that is not there was named wrongly; one that cannot be read or written is the machine's matter.
+    let files = is(|error| error.kind() != std::io::ErrorKind::NotFound) && !error.is::<configs::ConfigError>();
+    if files { exit::IO } else { exit::USER }
+}
+
 fn meaning(code: i32) -> &'static str {
     match code {
         exit::USER => "the config or its files do not fit, see above",

@@ -194,7 +194,7 @@ fn by_slurm(app: &App, args: &Args, plan: &Plan, settings: Settings, overrides: 
         eprintln!("job {id} on {} nodes; {}", job.settings.nodes, files::shown(&output));
     }
     while is_queued(id)? {
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(Duration::from_secs(2));
     }
     Ok(())
 }
@@ -206,7 +206,12 @@ fn is_queued(id: u64) -> anyhow::Result<bool> {
         .stdin(Stdio::null())
         .output()
         .context("cannot start squeue")?;
-    Ok(output.status.success() && !String::from_utf8_lossy(&output.stdout).trim().is_empty())
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    Ok(match output.status.success() {
+        true => !said(&output.stdout).is_empty(),
+        // A controller that is busy answers another time.
+        false => !said(&output.stderr).contains("Invalid job id"),
+    })
 }
 
 /// What the plan says of a step's time; on the hardware that the config names, else on the usual of its device.

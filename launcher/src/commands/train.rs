@@ -5,7 +5,7 @@ use std::path::Path;
 use configs::Plan;
 use nix::sys::signal::Signal;
 
-use super::{App, ConfigArgs, Failed, RunFolder, stage, verify_resume, watch};
+use super::{App, ConfigArgs, Failed, RunFolder, code_of, stage, verify_resume, watch};
 use launcher::attempts::{Attempts, Verdict};
 use launcher::events::Event;
 use launcher::place::{Place, PlaceError, is_wired_for_mpi, shown_gpus};
@@ -50,7 +50,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
                 place.world
             );
             let ended = as_one_rank(app, &plan, &place);
-            let code = ended.as_ref().map_or(exit::USER, |ended| ended.code);
+            let code = ended.as_ref().map_or_else(code_of, |ended| ended.code);
             if code != exit::FINISHED {
                 // For the job script: srun gives the highest code of all, which is that of ranks it has terminated.
                 let _ = Attempts::of(&plan.folders.run).note_rank(place.rank, code);

@@ -246,11 +246,16 @@ fn of_each_host(seen: &Seen) -> Vec<Finding> {
                 "bring its interface up, or exclude the host",
             );
         }
-        let wanted = host.threads_per_rank.unwrap_or(1) * host.local_world;
-        if wanted > host.cores {
+        // A rank that has CPUs of its own may see no others.
+        let (ranks, cores) = match host.cpus_of_rank {
+            Some(cpus) => (1, cpus.min(host.cores)),
+            None => (host.local_world, host.cores),
+        };
+        let wanted = host.threads_per_rank.unwrap_or(1) * ranks;
+        if wanted > cores {
             let what = format!(
-                "{wanted} threads ({} ranks) share {} cores",
-                host.local_world, host.cores
+                "{wanted} threads ({}) share {cores} cores",
+                text::counted(ranks, "rank")
             );
             say(
                 false,
@@ -469,6 +474,20 @@ mod tests {
         check(
             |hosts, _| hosts.get_mut(&1).unwrap().local_world = 3,
             &["warning: n2: 3 threads (3 ranks) share 2 cores; ask"],
+        );
+        check(
+            |hosts, _| {
+                let host = hosts.get_mut(&1).unwrap();
+                (host.local_world, host.cpus_of_rank) = (3, Some(2));
+            },
+            &[],
+        );
+        check(
+            |hosts, _| {
+                let host = hosts.get_mut(&1).unwrap();
+                (host.threads_per_rank, host.cpus_of_rank) = (Some(4), Some(2));
+            },
+            &["warning: n2: 4 threads (1 rank) share 2 cores; ask"],
         );
     }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::reach::Door;
 use crate::gpus::{Gpu, Trouble};
-use crate::place::{Place, SlurmJob, is_wired_for_mpi, shown_gpus};
+use crate::place::{Place, SlurmJob, cpus_of_rank, is_wired_for_mpi, shown_gpus};
 use crate::rendezvous::{interfaces, sameness};
 use crate::{files, gpus};
 
@@ -39,6 +39,8 @@ pub struct Host {
     pub open_files: u64,
     pub cores: usize,
     pub threads_per_rank: Option<usize>,
+    /// That Slurm gives to each rank.
+    pub cpus_of_rank: Option<usize>,
     /// Ranks that nobody waits for any more.
     pub leftovers: Vec<String>,
     pub wired_for_mpi: bool,
@@ -72,6 +74,7 @@ impl Host {
             open_files,
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             threads_per_rank: plan.launch.threads_per_rank,
+            cpus_of_rank: cpus_of_rank(),
             leftovers: if place.local_rank == 0 { leftovers() } else { Vec::new() },
             wired_for_mpi: is_wired_for_mpi(),
             in_slurm: SlurmJob::detect().id.is_some(),

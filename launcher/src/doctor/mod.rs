@@ -90,15 +90,16 @@ pub fn examine(plan: &Plan, place: &Place, worker: Option<&Path>) -> anyhow::Res
         examined.findings = findings(&seen);
         examined.refused = examined.findings.iter().any(|finding| finding.refuses);
         files::write_json(
-            &folder.join("verdict"),
+            &folder.join("verdict-0"),
             &Verdict {
                 refused: examined.refused,
             },
         )?;
     } else {
-        let verdict: Option<Verdict> = wait(&folder.join("verdict"), REPORTS + LINKS);
+        // By listing the folder, as with reports: a file that was looked for before it was there, NFS goes on not to see.
+        let verdict: BTreeMap<usize, Verdict> = gather(&folder, "verdict", 1, REPORTS + LINKS);
         // Without a word of rank 0's there is no peer to meet.
-        examined.refused = verdict.is_none_or(|verdict| verdict.refused);
+        examined.refused = verdict.get(&0).is_none_or(|verdict| verdict.refused);
     }
     Ok(examined)
 }
@@ -137,15 +138,4 @@ fn gather<T: DeserializeOwned>(folder: &Path, kind: &str, count: usize, limit: D
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-}
-
-fn wait<T: DeserializeOwned>(file: &Path, limit: Duration) -> Option<T> {
-    let began = Instant::now();
-    while began.elapsed() < limit {
-        if let Ok(value) = files::read_json(file) {
-            return Some(value);
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    None
 }

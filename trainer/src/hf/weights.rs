@@ -129,6 +129,20 @@ impl Weights {
         Ok(tensor.to_device(self.device).to_kind(kind))
     }
 
+    /// [`Weights::digest`], and what the config makes of them: with another rotation or another ε the same tensors are another
+    /// model. Which tokens begin and end a text is no part of it.
+    pub fn digest_with(&self, config: &ModelConfig) -> String {
+        let computes = ModelConfig {
+            bos_token_id: None,
+            eos_token_id: Vec::new(),
+            ..config.clone()
+        };
+        let text = serde_json::to_string(&computes).expect("plain data");
+        let mut whole = blake3::Hasher::new();
+        whole.update(self.digest().as_bytes()).update(text.as_bytes());
+        whole.finalize().to_hex().to_string()
+    }
+
     /// BLAKE3 over every tensor's name, type, shape and bytes, in the order of the names: the same however the model is
     /// cut into files. Reads everything, on all of rayon's threads, and holds some 256 MiB of it at a time.
     pub fn digest(&self) -> String {
@@ -624,6 +638,16 @@ mod tests {
         let whole = digest("whole", SHARD_BYTES, 1.0);
         assert_eq!(digest("cut", 300, 1.0), whole);
         assert_ne!(digest("changed", SHARD_BYTES, 2.0), whole);
+
+        let weights = Weights::open(&root.path().join("cut")).unwrap();
+        let with = |change: &dyn Fn(&mut ModelConfig)| {
+            let mut config = config(false);
+            change(&mut config);
+            weights.digest_with(&config)
+        };
+        let model = with(&|_| ());
+        assert_eq!(with(&|config| config.eos_token_id = vec![2, 3]), model);
+        assert_ne!(with(&|config| config.norm_epsilon = 1e-6), model);
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub fn build_model<'a>(
     let base = &plan.folders.base_model;
     let config = ModelConfig::open(base)?;
     let weights = Weights::open(base)?;
-    let digest = weights.digest();
+    let digest = weights.digest_with(&config);
     let trains = Trains {
         lora: plan.train.lora.clone(),
         full: plan.train.full.clone(),
