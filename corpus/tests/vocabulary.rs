@@ -524,5 +524,6 @@ fn added_tokens_that_the_vocabulary_does_not_name_keep_their_numbers() {
     for (place, piece) in vocabulary.pieces.iter().enumerate() {
         assert_eq!(after.piece((before.size() + place) as u32).as_ref(), Some(&piece.piece));
     }
-    assert_eq!(after.encode("<|turn|>").unwrap(), [id as u32]);
+    assert_eq!(after.id("<|turn|>"), Some(id as u32));
+    assert_eq!(after.id("<|new|>"), Some((after.size() - 1) as u32));
 }

@@ -372,13 +372,6 @@ fn pieces(config: &ModelConfig, trains: &Trains) -> Result<usize> {
         vocabulary.base_size,
         config.vocab_size
     );
-    // Untrained new rows are noise for ever; that is never what was meant.
-    ensure!(
-        vocabulary.pieces.is_empty() || head.is_some(),
-        "the vocabulary adds {} rows to lm_head, which this base does not tie to embed_tokens, but train.full does not name it: \
-         they would never learn; add lm_head to train.full",
-        vocabulary.pieces.len()
-    );
     // A base may have more rows than its tokenizer has pieces; new pieces take the first unused ones.
     Ok(match vocabulary.pieces.is_empty() {
         true => vocabulary.size.max(config.vocab_size),

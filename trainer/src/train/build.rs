@@ -1,7 +1,7 @@
 //! From a plan to a trainer: the model loaded stage by stage, and what trains bound to its slices.
 
 use anyhow::{Context, Result, ensure};
-use configs::{FrozenPrecision, NewRows, Plan, Precision};
+use configs::{FrozenPrecision, FullModule, NewRows, Plan, Precision};
 use corpus::{TokenShards, Vocabulary};
 use launcher::checkpoint::Identity;
 use sharding::{Comm, Stage, Wire, Zero};
@@ -61,6 +61,13 @@ pub fn build_model<'a>(
 ) -> Result<(Trainer<'a>, String)> {
     let base = &plan.folders.base_model;
     let config = ModelConfig::open(base)?;
+    let grows = vocabulary.as_ref().map_or(0, |(vocabulary, _)| vocabulary.pieces.len());
+    // Untrained new rows are noise for ever; that is never what was meant.
+    ensure!(
+        grows == 0 || config.tie_word_embeddings || plan.train.full.contains(&FullModule::LmHead),
+        "the vocabulary adds {grows} rows to lm_head, which this base does not tie to embed_tokens, but train.full does not name \
+         it: they would never learn; add lm_head to train.full"
+    );
     let weights = Weights::open(base)?;
     let digest = weights.digest_with(&config);
     let trains = Trains {
