@@ -12,10 +12,15 @@ use crate::training::{MINUTE, Training, changed_panglot, other_build};
 /// Runs the doctor on four nodes; what it says, and its exit code. `before` are lines of the job script; `panglot` may be
 /// replaced there.
 fn examine(training: &Training, before: &str, srun: &str) -> (String, i32, f64) {
+    examine_on(training, &["--nodes", "4", "--ntasks-per-node", "1"], before, srun)
+}
+
+/// As `examine`, with these options of sbatch.
+pub fn examine_on(training: &Training, options: &[&str], before: &str, srun: &str) -> (String, i32, f64) {
     let began = Instant::now();
     let lines = format!("{before}\nsrun --mpi=pmix {srun} \"$panglot\" doctor \"${{settings[@]}}\"\nexit $?");
     let already = training.said().len();
-    let job = training.sbatch("4", "1", &lines);
+    let job = training.sbatch_with(options, &lines);
     let ended = training.cluster.ended(job, MINUTE);
     (
         training.said()[already..].to_owned(),

@@ -5,7 +5,6 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use configs::{FullModule, Lora, Plan, Recompute};
-use launcher::checkpoint::Identity;
 use serde_json::{Value, json};
 use sharding::{Comm, Stage};
 use tch::{Kind, Tensor};
@@ -24,10 +23,6 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
     // Nothing is recomputed; what a planner would choose for the run's devices says nothing of this host.
     building.train.recompute = Recompute::Full.into();
     let (mut trainer, identity) = train::build(&building, comm, tch::Device::Cpu, (Stage::OptimizerState, false))?;
-    let identity = Identity {
-        plan: plan.clone(),
-        ..identity
-    };
     let folder = plan.folders.run.join(launcher::checkpoint::FOLDER);
     let found = launcher::checkpoint::newest(&folder)?
         .with_context(|| format!("{} holds no checkpoint to export; train first", folder.display()))?;

@@ -7,8 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use configs::{Plan, Precision, Recompute, Residual};
 use corpus::Tokenizer;
+use launcher::checkpoint::differences;
 use launcher::checkpoint::manifest::step_name;
-use launcher::checkpoint::{Identity, differences};
 use launcher::measurement::{MadeBy, ModelRef};
 use serde_json::Value;
 use sharding::{Comm, Stage};
@@ -67,7 +67,6 @@ impl Subject {
         comm: &dyn Comm,
         device: Device,
     ) -> Result<Subject> {
-        let trained_by = plan;
         let mut plan = plan.clone();
         // What the slices hold is f32, whatever the run computed in.
         plan.train.precision = precision;
@@ -91,10 +90,7 @@ impl Subject {
                 (found.folder, found.manifest)
             }
         };
-        let identity = Identity {
-            plan: trained_by.clone(),
-            ..identity
-        };
+        // What was changed above is no part of the model.
         if let Some(refusal) = differences(&manifest.identity, &identity).of_the_model().refusal(&path) {
             bail!(refusal);
         }
