@@ -82,6 +82,11 @@ pub struct Corpus {
 }
 
 impl Corpus {
+    /// What stands before a document in training, and so in evaluation: its own start, or the end of the one before.
+    pub fn before_document(&self) -> Option<&str> {
+        self.document_start.as_deref().or(self.document_end.as_deref())
+    }
+
     /// Whether any source is text, which can be held out and pieces be learned from; tokenised files are none.
     pub fn has_text(&self) -> bool {
         let is_text = |source: &Source| !matches!(source.kind, SourceKind::Megatron { .. });
@@ -457,7 +462,8 @@ pub struct Sampling {
     /// Languages by size. With weights, which sum to 1, they are sampled by; without, they stand in the table only.
     #[serde(default)]
     pub groups: Vec<ResourceGroup>,
-    /// No part (a language of a source) is read more often than this in the run; the others share what it leaves.
+    /// No part (a language of a source) is read more often than this in the run, but for one row of one that is shorter than
+    /// a row; the others share what it leaves.
     #[serde(default)]
     pub max_epochs: Option<f64>,
     /// Parts read more often than this are warned of before a run. `None`: 4, beyond which repeated text is worth ever

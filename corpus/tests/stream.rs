@@ -510,7 +510,7 @@ fn no_part_is_read_more_often_than_the_cap_and_the_others_take_its_rows() {
             assert_eq!(plan.values().map(|part| part.rows).sum::<u64>(), 2_400);
             for part in plan.values() {
                 assert!(
-                    part.epochs <= max_epochs,
+                    part.epochs <= max_epochs || part.rows == 1,
                     "{}: {} epochs of {max_epochs}",
                     part.name,
                     part.epochs
@@ -534,6 +534,41 @@ fn no_part_is_read_more_often_than_the_cap_and_the_others_take_its_rows() {
         "{sentence}"
     );
     capped(possible / 16, 2.0, Vec::new()).unwrap();
+}
+
+#[test]
+fn epochs_are_counted_in_tokens_also_of_parts_shorter_than_a_row() {
+    let folder = tempfile::tempdir().unwrap();
+    write_shards(folder.path(), &PARTS);
+    for packing in [Packing::Cut, Packing::Documents] {
+        let stream = Stream::new(
+            open(folder.path()),
+            StreamSettings {
+                packing,
+                ..settings(5, 16)
+            },
+        )
+        .unwrap();
+        let mut read: BTreeMap<usize, usize> = BTreeMap::new();
+        for row in (0..1000).map(|index| stream.row(index)) {
+            // Padding is token 0, which only the first part has.
+            let own = row.tokens.iter().filter(|token| row.part == 0 || **token > 0).count();
+            *read.entry(row.part).or_default() += own;
+        }
+        for (part, plan) in stream.plan().into_iter().enumerate().filter(|(part, _)| *part != 0) {
+            let own = read.get(&part).map_or(0, |n| *n);
+            let of_a_block = if packing == Packing::Cut { 0 } else { 16 };
+            assert!(
+                own.abs_diff(plan.expected_tokens as usize) <= of_a_block,
+                "{plan:?}, {own}"
+            );
+            let epochs = own as f64 / plan.tokens.max(1) as f64;
+            assert!(
+                (epochs - plan.epochs).abs() < 0.03 * plan.epochs.max(1.0),
+                "{plan:?}, {epochs}"
+            );
+        }
+    }
 }
 
 #[test]
@@ -568,13 +603,13 @@ proptest! {
         let names: Vec<String> = (0..tokens.len()).map(|i| format!("{}{}a_Latn", (b'a' + i as u8 / 26) as char, (b'a' + i as u8 % 26) as char)).collect();
         let parts: Vec<PartOf> = names.iter().zip(&tokens).map(|(name, n)| ("", name.as_str(), std::slice::from_ref(n))).collect();
         write_shards(folder.path(), &parts);
-        let most: u64 = tokens.iter().map(|n| (max_epochs * f64::from(n.div_ceil(16))) as u64).sum();
+        let most: u64 = tokens.iter().map(|n| ((max_epochs * f64::from(*n) / 16.0) as u64).max(u64::from(*n > 0))).sum();
         let run_rows = (most as f64 * filled) as u64;
         let sampling = Sampling { max_epochs: Some(max_epochs), ..Sampling::by_size(alpha) };
         let settings = StreamSettings { run_rows, sampling, ..settings(seed, 16) };
         match Stream::new(open(folder.path()), settings) {
             Ok(stream) => for part in stream.plan() {
-                prop_assert!(part.epochs <= max_epochs, "{part:?}");
+                prop_assert!(part.epochs <= max_epochs || part.rows == 1, "{part:?}");
             },
             // A few rows a part are lost to rounding.
             Err(error) => prop_assert!(most - run_rows < 8 * tokens.len() as u64, "{most} {run_rows} {error}"),
@@ -629,7 +664,7 @@ fn rows_of_whole_documents_hold_every_token_once_an_epoch() {
     }
     for (part, rows) in by_part {
         let range = &stream.shards().manifest().languages[part].tokens;
-        let blocks = stream.parts()[part].blocks as usize;
+        let blocks = stream.parts()[part].rows_per_epoch as usize;
         let mut filled = 0;
         for epoch in rows.chunks_exact(blocks).take(2) {
             let mut seen: BTreeSet<i64> = BTreeSet::new();
@@ -719,7 +754,7 @@ fn prompts_are_read_and_not_learned() {
     for packing in [Packing::Cut, Packing::Documents] {
         let stream = packed(folder.path(), 32, packing, Attention::Row);
         let mut n_targets = 0;
-        for index in 0..stream.parts()[0].blocks {
+        for index in 0..stream.parts()[0].rows_per_epoch.ceil() as u64 {
             let row = stream.row(index);
             let end = if packing == Packing::Cut {
                 32

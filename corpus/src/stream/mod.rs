@@ -60,7 +60,7 @@ pub enum Attention {
 }
 
 /// The text of one language from one source.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Part {
     /// `lll_Ssss`, with `source/` before it where the shards have several sources. Counts and tables go by it.
     pub name: String,
@@ -70,8 +70,9 @@ pub struct Part {
     pub tokens: u64,
     /// Of the language, over all sources.
     pub language_tokens: u64,
-    /// Rows that one epoch takes.
-    pub blocks: u64,
+    /// Rows that have as many of the part's tokens as it has: of documents laid end to end no whole number, since the last
+    /// row of an epoch goes on at the part's start.
+    pub rows_per_epoch: f64,
 }
 
 /// Language-sampled rows of equal length over token shards.
@@ -149,7 +150,7 @@ impl Stream {
             .par_iter()
             .map(|part| Blocks::new(&shards, part, settings.packing, length, documents_matter))
             .collect::<Result<Vec<_>>>()?;
-        let parts = parts(&manifest.languages, &blocks);
+        let parts = parts(&manifest.languages, &blocks, length);
         let key = |purpose: &str| key(settings.seed, purpose);
         let offset = key("offset of the first row");
         Ok(Stream {
@@ -223,9 +224,9 @@ impl Stream {
                 documents,
                 tokens,
                 language_tokens,
-                blocks,
+                rows_per_epoch,
             } = self.parts[part].clone();
-            let epochs = rows as f64 / blocks.max(1) as f64;
+            let epochs = if rows == 0 { 0.0 } else { rows as f64 / rows_per_epoch };
             PartPlan {
                 group: self
                     .settings
@@ -343,7 +344,7 @@ impl Stream {
     }
 }
 
-fn parts(entries: &[LanguageTokens], blocks: &[Blocks]) -> Vec<Part> {
+fn parts(entries: &[LanguageTokens], blocks: &[Blocks], length: u64) -> Vec<Part> {
     let one_source = entries.windows(2).all(|pair| pair[0].source == pair[1].source);
     let mut by_language: BTreeMap<&Language, u64> = BTreeMap::new();
     for entry in entries {
@@ -359,7 +360,10 @@ fn parts(entries: &[LanguageTokens], blocks: &[Blocks]) -> Vec<Part> {
         documents: entry.documents.end - entry.documents.start,
         tokens: entry.n_tokens(),
         language_tokens: by_language[&entry.language],
-        blocks: blocks.len(),
+        rows_per_epoch: match blocks {
+            Blocks::Cut(_) => entry.n_tokens() as f64 / length as f64,
+            Blocks::Packed(_) => blocks.len() as f64,
+        },
     };
     entries.iter().zip(blocks).map(part).collect()
 }

@@ -157,9 +157,11 @@ impl Schedule {
         offset: u64,
     ) -> Result<Option<Schedule>> {
         let (stretches, stages) = stretches(parts, sampling, sequence_length, run_rows)?;
+        // One row of every part that has text: a cap on repetition is not to shut out what is shorter than a row.
+        let most = |epochs: f64, part: &Part| ((epochs * part.rows_per_epoch) as u64).max(u64::from(part.tokens > 0));
         let most: Option<Vec<u64>> = sampling
             .max_epochs
-            .map(|epochs| parts.iter().map(|part| (epochs * part.blocks as f64) as u64).collect());
+            .map(|epochs| parts.iter().map(|part| most(epochs, part)).collect());
         let mut allowed: Vec<f64> = match &most {
             Some(most) => most.iter().map(|rows| *rows as f64).collect(),
             None => vec![f64::INFINITY; parts.len()],

@@ -5,7 +5,7 @@
 //! i32 size of each sequence in tokens, i64 offset of each in `.bin` in bytes, i64 document boundaries in sequences.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -71,27 +71,42 @@ impl TokenType {
     }
 }
 
-/// Writes sequences one after the other, a document each.
+/// Writes sequences one after the other, a document each. What it keeps in memory does not grow with them.
 pub(crate) struct IndexedWriter {
     bin: BufWriter<File>,
     bin_path: PathBuf,
+    /// Sizes, behind room for the header; the rest of the index is made of them.
+    idx: BufWriter<File>,
     idx_path: PathBuf,
     token_type: TokenType,
-    sizes: Vec<i32>,
+    n_sequences: u64,
     digest: blake3::Hasher,
 }
 
 impl IndexedWriter {
-    /// Starts `PREFIX.bin` and, at the end, `PREFIX.idx`.
+    /// Starts `PREFIX.bin` and `PREFIX.idx`.
     pub fn create(prefix: &Path, token_type: TokenType) -> Result<Self> {
         let (bin_path, idx_path) = paths(prefix);
-        let bin = BufWriter::new(File::create(&bin_path).map_err(Error::io("create", &bin_path))?);
+        // The index is read again before it is finished.
+        let create = |path: &Path| {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(path);
+            Ok(BufWriter::new(file.map_err(Error::io("create", path))?))
+        };
+        let (bin, mut idx) = (create(&bin_path)?, create(&idx_path)?);
+        idx.write_all(&[0; HEADER_BYTES as usize])
+            .map_err(Error::io("write", &idx_path))?;
         Ok(IndexedWriter {
             bin,
             bin_path,
+            idx,
             idx_path,
             token_type,
-            sizes: Vec::new(),
+            n_sequences: 0,
             digest: blake3::Hasher::new(),
         })
     }
@@ -112,37 +127,117 @@ impl IndexedWriter {
             path: self.bin_path.clone(),
             reason: reason(),
         })?;
-        self.sizes.push(size);
+        self.idx
+            .write_all(&size.to_le_bytes())
+            .map_err(Error::io("write", &self.idx_path))?;
+        self.n_sequences += 1;
         self.digest.update(&bytes);
         self.bin.write_all(&bytes).map_err(Error::io("write", &self.bin_path))
     }
 
-    /// Writes the index, syncs both files and returns a digest of them and of `more`, which the caller keeps beside them.
-    pub fn finish(mut self, more: &[u8]) -> Result<String> {
-        let n_sequences = self.sizes.len() as u64;
-        let mut idx = Vec::with_capacity(idx_bytes(n_sequences, n_sequences + 1) as usize);
-        idx.extend_from_slice(MAGIC);
-        idx.extend_from_slice(&VERSION.to_le_bytes());
-        idx.push(self.token_type.code());
-        idx.extend_from_slice(&n_sequences.to_le_bytes());
-        idx.extend_from_slice(&(n_sequences + 1).to_le_bytes());
-        self.sizes
-            .iter()
-            .for_each(|size| idx.extend_from_slice(&size.to_le_bytes()));
-        let mut pointer = 0i64;
-        for size in &self.sizes {
-            idx.extend_from_slice(&pointer.to_le_bytes());
-            pointer += i64::from(*size) * self.token_type.width() as i64;
-        }
-        (0..=n_sequences as i64).for_each(|document| idx.extend_from_slice(&document.to_le_bytes()));
-
-        self.digest.update(&idx).update(more);
-        crate::finished::write_synced(&self.idx_path, &idx)?;
+    /// Writes the rest of the index, syncs both files and returns a digest of them, to be gone on with: of what the caller
+    /// keeps beside them.
+    pub fn finish(mut self) -> Result<blake3::Hasher> {
+        self.write_index().map_err(Error::io("write", &self.idx_path))?;
         self.bin
             .flush()
             .and_then(|()| self.bin.get_ref().sync_all())
             .map_err(Error::io("sync", &self.bin_path))?;
-        Ok(self.digest.finalize().to_hex().to_string())
+        update_with_file(&mut self.digest, &self.idx_path)?;
+        Ok(self.digest)
+    }
+
+    fn write_index(&mut self) -> io::Result<()> {
+        self.idx.flush()?;
+        let mut sizes = BufReader::new(SizesOf {
+            file: self.idx.get_ref(),
+            at: HEADER_BYTES,
+            end: HEADER_BYTES + 4 * self.n_sequences,
+        });
+        let mut rest = BufWriter::new(self.idx.get_ref());
+        let mut pointer = 0i64;
+        for _ in 0..self.n_sequences {
+            let mut size = [0; 4];
+            sizes.read_exact(&mut size)?;
+            rest.write_all(&pointer.to_le_bytes())?;
+            pointer += i64::from(i32::from_le_bytes(size)) * self.token_type.width() as i64;
+        }
+        for document in 0..=self.n_sequences {
+            rest.write_all(&document.to_le_bytes())?;
+        }
+        rest.flush()?;
+        let header = [
+            &MAGIC[..],
+            &VERSION.to_le_bytes(),
+            &[self.token_type.code()],
+            &self.n_sequences.to_le_bytes(),
+            &(self.n_sequences + 1).to_le_bytes(),
+        ];
+        self.idx.get_ref().write_all_at(&header.concat(), 0)?;
+        self.idx.get_ref().sync_all()
+    }
+}
+
+/// A stretch of a file that is written to behind it meanwhile.
+struct SizesOf<'a> {
+    file: &'a File,
+    at: u64,
+    end: u64,
+}
+
+impl Read for SizesOf<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let most = into.len().min((self.end - self.at) as usize);
+        let read = self.file.read_at(&mut into[..most], self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+/// Goes on with a digest by a file's bytes.
+pub(crate) fn update_with_file(digest: &mut blake3::Hasher, path: &Path) -> Result<()> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    digest.update_reader(file).map_err(Error::io("read", path))?;
+    Ok(())
+}
+
+/// Writes a file of little-endian u32, one a document, once one of them is not 0; most corpora have none.
+pub(crate) struct CountsWriter {
+    path: PathBuf,
+    file: Option<BufWriter<File>>,
+    n: u64,
+}
+
+impl CountsWriter {
+    pub fn new(path: PathBuf) -> CountsWriter {
+        CountsWriter { path, file: None, n: 0 }
+    }
+
+    pub fn push(&mut self, count: u32) -> Result<()> {
+        if self.file.is_none() && count > 0 {
+            let file = File::create(&self.path).map_err(Error::io("create", &self.path))?;
+            // A hole reads as zeros.
+            file.set_len(4 * self.n).map_err(Error::io("write", &self.path))?;
+            let mut file = BufWriter::new(file);
+            file.seek(SeekFrom::End(0)).map_err(Error::io("write", &self.path))?;
+            self.file = Some(file);
+        }
+        self.n += 1;
+        match &mut self.file {
+            Some(file) => file
+                .write_all(&count.to_le_bytes())
+                .map_err(Error::io("write", &self.path)),
+            None => Ok(()),
+        }
+    }
+
+    /// Syncs the file and gives its path; `None` if there is none.
+    pub fn finish(self) -> Result<Option<PathBuf>> {
+        let Some(mut file) = self.file else { return Ok(None) };
+        file.flush()
+            .and_then(|()| file.get_ref().sync_all())
+            .map_err(Error::io("sync", &self.path))?;
+        Ok(Some(self.path))
     }
 }
 
@@ -454,11 +549,6 @@ fn each<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
     bytes.chunks_exact(N).map(|b| b.try_into().expect("chunks of N"))
 }
 
-/// Bytes of an index.
-fn idx_bytes(n_sequences: u64, n_boundaries: u64) -> u64 {
-    HEADER_BYTES + 12 * n_sequences + 8 * n_boundaries
-}
-
 /// `PREFIX.bin` and `PREFIX.idx`; the prefix may contain dots.
 fn paths(prefix: &Path) -> (PathBuf, PathBuf) {
     let with = |suffix: &str| {
@@ -610,7 +700,8 @@ mod tests {
         documents
             .iter()
             .for_each(|tokens| writer.write_document(tokens).unwrap());
-        let digest = writer.finish(b"more").unwrap();
+        let mut digest = writer.finish().unwrap();
+        let digest = digest.update(b"more").finalize().to_hex().to_string();
         assert_eq!(Indexed::open(prefix).unwrap().digest(b"more"), digest);
     }
 

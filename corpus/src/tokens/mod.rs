@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::finished::{Unfinished, read_manifest, write_synced};
-use crate::tokens::indexed::{Counts, Indexed, IndexedWriter};
+use crate::tokens::indexed::{Counts, CountsWriter, Indexed, IndexedWriter, update_with_file};
 pub use crate::tokens::megatron::MegatronFiles;
 use crate::{Corpus, Document, Error, Language, Progress, Result, Split, TokenType, Tokenizer};
 
@@ -118,7 +118,7 @@ pub fn tokenize(
     let folder = Unfinished::begin(out, MANIFEST)?;
     let mut writer = IndexedWriter::create(&folder.path().join(PREFIX), token_type)?;
     let mut languages = Vec::new();
-    let mut prompts: Vec<u32> = Vec::new();
+    let mut prompts = CountsWriter::new(folder.path().join(PROMPTS));
     let (mut documents, mut tokens) = (0, 0);
 
     let entries = &corpus.manifest().languages;
@@ -135,7 +135,7 @@ pub fn tokenize(
                     0
                 } else {
                     prompt + u32::from(start.is_some())
-                });
+                })?;
                 documents += 1;
                 tokens += ids.len() as u64;
             }
@@ -163,13 +163,12 @@ pub fn tokenize(
         progress(languages.len() as u64, total);
     }
 
-    let has_prompts = prompts.iter().any(|prompt| *prompt > 0);
-    let mut beside: Vec<u8> = Vec::new();
-    if has_prompts {
-        beside = prompts.iter().flat_map(|prompt| prompt.to_le_bytes()).collect();
-        write_synced(&folder.path().join(PROMPTS), &beside)?;
+    let mut digest = writer.finish()?;
+    let prompts = prompts.finish()?;
+    if let Some(path) = &prompts {
+        update_with_file(&mut digest, path)?;
     }
-    beside.extend(described(&files));
+    digest.update(&described(&files));
     let manifest = TokensManifest {
         format: 1,
         languages,
@@ -181,9 +180,9 @@ pub fn tokenize(
         document_end: end,
         tokenizer_digest: tokenizer.digest().to_owned(),
         corpus_digest: corpus.digest(),
-        has_prompts,
+        has_prompts: prompts.is_some(),
         files,
-        digest: writer.finish(&beside)?,
+        digest: digest.finalize().to_hex().to_string(),
     };
     let path = folder.path().join(MANIFEST);
     write_synced(

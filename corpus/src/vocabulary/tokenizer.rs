@@ -110,6 +110,16 @@ impl Tokenizer {
         self.engine.is_some()
     }
 
+    /// Where the text that the first token stands for ends, in bytes; between two characters, also where tokens are bytes.
+    pub fn end_of_first_token(&self, text: &str) -> Result<usize> {
+        let encoding = self.inner.encode(text, false).map_err(|e| self.bad(e))?;
+        let second = encoding.get_offsets().get(1).map_or(text.len(), |(begin, _)| *begin);
+        Ok((0..=second.min(text.len()))
+            .rev()
+            .find(|at| text.is_char_boundary(*at))
+            .unwrap_or(0))
+    }
+
     /// The ids of many texts, in their order, on all cores.
     pub fn encode_batch(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>> {
         texts.par_iter().map(|text| self.encode(text)).collect()
