@@ -20,7 +20,8 @@ pub struct Nll {
     /// Empty: all of the corpus.
     pub languages: Vec<String>,
     pub settings: configs::Evaluation,
-    /// A special token before every document; context only.
+    /// A special token before every document; context only. Without one the first token of the text is, and its bytes do
+    /// not count.
     pub document_start: Option<String>,
     pub residual: configs::Residual,
 }

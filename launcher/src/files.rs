@@ -57,6 +57,20 @@ pub fn read_json<T: DeserializeOwned>(file: &Path) -> anyhow::Result<T> {
     serde_json::from_slice(&text).with_context(|| format!("{} is not what it should be", file.display()))
 }
 
+/// As [`read_json`]; `None` where there is no such file.
+///
+/// # Errors
+/// Also where it cannot be told whether there is one: what a file system does not show now is not gone.
+pub fn read_json_if_there<T: DeserializeOwned>(file: &Path) -> anyhow::Result<Option<T>> {
+    match read_json(file) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) => match error.downcast_ref::<std::io::Error>() {
+            Some(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
 /// `runs/demo` with `old` → `runs/demo.old`: on the same file system, so that a rename is enough.
 pub fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();

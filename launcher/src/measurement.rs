@@ -7,8 +7,6 @@ use anyhow::Context;
 use configs::{Plan, Precision};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::FOLDER;
-use crate::checkpoint::manifest::step_name;
 use crate::files;
 
 /// One order to a worker.
@@ -186,29 +184,6 @@ impl Kept {
     fn file(&self, key: &str) -> PathBuf {
         self.folder.join(format!("{key}.json"))
     }
-}
-
-/// The checkpoint that was best on held-out text, if a run has measured any: what `checkpoints/best.json` says.
-pub fn best_step(run: &Path) -> Option<u64> {
-    let best: Best = files::read_json(&best_file(&run.join(FOLDER))).ok()?;
-    Some(best.step)
-}
-
-/// Which of a run's checkpoints was best so far.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Best {
-    pub step: u64,
-    pub macro_bits_per_byte: f64,
-}
-
-/// The checkpoint that no pruning takes, whatever its age.
-pub fn best_checkpoint(checkpoints: &Path) -> Option<PathBuf> {
-    let best: Best = files::read_json(&best_file(checkpoints)).ok()?;
-    Some(checkpoints.join(step_name(best.step)))
-}
-
-pub fn best_file(checkpoints: &Path) -> PathBuf {
-    checkpoints.join("best.json")
 }
 
 /// BLAKE3 over the JSON of what a result follows from.

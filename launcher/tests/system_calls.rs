@@ -124,6 +124,7 @@ fn manifest(nonce: &Nonce, step: u64, files: Vec<FileEntry>) -> Manifest {
         targets_so_far: 1000 * step,
         seed: 1,
         guard: GuardState::default(),
+        best: None,
         world: N_SLICES,
         zero: 1,
         unix_time: 0.0,

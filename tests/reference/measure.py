@@ -63,10 +63,14 @@ def log_likelihoods(torch, model, ids):
 
 def nll(model, texts, start, window, stride):
     torch, model, tokenizer = load(model)
-    start = tokenizer.convert_tokens_to_ids(start)
     found = []
     for text in texts:
-        ids = [start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, targets = encoded["input_ids"], text
+        if start == "none":
+            targets = text[encoded["offset_mapping"][1][0] :]
+        else:
+            ids = [tokenizer.convert_tokens_to_ids(start), *ids]
         total, scored, at = 0.0, 1, 0
         while scored < len(ids):
             here = ids[at : at + window]
@@ -75,7 +79,7 @@ def nll(model, texts, start, window, stride):
                 total -= of[position - at - 1, ids[position]].item()
             scored = at + len(here)
             at = min(at + stride, scored - 1)
-        found.append({"tokens": len(ids) - 1, "nats": total})
+        found.append({"tokens": len(ids) - 1, "nats": total, "bytes": len(targets.encode())})
     return found
 
 

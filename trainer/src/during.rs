@@ -4,17 +4,17 @@
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use configs::{Plan, Recompute};
 use corpus::Tokenizer;
+use launcher::checkpoint::Best;
 use launcher::evaluation::LanguageResult;
 use launcher::events::{Event, HeldOut};
 use launcher::files;
-use launcher::measurement::{Best, best_file};
-use sharding::{Comm, Pass as Stages};
+use sharding::Pass as Stages;
 use tch::Tensor;
 
 use crate::evaluate::{self, Passes, Prepared};
@@ -26,25 +26,22 @@ pub struct During {
     every: u64,
     steps: u64,
     tokens_per_batch: usize,
-    best: Option<Best>,
-    checkpoints: PathBuf,
     /// One line a measurement: bits per byte by language.
     lines: PathBuf,
 }
 
 impl During {
     /// `None` where the plan wants none. `step` is the next one: lines of measurements that will be made again go.
-    pub fn prepare(plan: &Plan, comm: &dyn Comm, step: u64) -> Result<Option<During>> {
+    pub fn prepare(plan: &Plan, rank: usize, step: u64) -> Result<Option<During>> {
         let Some(every) = plan.evaluation.every_steps else {
             return Ok(None);
         };
         let tokenizer = Tokenizer::open(&plan.folders.vocabulary)?;
-        let start = plan.corpus.document_start.as_deref();
+        let start = plan.corpus.before_document();
         let sample = evaluate::sample(plan, plan.evaluation.sample_bytes)?
             .iter()
             .map(|(language, documents)| evaluate::prepare(language, documents, &tokenizer, &plan.evaluation, start))
             .collect::<Result<Vec<_>>>()?;
-        let checkpoints = plan.folders.run.join(launcher::checkpoint::FOLDER);
         let during = During {
             sample: sample
                 .into_iter()
@@ -53,8 +50,6 @@ impl During {
             every,
             steps: plan.train.steps,
             tokens_per_batch: plan.evaluation.tokens_per_batch,
-            best: best_so_far(&checkpoints, step, comm)?,
-            checkpoints,
             lines: plan.folders.run.join("evaluations/during.jsonl"),
         };
         anyhow::ensure!(
@@ -62,7 +57,7 @@ impl During {
             "evaluation.every_steps is set, but {} holds no held-out text; set corpus.held_out above 0",
             plan.folders.corpus.display()
         );
-        if comm.rank() == 0 {
+        if rank == 0 {
             files::keep_steps_before(&during.lines, step + 1)?;
         }
         Ok(Some(during))
@@ -73,8 +68,8 @@ impl During {
         step.is_multiple_of(self.every) || step == self.steps
     }
 
-    /// Measures; the same on every rank, and whether it is the best so far.
-    pub fn measure(&mut self, trainer: &mut Trainer) -> Result<(HeldOut, bool)> {
+    /// Measures; and this step, if it does better than what was `best` before. The same on every rank.
+    pub fn measure(&mut self, trainer: &mut Trainer, best: Option<Best>) -> Result<(HeldOut, Option<Best>)> {
         let started = Instant::now();
         let (comm, device, step) = (trainer.comm, trainer.model.device, trainer.step);
         for document in self.sample.iter_mut().flat_map(|prepared| &mut prepared.documents) {
@@ -101,34 +96,24 @@ impl During {
             seconds: started.elapsed().as_secs_f64(),
         };
         let bits = held_out.macro_bits_per_byte;
-        let is_best = bits.is_finite() && self.best.is_none_or(|best| bits < best.macro_bits_per_byte);
+        let beats = |best: Best| bits < best.macro_bits_per_byte;
+        let new_best = (bits.is_finite() && best.is_none_or(beats)).then_some(Best {
+            step,
+            macro_bits_per_byte: bits,
+        });
         if comm.rank() == 0 {
             if let Err(error) = self.write_line(step, &held_out, &languages) {
                 let text = format!("what was measured by language after step {step} is not written: {error:#}");
                 Event::Note { text }.emit();
             }
-            let best = if is_best { ", the best so far" } else { "" };
+            let best = new_best.map_or("", |_| ", the best so far");
             let text = format!(
                 "after step {step}: {bits:.4} bits per byte of held-out text in {} languages{best} ({:.1} s)",
                 held_out.languages, held_out.seconds
             );
             Event::Note { text }.emit();
         }
-        if is_best {
-            self.best = Some(Best {
-                step,
-                macro_bits_per_byte: bits,
-            });
-        }
-        Ok((held_out, is_best))
-    }
-
-    /// Says which checkpoint is the best, once it is asked for. Rank 0 only.
-    pub fn note_best(&self) -> Result<()> {
-        match &self.best {
-            Some(best) => files::write_json(&best_file(&self.checkpoints), best),
-            None => Ok(()),
-        }
+        Ok((held_out, new_best))
     }
 
     fn write_line(&self, step: u64, held_out: &HeldOut, languages: &[LanguageResult]) -> Result<()> {
@@ -148,25 +133,6 @@ impl During {
 }
 
 /// −ln p of every target by the model as it trains, stage by stage: parameters that are divided among ranks come and go.
-/// As rank 0 reads it, on all ranks: what is best decides whether they save together, and a shared file system's caches may show
-/// each another file. What was best after `step` is not there any more.
-fn best_so_far(checkpoints: &Path, step: u64, comm: &dyn Comm) -> Result<Option<Best>> {
-    let read = || files::read_json(&best_file(checkpoints)).ok();
-    let best: Option<Best> = if comm.rank() == 0 { read() } else { None };
-    let none = Best {
-        step: 0,
-        macro_bits_per_byte: f64::NAN,
-    };
-    let best = best.filter(|best| best.step <= step).unwrap_or(none);
-    let told = comm.broadcast_bytes(&[best.step.to_le_bytes(), best.macro_bits_per_byte.to_le_bytes()].concat())?;
-    let (step, bits) = told.split_at(8);
-    let best = Best {
-        step: u64::from_le_bytes(step.try_into()?),
-        macro_bits_per_byte: f64::from_le_bytes(bits.try_into()?),
-    };
-    Ok(best.macro_bits_per_byte.is_finite().then_some(best))
-}
-
 fn nll(trainer: &mut Trainer, ids_bt: &Tensor, targets_bt: &Tensor) -> Result<Tensor> {
     let (model, zero, comm) = (&mut trainer.model, &mut trainer.zero, trainer.comm);
     let pass = Pass {

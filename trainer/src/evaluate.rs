@@ -1,8 +1,8 @@
 //! Negative log-likelihood of held-out text, language by language, of any model with its own tokenizer.
 //!
-//! A document is scored as a whole: its start token, if one is named, is context only, and every token after it is a
-//! target. Bits per byte divide by the bytes of the text, so that models with different tokenizers compare: also the base
-//! and the extended model that no step has trained yet.
+//! A document is scored as a whole: the special token before it is context only, and every token after it is a target.
+//! Bits per byte divide by the bytes of the targets, so that models with different tokenizers compare: also the base and the
+//! extended model that no step has trained yet.
 //!
 //! Languages are scored a stretch at a time, in batches that do not depend on how many ranks share them; every window's nats
 //! travel by themselves and are added up in the documents' order. So no digit depends on the ranks.
@@ -194,7 +194,7 @@ fn measured(plan: &Plan, documents: &ByLanguage, subject: &Subject, comm: &dyn C
     let started = Instant::now();
     let of = Scoring {
         settings: &plan.evaluation,
-        start: plan.corpus.document_start.as_deref(),
+        start: plan.corpus.before_document(),
         kept: None,
     };
     let scored = score(documents, subject, &of, comm)?;
@@ -398,12 +398,18 @@ pub fn prepare(
         if ids.len() < 2 {
             continue;
         }
+        let text = &document.text;
+        // What nothing stands before cannot be predicted.
+        let scored = match start {
+            Some(_) => text,
+            None => &text[tokenizer.end_of_first_token(text)?..],
+        };
         prepared.windows.extend(cut(settings, prepared.documents.len(), &ids));
         prepared.documents.push(DocumentResult {
             language: language.to_string(),
             key: document.key.clone(),
-            bytes: document.text.len() as u64,
-            characters: document.text.chars().count() as u64,
+            bytes: scored.len() as u64,
+            characters: scored.chars().count() as u64,
             tokens: (ids.len() - 1) as u64,
             nats: 0.0,
         });

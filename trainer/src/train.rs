@@ -60,7 +60,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         plan.saves_on_the_way(),
     )?;
     let mut progress = resume(&mut saver, &mut trainer, &identity)?;
-    let mut during = During::prepare(plan, comm, progress.step)?;
+    let mut during = During::prepare(plan, comm.rank(), progress.step)?;
     let mut log = if rank_0 {
         Some(Log::open(&plan.folders.run, progress.step)?)
     } else {
@@ -94,6 +94,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         progress = Progress {
             step: trainer.step,
             targets_so_far: progress.targets_so_far + report.targets,
+            best: saver.best(),
         };
         let every = plan.train.check_ranks_every;
         let due = every > 0 && trainer.step.is_multiple_of(every) && comm.world() > 1;
@@ -107,22 +108,22 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         let seconds = started.elapsed().as_secs_f64();
         let done = trainer.step == plan.train.steps;
         let hurries = boundary.time_is_short || (report.stop && !done);
-        let held_out = match &mut during {
+        let (held_out, new_best) = match &mut during {
             // Whoever has to end soon saves, and measures nothing.
             Some(during) if during.is_due(trainer.step) && !hurries => {
                 comm.at(Mark::Evaluate);
-                let measured = during.measure(&mut trainer)?;
+                let (held_out, new_best) = during.measure(&mut trainer, progress.best)?;
                 // It stands between a look at the clock and the save as a step does.
                 clock.took(started.elapsed());
-                Some(measured)
+                (Some(held_out), new_best)
             }
-            _ => None,
+            _ => (None, None),
         };
-        let is_best = held_out.is_some_and(|(_, is_best)| is_best);
+        progress.best = new_best.or(progress.best);
         if let Some(log) = &mut log {
             let measured = Measured {
                 seconds,
-                held_out: held_out.map(|(held_out, _)| held_out),
+                held_out,
                 resident_bytes: boundary.resident_bytes,
                 bytes_sent,
                 bytes_least: trainer.zero.least_bytes(comm, batch.micro_batches.len()),
@@ -151,18 +152,11 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         clock.tell(outcome, &trainer);
         let asked = report.stop || trainer.step == last;
         let ends = done || asked || boundary.time_is_short;
-        if let Some(during) = during.as_ref().filter(|_| is_best && rank_0) {
-            // Before it is saved, so that it is not taken for one of the old.
-            if let Err(error) = during.note_best() {
-                // A disk that takes nothing costs a note, not the run.
-                let text = format!("the best step so far is not noted, and may be pruned: {error:#}");
-                say(Event::Note { text });
-            }
-        }
         if ends {
             comm.at(Mark::Save);
             save_and_wait(&mut saver, &trainer, progress, &mut clock)?;
-        } else if boundary.save_is_due || is_best || trainer.step.is_multiple_of(plan.checkpoint.every_steps) {
+        } else if boundary.save_is_due || new_best.is_some() || trainer.step.is_multiple_of(plan.checkpoint.every_steps)
+        {
             comm.at(Mark::Save);
             start_save(&mut saver, &trainer, progress, &mut clock)?;
         }
@@ -228,7 +222,7 @@ fn resume(saver: &mut Saver, trainer: &mut Trainer, identity: &Identity) -> Resu
     let progress = checkpoint::load(&found.folder, manifest, comm, &mut trainer.zero)?;
     trainer.step = progress.step;
     trainer.guard.state = manifest.guard.clone();
-    saver.newest = Some(progress.step);
+    saver.resumed(progress)?;
     if comm.rank() == 0 {
         checkpoint::set_aside(&found.rejected, saver.nonce().as_str())?;
         for (_, rejected) in &found.rejected {

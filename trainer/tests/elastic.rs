@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use launcher::checkpoint::manifest::{MANIFEST, partial_name, slice_file, step_name};
 use launcher::checkpoint::reshard::reshard;
-use launcher::checkpoint::{FOLDER, GuardState, Identity, Nonce, newest, verify};
+use launcher::checkpoint::{Best, FOLDER, GuardState, Identity, Nonce, newest, verify};
 use sharding::memory::f32s_mut;
 use sharding::zero::Slice;
 use sharding::{BucketSpec, Comm, ParamSpec, Stage, Zero};
@@ -103,6 +103,14 @@ fn any_reads_any(soak: bool) {
 const CALLS: [&str; 5] = ["openat", "write", "fsync", "rename", "mkdir"];
 const RANKS: usize = 2;
 
+/// As if every step were better than the one before.
+fn best(step: u64) -> Best {
+    Best {
+        step,
+        macro_bits_per_byte: 1.0 / step as f64,
+    }
+}
+
 /// One attempt of some ranks: goes on from what is there, to the bit, and saves steps. `what`: `until N` steps are saved;
 /// `fails`: the next save fails on rank 1, all hear the same of it, and the one after it is well.
 fn attempt(comm: &dyn Comm, run: &Path, nonce: &str, what: &str) {
@@ -112,9 +120,10 @@ fn attempt(comm: &dyn Comm, run: &Path, nonce: &str, what: &str) {
     let mut step = 0;
     if let Some(found) = choose(saver.checkpoints(), comm).expect("something whole") {
         assert!(found.rejected.is_empty(), "{:?}", found.rejected);
-        step = load(&found.folder, &found.manifest, comm, &mut zero)
-            .expect("it is read")
-            .step;
+        let progress = load(&found.folder, &found.manifest, comm, &mut zero).expect("it is read");
+        step = progress.step;
+        saver.resumed(progress).expect("all hear of it");
+        assert_eq!(saver.best(), Some(best(step)));
         let of_step = |value: f32| (value + step as f32).to_bits();
         each(&mut zero, |value, it| {
             assert_eq!(it.to_bits(), of_step(value), "of step {step}")
@@ -125,12 +134,22 @@ fn attempt(comm: &dyn Comm, run: &Path, nonce: &str, what: &str) {
         let progress = Progress {
             step,
             targets_so_far: 1,
+            best: Some(best(step)),
         };
         let earlier = saver
             .start(&zero, progress, &GuardState::default(), 12 * step)
             .expect("it starts");
         assert!(earlier.is_none(), "{earlier:?}");
-        saver.finish().expect("it ends")
+        assert_eq!(saver.best(), progress.best, "it is under way");
+        let outcome = saver.finish().expect("it ends");
+        let committed = matches!(outcome, Some(Outcome::Committed(_)));
+        let kept = if committed {
+            Some(step)
+        } else {
+            step.checked_sub(1).filter(|step| *step > 0)
+        };
+        assert_eq!(saver.best(), kept.map(best), "{outcome:?}");
+        outcome
     };
     let mut until = step + 1;
     match what.strip_prefix("until ") {
@@ -332,7 +351,8 @@ fn one_cannot_write(_: bool) {
         assert_eq!(chain.step(), before + 1, "{fault}");
         let left = fs::read_dir(chain.run.path().join(FOLDER)).expect("a folder");
         let left: Vec<_> = left.map(|entry| entry.expect("an entry").file_name()).collect();
-        assert_eq!(left.len(), 2, "{fault}: {left:?}");
+        // The two that are kept, and which did best.
+        assert_eq!(left.len(), 3, "{fault}: {left:?}");
     }
     println!("one_rank_cannot_write {} disagreements 0", faults.len());
 }
@@ -413,6 +433,7 @@ fn save(comm: &dyn Comm, zero: &Zero, run: &Path) {
     let progress = Progress {
         step: STEP,
         targets_so_far: 1,
+        best: None,
     };
     let guard = GuardState::default();
     assert!(saver.start(zero, progress, &guard, 84).expect("it starts").is_none());

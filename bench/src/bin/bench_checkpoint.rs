@@ -341,7 +341,7 @@ fn save(elements: usize, saves: usize, folder: &Path) -> Result<Report> {
         ensure!(f32s(&room[0])[0] == 0.5, "the copy has been made");
         let progress = Progress {
             step,
-            targets_so_far: 0,
+            ..Progress::default()
         };
         let started = Instant::now();
         ensure!(

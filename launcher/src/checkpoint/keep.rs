@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::Best;
 use super::fence::remove_dead;
+use super::manifest::{step_name, step_of};
 use super::read::{leftovers, list};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +19,13 @@ pub struct Keep {
 }
 
 impl Keep {
+    pub fn of(settings: &configs::Checkpoint) -> Keep {
+        Keep {
+            newest: settings.keep,
+            every: settings.keep_every,
+        }
+    }
+
     /// Of steps in rising order, those that go.
     pub fn superfluous(self, steps: &[u64]) -> Vec<u64> {
         let old = steps.len().saturating_sub(self.newest.max(2));
@@ -24,26 +33,24 @@ impl Keep {
         steps[..old].iter().copied().filter(|step| !kept(step)).collect()
     }
 
-    /// Removes what is superfluous, and damaged checkpoints of steps up to `verified`: the newest whole one's, which the caller
-    /// has verified. Returns what went.
-    pub fn prune(self, checkpoints: &Path, verified: u64) -> Result<Vec<PathBuf>> {
-        let steps: Vec<u64> = list(checkpoints)?.into_iter().map(|(step, _)| step).collect();
-        // Of those that held-out text was measured on.
-        let best = crate::measurement::best_checkpoint(checkpoints);
-        // A newer one that has not verified counts for nothing.
-        let steps: Vec<u64> = steps.into_iter().filter(|step| *step <= verified).collect();
-        let mut gone: Vec<String> = self
-            .superfluous(&steps)
-            .into_iter()
-            .map(super::manifest::step_name)
-            .filter(|name| best.as_ref() != Some(&checkpoints.join(name)))
-            .collect();
-        let damaged = leftovers(checkpoints)?.into_iter().filter(|name| {
+    /// Names of what goes once the newest whole checkpoint, of step `verified`, has verified: what is superfluous, and damaged
+    /// checkpoints of steps up to that. Newer ones count for nothing. What is best on held-out text stays.
+    pub fn goes(self, checkpoints: &Path, verified: u64) -> Result<Vec<String>> {
+        let best = Best::read(checkpoints)?.map(|best| best.step);
+        let steps = list(checkpoints)?.into_iter().map(|(step, _)| step);
+        let steps: Vec<u64> = steps.filter(|step| *step <= verified).collect();
+        let old = self.superfluous(&steps).into_iter();
+        let mut names: Vec<String> = old.filter(|step| Some(*step) != best).map(step_name).collect();
+        names.extend(leftovers(checkpoints)?.into_iter().filter(|name| {
             let step = name.strip_suffix(".damaged").and_then(|name| name.split('.').next());
-            step.and_then(super::manifest::step_of)
-                .is_some_and(|step| step <= verified)
-        });
-        gone.extend(damaged);
+            step.and_then(step_of).is_some_and(|step| step <= verified)
+        }));
+        Ok(names)
+    }
+
+    /// Removes what [`Keep::goes`] names.
+    pub fn prune(self, checkpoints: &Path, verified: u64) -> Result<Vec<PathBuf>> {
+        let gone = self.goes(checkpoints, verified)?;
         // What an attempt before left under these names would be in the way.
         remove_dead(checkpoints)?;
         for name in &gone {
@@ -95,7 +102,14 @@ mod tests {
             fs::write(folder.path().join(name).join("file"), "x").unwrap();
         }
         let keep = Keep { newest: 2, every: None };
-        keep.prune(folder.path(), 15).unwrap();
+        let planned = keep.goes(folder.path(), 15).unwrap();
+        let gone = keep.prune(folder.path(), 15).unwrap();
+        assert_eq!(
+            gone.iter()
+                .map(|path| path.file_name().unwrap().to_str().unwrap())
+                .collect::<Vec<_>>(),
+            planned
+        );
         let mut left: Vec<_> = fs::read_dir(folder.path())
             .unwrap()
             .map(|entry| entry.unwrap().file_name())
@@ -105,5 +119,28 @@ mod tests {
         let mut stay: Vec<_> = stay.iter().map(std::ffi::OsString::from).collect();
         stay.sort();
         assert_eq!(left, stay);
+    }
+
+    #[test]
+    fn the_best_on_held_out_text_stays_and_none_goes_while_that_is_not_known() {
+        let folder = tempfile::tempdir().unwrap();
+        for step in 1..=5 {
+            fs::create_dir(folder.path().join(step_name(step))).unwrap();
+        }
+        let keep = Keep { newest: 2, every: None };
+        let goes = || keep.goes(folder.path(), 5);
+        let best = |step| Best {
+            step,
+            macro_bits_per_byte: 1.5,
+        };
+        assert_eq!(goes().unwrap(), [1, 2, 3].map(step_name));
+        Best::note(Some(best(2)), folder.path()).unwrap();
+        assert_eq!(goes().unwrap(), [1, 3].map(step_name));
+        assert_eq!(Best::read(folder.path()).unwrap(), Some(best(2)));
+        fs::write(folder.path().join("best.json"), "{").unwrap();
+        assert!(goes().is_err());
+        fs::remove_file(folder.path().join("best.json")).unwrap();
+        Best::note(None, folder.path()).unwrap();
+        assert_eq!(goes().unwrap().len(), 3);
     }
 }

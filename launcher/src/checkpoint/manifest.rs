@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, VecDeque};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::Identity;
+use super::{Best, Identity};
 
 pub const FORMAT: u32 = 2;
 pub const MANIFEST: &str = "manifest.json";
@@ -33,6 +33,9 @@ pub struct Manifest {
     pub seed: u64,
     /// What steps are compared with.
     pub guard: GuardState,
+    /// Of the run's checkpoints up to this one, where held-out text was measured.
+    #[serde(default)]
+    pub best: Option<Best>,
     pub world: usize,
     /// ZeRO's stage.
     pub zero: u8,
@@ -257,6 +260,10 @@ pub(crate) mod tests {
             targets_so_far: 1000,
             seed: 1,
             guard: GuardState::default(),
+            best: Some(Best {
+                step: 15,
+                macro_bits_per_byte: 0.1 + 0.7,
+            }),
             world: 2,
             zero: 1,
             unix_time: 0.1 + 0.2,

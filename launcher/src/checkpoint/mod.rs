@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! RUN/run.lock                                   the attempt that may commit
+//! RUN/checkpoints/best.json                      the step that did best on held-out text
 //! RUN/checkpoints/step-00000020/                 whole if it has this name; 20 steps were taken before it
 //!     slice-00000-of-00004.safetensors           θ, m and v of a range of every bucket, f32
 //!     manifest.json                              written last; digests of everything, its own included
@@ -11,6 +12,7 @@
 //! RUN/checkpoints/step-00000020.removed/         on its way out
 //! ```
 
+pub mod best;
 pub mod commit;
 pub mod fence;
 pub mod identity;
@@ -19,6 +21,7 @@ pub mod manifest;
 pub mod read;
 pub mod reshard;
 
+pub use best::Best;
 pub use commit::{Part, Refused, Written, commit, write_slices};
 pub use fence::{Fence, Lost, Nonce};
 pub use identity::{Identity, differences};

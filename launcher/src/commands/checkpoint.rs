@@ -112,10 +112,7 @@ impl Which {
             (self.what.clone(), None)
         } else {
             let plan = configs::load(&self.what, &self.overrides)?;
-            let keep = Keep {
-                newest: plan.checkpoint.keep,
-                every: plan.checkpoint.keep_every,
-            };
+            let keep = Keep::of(&plan.checkpoint);
             (plan.folders.run, Some(keep))
         };
         let below = run.join(FOLDER);
@@ -130,13 +127,8 @@ impl Which {
 fn kept_by_the_run(checkpoints: &Path) -> Keep {
     let all = list(checkpoints).unwrap_or_default();
     let newest = all.iter().rev().find_map(|(_, folder)| read_manifest(folder).ok());
-    newest.map_or(Keep { newest: 2, every: None }, |manifest| {
-        let settings = manifest.identity.plan.checkpoint;
-        Keep {
-            newest: settings.keep,
-            every: settings.keep_every,
-        }
-    })
+    let two = Keep { newest: 2, every: None };
+    newest.map_or(two, |manifest| Keep::of(&manifest.identity.plan.checkpoint))
 }
 
 impl One {
@@ -347,12 +339,8 @@ fn prune(app: &App, checkpoints: &Path, keep: Keep, dry_run: bool) -> Result<()>
     };
     let verified = found.manifest.step;
     let gone = if dry_run {
-        let steps: Vec<u64> = list(checkpoints)?.into_iter().map(|(step, _)| step).collect();
-        let steps: Vec<u64> = steps.into_iter().filter(|step| *step <= verified).collect();
-        let names = keep.superfluous(&steps).into_iter();
-        names
-            .map(|step| checkpoints.join(launcher::checkpoint::manifest::step_name(step)))
-            .collect()
+        let names = keep.goes(checkpoints, verified)?.into_iter();
+        names.map(|name| checkpoints.join(name)).collect()
     } else {
         keep.prune(checkpoints, verified)?
     };

@@ -6,6 +6,7 @@ use anyhow::{Context, bail, ensure};
 use configs::{Plan, Precision};
 
 use super::{App, Failed, RunFolder, watch};
+use launcher::checkpoint::{Best, FOLDER};
 use launcher::events::Event;
 use launcher::measurement::{Generate, ModelRef, Order, Sampling, Task};
 use launcher::view::View;
@@ -96,10 +97,10 @@ impl ModelArgs {
             "merged" => (existing(run.merged())?, "after".to_owned()),
             "checkpoint" => (checkpoint(None), "checkpoint".to_owned()),
             "best" => {
-                let step = launcher::measurement::best_step(&plan.folders.run).context(
+                let best = Best::read(&plan.folders.run.join(FOLDER))?.context(
                     "this run knows no best checkpoint; set evaluation.every_steps, or name one with checkpoint:STEP",
                 )?;
-                (checkpoint(Some(step)), "best".to_owned())
+                (checkpoint(Some(best.step)), "best".to_owned())
             }
             other => match other.strip_prefix("checkpoint:") {
                 Some(step) => {

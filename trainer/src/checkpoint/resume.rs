@@ -120,5 +120,6 @@ pub fn load(checkpoint: &Path, manifest: &Manifest, comm: &dyn Comm, zero: &mut 
     Ok(Progress {
         step: manifest.step,
         targets_so_far: manifest.targets_so_far,
+        best: manifest.best,
     })
 }

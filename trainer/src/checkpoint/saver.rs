@@ -16,7 +16,8 @@ use launcher::checkpoint::commit::unix_time;
 use launcher::checkpoint::manifest::{CHUNK_BYTES, FORMAT, partial_name, step_name};
 use launcher::checkpoint::read::check_listing;
 use launcher::checkpoint::{
-    self as files, Fence, FileEntry, GuardState, Identity, Keep, Lost, Manifest, Nonce, Refused, TensorEntry, Written,
+    self as files, Best, Fence, FileEntry, GuardState, Identity, Keep, Lost, Manifest, Nonce, Refused, TensorEntry,
+    Written,
 };
 use serde::{Deserialize, Serialize};
 use sharding::{Comm, Zero};
@@ -39,7 +40,9 @@ pub struct Saver<'a> {
     under_way: UnderWay,
     failures_in_a_row: u32,
     /// Steps of the newest whole checkpoint that this attempt knows of.
-    pub newest: Option<u64>,
+    newest: Option<u64>,
+    /// Of those that are whole, as far as this attempt knows.
+    best: Option<Best>,
 }
 
 /// Memory for the next snapshot.
@@ -170,7 +173,31 @@ impl<'a> Saver<'a> {
             under_way: UnderWay::Nothing,
             failures_in_a_row: 0,
             newest: None,
+            best: None,
         })
+    }
+
+    /// This attempt goes on from a checkpoint, the same on every rank.
+    pub fn resumed(&mut self, from: Progress) -> Result<()> {
+        // One that was best then may have given way to a better one since, which has been lost.
+        let there = from.best.is_some_and(|best| best.folder(&self.checkpoints).is_dir());
+        let there = self.comm.broadcast_bytes(&[u8::from(there)])? == [1];
+        self.newest = Some(from.step);
+        self.best = from.best.filter(|_| there);
+        Ok(())
+    }
+
+    /// Steps of the newest whole checkpoint that this attempt knows of.
+    pub fn newest(&self) -> Option<u64> {
+        self.newest
+    }
+
+    /// What did best on held-out text of the checkpoints that are whole or under way.
+    pub fn best(&self) -> Option<Best> {
+        match &self.under_way {
+            UnderWay::Nothing => self.best,
+            UnderWay::Writing(save, _) | UnderWay::Committing(save, _) => save.manifest.best,
+        }
     }
 
     pub fn checkpoints(&self) -> &Path {
@@ -212,6 +239,8 @@ impl<'a> Saver<'a> {
             targets_so_far: progress.targets_so_far,
             seed: plan.seed,
             guard: guard.clone(),
+            // What was best may have been the earlier one's step, and that have failed.
+            best: progress.best.filter(|best| best.step == progress.step).or(self.best),
             world: self.comm.world(),
             zero: zero.stage() as u8,
             unix_time: unix_time(),
@@ -315,10 +344,7 @@ impl<'a> Saver<'a> {
             Some(fence) => {
                 let (partial, manifest, fence) = (save.partial.clone(), save.manifest.clone(), fence.clone());
                 let (plan, started) = (&self.identity.plan.checkpoint, save.started);
-                let keep = Keep {
-                    newest: plan.keep,
-                    every: plan.keep_every,
-                };
+                let keep = Keep::of(plan);
                 Some(spawn("commit", move || {
                     commit(&partial, &manifest, &fence, keep, started)
                 })?)
@@ -339,6 +365,7 @@ impl<'a> Saver<'a> {
             Verdict::Committed(committed) => {
                 self.failures_in_a_row = 0;
                 self.newest = Some(committed.step);
+                self.best = save.manifest.best;
                 Ok(Outcome::Committed(committed))
             }
             Verdict::Failed(why) => self.fail(&save, format!("rank 0: {why}")),
@@ -387,11 +414,18 @@ fn commit(partial: &Path, manifest: &Manifest, fence: &Fence, keep: Keep, starte
     // Its files were each read back by who wrote them.
     check_listing(&folder, &files::read_manifest(&folder)?)?;
     let checkpoints = folder.parent().context("checkpoints lie in a folder")?;
-    let pruned = fence.check().and_then(|()| keep.prune(checkpoints, manifest.step));
-    if let Err(error) = pruned {
+    if let Err(error) = make_room(checkpoints, manifest, fence, keep) {
         tracing::warn!("old checkpoints stay: {error:#}");
     }
     Ok(seconds)
+}
+
+fn make_room(checkpoints: &Path, manifest: &Manifest, fence: &Fence, keep: Keep) -> Result<()> {
+    fence.check()?;
+    // First, so that the one that was best until now goes with the old, and this one never does.
+    Best::note(manifest.best, checkpoints)?;
+    keep.prune(checkpoints, manifest.step)?;
+    Ok(())
 }
 
 fn verdict(save: &Save, committed: Result<f64>) -> Verdict {

@@ -209,7 +209,7 @@ pub fn start_save(saver: &mut Saver, trainer: &Trainer, progress: Progress, cloc
 /// Waits for the save under way if another step would be one more than `most` after the newest on the disk. What fails is
 /// told as ever, and the next save that is due tries again.
 pub fn wait_rather_than_lose(most: u64, saver: &mut Saver, trainer: &Trainer, clock: &mut Clock) -> Result<()> {
-    if trainer.step - saver.newest.unwrap_or(0) >= most {
+    if trainer.step - saver.newest().unwrap_or(0) >= most {
         let outcome = saver.finish()?;
         clock.tell(outcome, trainer);
     }
@@ -223,7 +223,7 @@ pub fn save_and_wait(saver: &mut Saver, trainer: &Trainer, progress: Progress, c
         start_save(saver, trainer, progress, clock)?;
         let outcome = saver.finish()?;
         clock.tell(outcome, trainer);
-        if saver.newest == Some(progress.step) {
+        if saver.newest() == Some(progress.step) {
             return Ok(());
         }
         std::thread::sleep(Duration::from_secs(1));
