@@ -46,8 +46,9 @@ pub enum Verdict {
     },
 }
 
-/// What the job script should do after `now`, which came after `earlier`.
-pub fn decide(earlier: &[Attempt], now: &Attempt) -> Verdict {
+/// What the job script should do after `now`, which came after `earlier`. `has_time`: the job has enough left for another to
+/// start and to save; one that the limit ended before that would leave nobody to ask for more.
+pub fn decide(earlier: &[Attempt], now: &Attempt, has_time: bool) -> Verdict {
     let why = meaning(now.code);
     match now.code {
         exit::FINISHED => return Verdict::Finished,
@@ -67,7 +68,7 @@ pub fn decide(earlier: &[Attempt], now: &Attempt) -> Verdict {
     }
     let left = MOST_WITHOUT_PROGRESS - in_vain;
     // Who wants more time has used this job's up. Who failed twice on these nodes may be better off on others.
-    let here = now.code != exit::MORE_TIME && in_vain < 2;
+    let here = has_time && now.code != exit::MORE_TIME && in_vain < 2;
     let why = format!(
         "{why}; the next attempt goes on from step {} ({left} left without progress)",
         now.step
@@ -137,8 +138,8 @@ impl Attempts {
         files::write_atomically(&self.notes().join(rank.to_string()), note.as_bytes())
     }
 
-    /// Takes in what the ranks left, adds one attempt to the list and says what is due.
-    pub fn ended(&self, series: &str, srun_code: i32) -> anyhow::Result<Verdict> {
+    /// Takes in what the ranks left, adds one attempt to the list and says what is due; `has_time` as in [`decide`].
+    pub fn ended(&self, series: &str, srun_code: i32, has_time: bool) -> anyhow::Result<Verdict> {
         let noted = self.take_notes();
         let now = Attempt {
             series: series.to_owned(),
@@ -153,7 +154,7 @@ impl Attempts {
                 .unwrap_or_default()
                 .as_secs(),
         };
-        let verdict = decide(&self.all(), &now);
+        let verdict = decide(&self.all(), &now, has_time);
         let mut line = serde_json::to_string(&now)?;
         line.push('\n');
         let file = self.file();
@@ -245,7 +246,7 @@ mod tests {
     fn check(attempts: &[(i32, u64)], expected: &str) {
         let all: Vec<Attempt> = attempts.iter().map(|&(code, step)| attempt("7", code, step)).collect();
         let (now, earlier) = all.split_last().unwrap();
-        let said = match decide(earlier, now) {
+        let said = match decide(earlier, now, true) {
             Verdict::Finished => "finished".to_owned(),
             Verdict::Again { here: true, .. } => "again here".to_owned(),
             Verdict::Again { here: false, .. } => "requeue".to_owned(),
@@ -271,11 +272,21 @@ mod tests {
 
     #[test]
     fn what_came_to_nothing_is_not_repeated_at_once() {
-        let pause = |step| match decide(&[attempt("7", 76, 5)], &attempt("7", 76, step)) {
+        let pause = |step| match decide(&[attempt("7", 76, 5)], &attempt("7", 76, step), true) {
             Verdict::Again { here: true, after, .. } => after,
             verdict => panic!("{verdict:?}"),
         };
         assert_eq!((pause(5), pause(10)), (PAUSE, Duration::ZERO));
+    }
+
+    #[test]
+    fn a_job_whose_time_is_nearly_up_goes_by_way_of_the_queue() {
+        let verdict = |has_time| decide(&[attempt("7", 76, 5)], &attempt("7", 76, 10), has_time);
+        for has_time in [true, false] {
+            assert!(
+                matches!(verdict(has_time), Verdict::Again { here, after: Duration::ZERO, .. } if here == has_time)
+            );
+        }
     }
 
     #[test]
@@ -293,7 +304,10 @@ mod tests {
             attempt("7", 76, 5),
             attempt("7", 76, 5),
         ];
-        assert!(matches!(decide(&earlier, &attempt("8", 76, 5)), Verdict::Again { .. }));
+        assert!(matches!(
+            decide(&earlier, &attempt("8", 76, 5), true),
+            Verdict::Again { .. }
+        ));
     }
 
     #[test]
@@ -318,7 +332,7 @@ mod tests {
         attempts.note_rank(1, 2).unwrap();
         assert!(attempts.has_failed_rank());
         assert!(matches!(
-            attempts.ended("7", 143).unwrap(),
+            attempts.ended("7", 143, true).unwrap(),
             Verdict::Stop { code: 2, .. }
         ));
         assert!(!attempts.has_failed_rank());
@@ -327,7 +341,7 @@ mod tests {
         files::write_atomically(&run.path().join("logs/ended/2"), b"143 ..1").unwrap();
         assert!(!attempts.has_failed_rank());
         // Taken: the next attempt is not told by this one's ranks.
-        assert!(matches!(attempts.ended("7", 143).unwrap(), Verdict::Again { .. }));
+        assert!(matches!(attempts.ended("7", 143, true).unwrap(), Verdict::Again { .. }));
         let codes: Vec<i32> = attempts.all().iter().map(|attempt| attempt.code).collect();
         assert_eq!(codes, [2, 143]);
     }

@@ -122,10 +122,8 @@ fn main() -> ExitCode {
         Command::Demo(args) => commands::demo::run(&app, &args),
         Command::Tether { parent, program, args } => {
             let error = supervise::tether(parent, &program, &args);
-            Err(anyhow::anyhow!(
-                "cannot start {}: {error}; is it installed and on the PATH?",
-                program.display()
-            ))
+            let what = format!("cannot start {} (is it installed and on the PATH?)", program.display());
+            Err(anyhow::Error::new(error).context(what))
         }
     };
     match done {

@@ -29,8 +29,10 @@ pub enum Family {
     /// RANK, WORLD_SIZE, LOCAL_RANK: set by hand or by torchrun.
     Explicit,
     OpenMpi,
+    /// The mpirun of MPICH, Intel and their kin.
+    Hydra,
     Slurm,
-    /// MPICH's Hydra, Intel MPI, and srun --mpi=pmi2.
+    /// srun --mpi=pmi2, and what PALS and Flux set beside their own.
     Pmi,
     Pals,
     Flux,
@@ -157,7 +159,9 @@ pub fn launch_id() -> String {
         "FLUX_JOB_ID",
     ];
     // mpirun starts its daemons on other nodes as a step of its own, which its ranks on the first node are not in.
-    let of_mpirun = std::env::var_os("OMPI_COMM_WORLD_RANK").is_some();
+    let of_mpirun = ["OMPI_COMM_WORLD_RANK", HYDRA]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some());
     let told = names.iter().filter(|name| !(of_mpirun && **name == "SLURM_STEP_ID"));
     let parts: Vec<String> = told.filter_map(|name| std::env::var(name).ok()).collect();
     let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' };
@@ -204,6 +208,9 @@ fn gpus_in(variable: &str) -> Vec<String> {
     words.take_while(names_one).map(str::to_owned).collect()
 }
 
+/// Only Hydra sets it: the mpirun of MPICH, Intel and their kin.
+const HYDRA: &str = "MPI_LOCALRANKID";
+
 const MPI_WIRES: [&str; 4] = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PMI_FD"];
 
 /// Whether this process was started so that MPI finds its peers.
@@ -212,7 +219,7 @@ pub fn is_wired_for_mpi() -> bool {
 }
 
 /// By which launchers tell a process its place, and by which MPI finds its peers; without them it is nobody's rank.
-pub const RANK_VARIABLES: [&str; 13] = [
+pub const RANK_VARIABLES: [&str; 14] = [
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -220,6 +227,7 @@ pub const RANK_VARIABLES: [&str; 13] = [
     MPI_WIRES[1],
     MPI_WIRES[2],
     MPI_WIRES[3],
+    HYDRA,
     "PMIX_NAMESPACE",
     "SLURM_STEP_ID",
     "SLURM_PROCID",
@@ -252,8 +260,8 @@ impl Place {
             return Err(PlaceError::Singletons { tasks, family });
         }
         for other in &found[1..] {
-            // mpirun starts its daemons on other nodes by srun, so its ranks there see Slurm's numbers of the daemons.
-            if first.family == Family::OpenMpi && other.family == Family::Slurm {
+            // An mpirun starts its daemons on other nodes by srun, so its ranks there see Slurm's numbers of the daemons.
+            if matches!(first.family, Family::OpenMpi | Family::Hydra) && other.family == Family::Slurm {
                 continue;
             }
             if (first.rank, first.world) != (other.rank, other.world) {
@@ -294,6 +302,7 @@ impl fmt::Display for Family {
         f.write_str(match self {
             Family::Explicit => "RANK/WORLD_SIZE",
             Family::OpenMpi => "Open MPI (OMPI_COMM_WORLD_*)",
+            Family::Hydra => "Hydra's mpirun (PMI_RANK)",
             Family::Slurm => "Slurm (SLURM_PROCID)",
             Family::Pmi => "PMI (PMI_RANK)",
             Family::Pals => "PALS (PALS_RANKID)",
@@ -325,7 +334,7 @@ impl fmt::Display for Place {
 
 /// Every family that says something, in the order in which they are believed.
 fn families(variables: &Variables) -> Result<Vec<Told>, PlaceError> {
-    let all = [explicit, open_mpi, slurm, pmi, pals, flux];
+    let all = [explicit, open_mpi, hydra, slurm, pmi, pals, flux];
     all.iter().filter_map(|family| family(variables).transpose()).collect()
 }
 
@@ -415,14 +424,27 @@ fn slurm(variables: &Variables) -> Found {
     Ok(Some(Told { local_world, ..told }))
 }
 
+/// Before Slurm, as Open MPI: MPICH's and Intel's mpirun speak PMI and add the local rank.
+fn hydra(variables: &Variables) -> Found {
+    if variables.number(HYDRA)?.is_none() {
+        return Ok(None);
+    }
+    let Some(told) = variables.family(Family::Hydra, "PMI_RANK", "PMI_SIZE", HYDRA)? else {
+        return Ok(None);
+    };
+    Ok(Some(Told {
+        local_world: variables.number("MPI_LOCALNRANKS")?,
+        ..told
+    }))
+}
+
 fn pmi(variables: &Variables) -> Found {
-    let Some(rank) = variables.number("PMI_RANK")? else {
+    let Some(rank) = variables.number("PMI_RANK")?.filter(|_| (variables.0)(HYDRA).is_none()) else {
         return Ok(None);
     };
     let world = variables.with("PMI_RANK", "PMI_SIZE")?;
-    // Only Hydra sets a local rank of PMI's; srun --mpi=pmi2, PALS and Flux have their own.
+    // PMI need not tell the local rank; srun --mpi=pmi2, PALS and Flux have their own.
     let local = [
-        "MPI_LOCALRANKID",
         "PMI_LOCAL_RANK",
         "SLURM_LOCALID",
         "PALS_LOCAL_RANKID",
@@ -438,19 +460,15 @@ fn pmi(variables: &Variables) -> Found {
         None => {
             return Err(PlaceError::Incomplete {
                 set: "PMI_RANK",
-                missing: "MPI_LOCALRANKID",
+                missing: "PMI_LOCAL_RANK",
             });
         }
-    };
-    let local_world = match variables.number("MPI_LOCALNRANKS")? {
-        None => variables.number("PMI_LOCAL_SIZE")?,
-        told => told,
     };
     Ok(Some(Told {
         rank,
         world,
         local_rank,
-        local_world,
+        local_world: variables.number("PMI_LOCAL_SIZE")?,
         family: Family::Pmi,
     }))
 }
@@ -504,6 +522,7 @@ mod tests {
     const EXPLICIT: &str = "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1";
     const OPEN_MPI: &str =
         "OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=2";
+    const OF_HYDRA: &str = "PMI_RANK=3 PMI_SIZE=4 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2";
     const STEP: &str = "SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=1 SLURM_NODEID=1 \
                         SLURM_STEP_TASKS_PER_NODE=2(x2)";
 
@@ -544,8 +563,9 @@ mod tests {
         check(EXPLICIT, Family::Explicit, here, 4);
         check(OPEN_MPI, Family::OpenMpi, here, 2);
         check(STEP, Family::Slurm, here, 2);
+        check(OF_HYDRA, Family::Hydra, here, 2);
         check(
-            "PMI_RANK=3 PMI_SIZE=4 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2",
+            "PMI_RANK=3 PMI_SIZE=4 PMI_LOCAL_RANK=1 PMI_LOCAL_SIZE=2",
             Family::Pmi,
             here,
             2,
@@ -606,6 +626,8 @@ mod tests {
         check(&format!("{sbatch} {OPEN_MPI}"), Family::OpenMpi, (3, 4, 1), 2);
         let daemon = "SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_LOCALID=0";
         check(&format!("{daemon} {OPEN_MPI}"), Family::OpenMpi, (3, 4, 1), 2);
+        check(&format!("{sbatch} {OF_HYDRA}"), Family::Hydra, (3, 4, 1), 2);
+        check(&format!("{daemon} {OF_HYDRA}"), Family::Hydra, (3, 4, 1), 2);
     }
 
     #[test]
@@ -619,6 +641,7 @@ mod tests {
         for alone in [
             "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0",
             "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_LOCAL_RANK=0",
+            "PMI_RANK=0 PMI_SIZE=1 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=1",
         ] {
             let said = refused(&format!("{STEP} {alone}"));
             assert!(

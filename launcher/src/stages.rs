@@ -56,7 +56,7 @@ impl Maker<'_> {
             return Ok(Outcome::Kept);
         }
         let inputs = stage.inputs(self.plan)?;
-        match Stamp::read(&folder) {
+        match Stamp::read(&folder)? {
             Some(stamp) if stamp.inputs == inputs && !self.force => return Ok(Outcome::Kept),
             Some(_) => {}
             None => ensure!(
@@ -178,7 +178,7 @@ impl Stage {
         if self == Stage::Model && matches!(plan.model, Model::Folder { .. }) {
             return check_model_folder(&folder);
         }
-        let Some(stamp) = Stamp::read(&folder) else {
+        let Some(stamp) = Stamp::read(&folder)? else {
             bail!(
                 "{self} is not there yet ({}); run `panglot {}` first",
                 files::shown(&folder),
@@ -391,8 +391,8 @@ impl Stamp {
         folder.join("made.json")
     }
 
-    fn read(folder: &Path) -> Option<Stamp> {
-        files::read_json(&Stamp::file(folder)).ok()
+    fn read(folder: &Path) -> anyhow::Result<Option<Stamp>> {
+        files::read_json_if_there(&Stamp::file(folder))
     }
 
     fn write(&self, folder: &Path) -> anyhow::Result<()> {

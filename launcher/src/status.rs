@@ -331,9 +331,10 @@ fn last_steps(file: &Path) -> Vec<StepMetrics> {
 
 fn signs(folder: &Path) -> Vec<HostSign> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut signs: Vec<HostSign> = entries
-        .filter_map(|entry| files::read_json(&entry.path()).ok())
-        .collect();
+    let paths = entries.map(|entry| entry.path());
+    // Not those that are being written.
+    let whole = paths.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
+    let mut signs: Vec<HostSign> = whole.filter_map(|path| files::read_json(&path).ok()).collect();
     signs.sort_by(|a, b| a.host.cmp(&b.host));
     signs
 }

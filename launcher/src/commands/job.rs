@@ -1,6 +1,6 @@
 //! `panglot job`: what a job script asks before and after its ranks. People need it only in scripts of their own.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -8,8 +8,9 @@ use nix::unistd::Pid;
 use super::{App, ConfigArgs, Leave};
 use launcher::attempts::{Attempts, Verdict, newest_step};
 use launcher::checkpoint::FOLDER;
-use launcher::exit;
+use launcher::place::SlurmJob;
 use launcher::supervise::process_state;
+use launcher::{exit, wall_time};
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
@@ -90,7 +91,19 @@ fn is_running(process: u32) -> bool {
 
 fn ended(config: &ConfigArgs, code: i32, series: &str) -> anyhow::Result<()> {
     let plan = config.load()?;
-    match Attempts::of(&plan.folders.run).ended(series, code)? {
+    let has_time = match wall_time::job_end(&SlurmJob::detect()) {
+        Ok(None) => true,
+        Ok(Some(end)) => {
+            let left = end.duration_since(SystemTime::now()).unwrap_or_default();
+            // It starts, and saves in time before the limit.
+            left.as_secs_f64() > 2.0 * plan.checkpoint.safety_seconds
+        }
+        Err(error) => {
+            eprintln!("panglot: how much time the job has left is not known: {error:#}");
+            true
+        }
+    };
+    match Attempts::of(&plan.folders.run).ended(series, code, has_time)? {
         Verdict::Finished => Ok(()),
         Verdict::Again { here, after, why } => {
             eprintln!("panglot: {why}");

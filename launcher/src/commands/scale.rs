@@ -17,7 +17,7 @@ use super::submit::sbatch;
 use super::train::train;
 use super::{App, Failed, stage};
 use launcher::events::StepMetrics;
-use launcher::scaling::{Measured, Mode, WARM_UP, csv, points, table};
+use launcher::scaling::{Measured, Mode, Point, WARM_UP, csv, points, table};
 use launcher::stages::STAGES;
 use launcher::submit::{Settings, Submission, script};
 use launcher::{exit, files, report};
@@ -102,14 +102,10 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         };
         let planned = planned_seconds(&plan, place);
         runs.push(measured(&plan, &settings, planned)?);
+        // Each time, so that a sweep which ends early leaves what it has measured.
+        write(&out, args, mode, &points(&runs))?;
     }
     let points = points(&runs);
-    files::write_json(
-        &out.join("scale.json"),
-        &json!({ "config": args.config, "mode": mode, "points": points }),
-    )?;
-    files::write_atomically(&out.join("scale.csv"), csv(&points).as_bytes())?;
-    files::write_atomically(&out.join("scale.svg"), report::scaling(&points).as_bytes())?;
     app.print(&json!({ "mode": mode, "points": points, "folder": out }), || {
         format!(
             "{}\nwritten: scale.csv, scale.json, scale.svg in {}",
@@ -117,6 +113,15 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             files::shown(&out)
         )
     })
+}
+
+fn write(out: &Path, args: &Args, mode: Mode, points: &[Point]) -> anyhow::Result<()> {
+    files::write_json(
+        &out.join("scale.json"),
+        &json!({ "config": args.config, "mode": mode, "points": points }),
+    )?;
+    files::write_atomically(&out.join("scale.csv"), csv(points).as_bytes())?;
+    files::write_atomically(&out.join("scale.svg"), report::scaling(points).as_bytes())
 }
 
 /// `nodes=1,2,4` taken out of the words, ascending.

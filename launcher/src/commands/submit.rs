@@ -83,14 +83,26 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let file = plan.folders.run.join("job.sbatch");
     files::write_atomically(&file, script.as_bytes())?;
     let times = args.chain.unwrap_or(1);
-    let jobs = (0..times)
-        .map(|_| sbatch(&file))
-        .collect::<anyhow::Result<Vec<u64>>>()?;
-    app.print(&json!({ "jobs": jobs, "script": file }), || {
+    let mut jobs: Vec<u64> = Vec::new();
+    let numbers = |jobs: &[u64]| {
         let numbers: Vec<String> = jobs.iter().map(u64::to_string).collect();
+        numbers.join(", ")
+    };
+    for _ in 0..times {
+        let job = sbatch(&file).with_context(|| match jobs.is_empty() {
+            true => "nothing is submitted".to_owned(),
+            false => format!(
+                "of a chain of {times} only {} submitted (job {}), and will run",
+                text::counted(jobs.len(), "job"),
+                numbers(&jobs)
+            ),
+        })?;
+        jobs.push(job);
+    }
+    app.print(&json!({ "jobs": jobs, "script": file }), || {
         format!(
             "Submitted job {} on {} × {}; the script is {}\nNext: panglot status {}",
-            numbers.join(", "),
+            numbers(&jobs),
             text::counted(job.settings.nodes, "node"),
             text::counted(job.settings.ranks_per_node, "rank"),
             files::shown(&file),

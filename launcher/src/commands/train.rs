@@ -96,7 +96,7 @@ fn with_restarts(app: &App, plan: &Plan, restarts: u32) -> anyhow::Result<Ended>
         if restarts == 0 || ended.asked || matches!(ended.code, exit::FINISHED | exit::MORE_TIME) {
             return Ok(ended);
         }
-        match attempts.ended(&series, ended.code)? {
+        match attempts.ended(&series, ended.code, true)? {
             Verdict::Again { why, .. } if restart <= restarts => {
                 let lost = ended.lost.map_or(String::new(), |lost| format!("{lost}; "));
                 eprintln!("panglot: restart {restart} of {restarts}: {lost}{why}");

@@ -58,26 +58,39 @@ pub(super) fn attend(
     }
 }
 
-/// Tries until all are there, or time is up. Gives the hub's name and the connection.
-async fn arrive(settings: &Settings, invited: &Invited) -> Result<(String, Sender, Receiver), MeetError> {
-    // Who was told where rank 0 listens was told when it did: there is nothing left to wait for but the network.
-    let arrive = match invited {
-        Invited::Told(..) => settings.timing.arrive.min(TOLD_ARRIVE),
-        Invited::ByFile(_) => settings.timing.arrive,
+/// The hub's name and the connection to it.
+type Hub = (String, Sender, Receiver);
+
+/// Tries until all are there, or time is up.
+async fn arrive(settings: &Settings, invited: &Invited) -> Result<Hub, MeetError> {
+    let began = tokio::time::Instant::now();
+    let all_there = settings.timing.arrive;
+    // Who was told where rank 0 listens was told when it did: there is nothing to wait for but the network. Then for the others.
+    let mut limit = match invited {
+        Invited::Told(..) => all_there.min(TOLD_ARRIVE),
+        Invited::ByFile(_) => all_there,
     };
-    let deadline = tokio::time::Instant::now() + arrive;
     let mut pause = FIRST_PAUSE;
     let mut why = "rank 0 has not said where it is".to_owned();
     loop {
-        let attempt = tokio::time::timeout_at(deadline, try_once(settings, invited)).await;
-        match attempt {
-            Ok(Ok(arrived)) => return Ok(arrived),
-            Ok(Err(Trouble::Final(error))) => return Err(error),
-            Ok(Err(Trouble::Again(text))) => why = text,
-            Err(_) => {}
+        let trouble = match tokio::time::timeout_at(began + limit, reach(settings, invited)).await {
+            Ok(Ok(hub)) => {
+                limit = all_there;
+                why = "rank 0 still waits for others".to_owned();
+                match tokio::time::timeout_at(began + limit, wait_for_all(settings, hub)).await {
+                    Ok(Ok(hub)) => return Ok(hub),
+                    waited => waited.ok().and_then(Result::err),
+                }
+            }
+            reached => reached.ok().and_then(Result::err),
+        };
+        match trouble {
+            Some(Trouble::Final(error)) => return Err(error),
+            Some(Trouble::Again(text)) => why = text,
+            None => {}
         }
-        if tokio::time::Instant::now() + pause >= deadline {
-            let (rank, seconds) = (settings.rank, arrive.as_secs());
+        if began.elapsed() + pause >= limit {
+            let (rank, seconds) = (settings.rank, limit.as_secs());
             return Err(MeetError::Unreached { rank, seconds, why });
         }
         tokio::time::sleep(pause).await;
@@ -91,7 +104,8 @@ enum Trouble {
     Final(MeetError),
 }
 
-async fn try_once(settings: &Settings, invited: &Invited) -> Result<(String, Sender, Receiver), Trouble> {
+/// Looks for the hub once.
+async fn reach(settings: &Settings, invited: &Invited) -> Result<Hub, Trouble> {
     let again = |error: &dyn std::fmt::Display| Trouble::Again(error.to_string());
     let invitation = match invited {
         Invited::Told(invitation, _) => invitation.clone(),
@@ -115,7 +129,7 @@ async fn try_once(settings: &Settings, invited: &Invited) -> Result<(String, Sen
                 match tokio::time::timeout(handshake, proved).await {
                     Ok(Ok((sender, receiver))) => {
                         let hub = format!("rank 0 on {}", printable(&invitation.host));
-                        return wait_for_all(settings, hub, sender, receiver).await;
+                        return Ok((hub, sender, receiver));
                     }
                     Ok(Err(error)) => tried.push(format!("{address}: {error}")),
                     Err(_) => tried.push(format!("{address}: no answer")),
@@ -153,12 +167,7 @@ fn secret_for(settings: &Settings, invited: &Invited, invitation: &Invitation) -
     Secret::from_hex(&secret).map_err(|error| Trouble::Final(error.into()))
 }
 
-async fn wait_for_all(
-    settings: &Settings,
-    hub: String,
-    mut sender: Sender,
-    mut receiver: Receiver,
-) -> Result<(String, Sender, Receiver), Trouble> {
+async fn wait_for_all(settings: &Settings, (hub, mut sender, mut receiver): Hub) -> Result<Hub, Trouble> {
     let broken = |error: WireError| Trouble::Again(error.to_string());
     sender
         .send(&Message::Report(settings.report.clone()))
