@@ -88,6 +88,7 @@ gpu-check: build  ## every kernel, attention and training steps: this machine's 
 
 bench-gpu: setup-test build  ## training a 7B model on this machine's GPU, side by side, into bench/results/gpu.json
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" bench-gpu --python "$$PANGLOT_PYTHON" --out bench/results/gpu.json
+	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" bench-gpu --fp8 --python "$$PANGLOT_PYTHON" --out bench/results/gpu.json
 
 clean:  ## removes what was built; runs and fetched packages stay
 	@cargo clean

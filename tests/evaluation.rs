@@ -506,7 +506,10 @@ fn training_measures_itself_keeps_what_was_best_and_models_are_told_apart() {
         [&format!("step-{best_step:08}")[..], "step-00000008", "step-00000012"]
     );
     // The newest knows it too: a run that goes on from there compares with it.
-    assert_eq!(read(&folder.join("checkpoints/step-00000012/manifest.json"))["best"], best);
+    assert_eq!(
+        read(&folder.join("checkpoints/step-00000012/manifest.json"))["best"],
+        best
+    );
     let said = text(&succeed(panglot(&["checkpoint", "prune", "--dry-run"], &[])));
     assert!(said.contains("nothing is superfluous"), "{said}");
 

@@ -9,7 +9,15 @@ use crate::planner::Hardware;
 use crate::planner::sizes::PUBLISHED;
 use crate::raw::{self, FamilyName, ModelKind, PiecesKind, Raw, SourceKind as Kind};
 
-pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
+/// Who carries the plan out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Ranks {
+    /// `launch.ranks`, whom the global batch must suit.
+    AsPlanned,
+    Any,
+}
+
+pub fn plan(raw: Raw, ranks: Ranks) -> Result<Plan, Vec<String>> {
     let mut rules = Rules::default();
     let model = model(&raw.model, &mut rules);
     let full = full_modules(&raw.train.full, model.as_ref(), &mut rules);
@@ -52,7 +60,10 @@ pub fn plan(raw: Raw) -> Result<Plan, Vec<String>> {
     check_sampling(&plan.sampling, &mut rules);
     check_vocabulary(&plan, &mut rules);
     check_text(&plan, &mut rules);
-    check_batch(&plan, &mut rules);
+    check_launch(&plan, &mut rules);
+    if ranks == Ranks::AsPlanned {
+        check_batch(&plan, &mut rules);
+    }
     check_checkpoint(&plan, &mut rules);
     check_lengths(&plan, &mut rules);
     if let Model::Scratch { shape, .. } = &plan.model
@@ -1117,12 +1128,15 @@ fn check_text(plan: &Plan, rules: &mut Rules) {
     }
 }
 
-/// The global batch is dealt to ranks in whole micro-batches.
-fn check_batch(plan: &Plan, rules: &mut Rules) {
+fn check_launch(plan: &Plan, rules: &mut Rules) {
     rules.at_least("launch.ranks", plan.launch.ranks, 1);
     if let Some(threads) = plan.launch.threads_per_rank {
         rules.at_least("launch.threads_per_rank", threads, 1);
     }
+}
+
+/// The global batch is dealt to ranks in whole micro-batches.
+fn check_batch(plan: &Plan, rules: &mut Rules) {
     let (rows, micro, ranks) = (plan.train.rows_per_step, plan.train.micro_rows, plan.launch.ranks);
     let unit = ranks.saturating_mul(micro);
     if rows == 0 || unit == 0 {

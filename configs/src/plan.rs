@@ -34,6 +34,15 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// What a document is predicted behind in training, and so in evaluation: its own start, or the end of the one before where
+    /// that is seen.
+    pub fn before_document(&self) -> Option<&str> {
+        let corpus = &self.corpus;
+        let end = corpus.document_end.as_deref();
+        let seen = self.sampling.attention == Attention::Row;
+        corpus.document_start.as_deref().or(end.filter(|_| seen))
+    }
+
     /// Whether a run saves before its last step without being asked. One that does not needs no second copy of its state.
     pub fn saves_on_the_way(&self) -> bool {
         self.checkpoint.every_steps < self.train.steps
@@ -77,16 +86,11 @@ pub struct Corpus {
     pub on_unreadable: OnUnreadable,
     /// A special token put before every document, in training and in evaluation.
     pub document_start: Option<String>,
-    /// A special token put after every document in training.
+    /// A special token put after every document in training; see also [`Plan::before_document`].
     pub document_end: Option<String>,
 }
 
 impl Corpus {
-    /// What stands before a document in training, and so in evaluation: its own start, or the end of the one before.
-    pub fn before_document(&self) -> Option<&str> {
-        self.document_start.as_deref().or(self.document_end.as_deref())
-    }
-
     /// Whether any source is text, which can be held out and pieces be learned from; tokenised files are none.
     pub fn has_text(&self) -> bool {
         let is_text = |source: &Source| !matches!(source.kind, SourceKind::Megatron { .. });
@@ -462,8 +466,8 @@ pub struct Sampling {
     /// Languages by size. With weights, which sum to 1, they are sampled by; without, they stand in the table only.
     #[serde(default)]
     pub groups: Vec<ResourceGroup>,
-    /// No part (a language of a source) is read more often than this in the run, but for one row of one that is shorter than
-    /// a row; the others share what it leaves.
+    /// No part (a language of a source) is read more often than this in the run, but for up to five rows of one of which this
+    /// leaves less than three; the others share what it leaves.
     #[serde(default)]
     pub max_epochs: Option<f64>,
     /// Parts read more often than this are warned of before a run. `None`: 4, beyond which repeated text is worth ever
@@ -631,6 +635,16 @@ pub enum Device {
     Cpu,
     /// Each rank on an NVIDIA GPU of its own; where there is none the run ends.
     Cuda,
+}
+
+impl Device {
+    /// As in a config.
+    pub fn name(self) -> &'static str {
+        match self {
+            Device::Cpu => "cpu",
+            Device::Cuda => "cuda",
+        }
+    }
 }
 
 /// When a step is left out on all ranks though its numbers are finite.

@@ -510,7 +510,7 @@ fn no_part_is_read_more_often_than_the_cap_and_the_others_take_its_rows() {
             assert_eq!(plan.values().map(|part| part.rows).sum::<u64>(), 2_400);
             for part in plan.values() {
                 assert!(
-                    part.epochs <= max_epochs || part.rows == 1,
+                    part.epochs <= max_epochs || part.rows <= 5,
                     "{}: {} epochs of {max_epochs}",
                     part.name,
                     part.epochs
@@ -534,6 +534,28 @@ fn no_part_is_read_more_often_than_the_cap_and_the_others_take_its_rows() {
         "{sentence}"
     );
     capped(possible / 16, 2.0, Vec::new()).unwrap();
+}
+
+#[test]
+fn a_cap_shuts_out_no_part_that_is_shorter_than_a_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let names: Vec<String> = (0..100u8)
+        .map(|i| format!("{}{}b_Latn", (b'a' + i / 26) as char, (b'a' + i % 26) as char))
+        .collect();
+    let small = names.iter().map(|name| ("", name.as_str(), &[8u32][..]));
+    let parts: Vec<PartOf> = small.chain([("", "zzz_Latn", &[1_000_000][..])]).collect();
+    write_shards(folder.path(), &parts);
+    for alpha in [0.0, 0.3] {
+        let sampling = Sampling {
+            max_epochs: Some(4.0),
+            ..Sampling::by_size(alpha)
+        };
+        let plan = plan_of(&sampled(folder.path(), 10_000, sampling).unwrap());
+        for name in &names {
+            let rows = plan[name].rows;
+            assert!((1..=5).contains(&rows), "{name}: {rows} rows");
+        }
+    }
 }
 
 #[test]
@@ -603,13 +625,13 @@ proptest! {
         let names: Vec<String> = (0..tokens.len()).map(|i| format!("{}{}a_Latn", (b'a' + i as u8 / 26) as char, (b'a' + i as u8 % 26) as char)).collect();
         let parts: Vec<PartOf> = names.iter().zip(&tokens).map(|(name, n)| ("", name.as_str(), std::slice::from_ref(n))).collect();
         write_shards(folder.path(), &parts);
-        let most: u64 = tokens.iter().map(|n| ((max_epochs * f64::from(*n) / 16.0) as u64).max(u64::from(*n > 0))).sum();
+        let most: u64 = tokens.iter().map(|n| ((max_epochs * f64::from(*n) / 16.0) as u64).max(2 * u64::from(*n > 0))).sum();
         let run_rows = (most as f64 * filled) as u64;
         let sampling = Sampling { max_epochs: Some(max_epochs), ..Sampling::by_size(alpha) };
         let settings = StreamSettings { run_rows, sampling, ..settings(seed, 16) };
         match Stream::new(open(folder.path()), settings) {
             Ok(stream) => for part in stream.plan() {
-                prop_assert!(part.epochs <= max_epochs || part.rows == 1, "{part:?}");
+                prop_assert!(part.epochs <= max_epochs || part.rows <= 5, "{part:?}");
             },
             // A few rows a part are lost to rounding.
             Err(error) => prop_assert!(most - run_rows < 8 * tokens.len() as u64, "{most} {run_rows} {error}"),

@@ -1,4 +1,4 @@
-//! Other programs that are waited for only so long.
+//! What is waited for only so long: other programs, and this one.
 
 use std::io::{self, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -31,6 +31,29 @@ pub fn output(command: &mut Command, limit: Duration) -> io::Result<Option<(Exit
     Ok(told.recv_timeout(rest).ok().map(|said| (status, said)))
 }
 
+/// While it lives, a clock runs.
+pub struct Limit {
+    _stop: mpsc::Sender<()>,
+}
+
+impl Limit {
+    /// After `limit` a thread of its own does what `over` says: to end the process, where the one that should is held.
+    pub fn set(limit: Duration, over: impl FnOnce() + Send + 'static) -> Limit {
+        let (stop, stopped) = mpsc::channel();
+        std::thread::spawn(move || {
+            if stopped.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+                over();
+            }
+        });
+        Limit { _stop: stop }
+    }
+
+    /// Nothing is over any more.
+    pub fn lift(self) {
+        drop(self);
+    }
+}
+
 fn ended(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
     loop {
         let status = child.try_wait()?;
@@ -44,6 +67,21 @@ fn ended(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_that_is_lifted_in_time_does_nothing() {
+        let (tell, told) = mpsc::channel();
+        let set = |limit| {
+            let tell = tell.clone();
+            Limit::set(limit, move || tell.send(limit).unwrap_or_default())
+        };
+        let long = Duration::from_secs(60);
+        set(long).lift();
+        let short = Duration::from_millis(10);
+        let held = set(short);
+        assert_eq!(told.recv_timeout(long), Ok(short));
+        held.lift();
+    }
 
     #[test]
     fn what_ends_in_time_is_heard_and_what_does_not_is_killed() {

@@ -74,6 +74,9 @@ pub struct Means {
 pub struct DocumentResult {
     pub language: String,
     pub key: String,
+    /// Of the whole text.
+    pub text_bytes: u64,
+    /// Of what was scored.
     pub bytes: u64,
     pub characters: u64,
     pub tokens: u64,
@@ -330,12 +333,12 @@ impl Paired {
             .iter()
             .map(|d| ((d.language.as_str(), d.key.as_str()), d))
             .collect();
-        let mut pairs: BTreeMap<&str, Vec<(&DocumentResult, &DocumentResult)>> = BTreeMap::new();
+        let mut pairs: BTreeMap<&str, Vec<Pair>> = BTreeMap::new();
         for document in &after {
             if let Some(before) = known.get(&(document.language.as_str(), document.key.as_str()))
-                && before.bytes == document.bytes
+                && before.text_bytes == document.text_bytes
             {
-                pairs.entry(&document.language).or_default().push((before, document));
+                pairs.entry(&document.language).or_default().push([before, document]);
             }
         }
         ensure!(
@@ -410,21 +413,24 @@ impl Paired {
     }
 }
 
+/// A document of the baseline's and of the model's.
+type Pair<'a> = [&'a DocumentResult; 2];
+
 impl PairedLanguage {
-    fn of(language: &str, pairs: &[(&DocumentResult, &DocumentResult)]) -> PairedLanguage {
+    fn of(language: &str, pairs: &[Pair]) -> PairedLanguage {
         let all: Vec<usize> = (0..pairs.len()).collect();
-        let bits = |sample: &[usize], nats: &dyn Fn(usize) -> f64| {
-            let bytes: u64 = sample.iter().map(|i| pairs[*i].0.bytes).sum();
-            sample.iter().map(|i| nats(*i)).sum::<f64>() / std::f64::consts::LN_2 / bytes as f64
+        // Each by what it has scored: without a token before a text, tokenizers begin at different places.
+        let bits = |sample: &[usize], side: usize| {
+            let scored = || sample.iter().map(|i| pairs[*i][side]);
+            let bytes: u64 = scored().map(|document| document.bytes).sum();
+            scored().map(|document| document.nats).sum::<f64>() / std::f64::consts::LN_2 / bytes as f64
         };
         PairedLanguage {
             language: language.to_owned(),
             documents: pairs.len(),
-            baseline: bits(&all, &|i| pairs[i].0.nats),
-            model: bits(&all, &|i| pairs[i].1.nats),
-            interval: bootstrap(pairs.len(), |sample| {
-                bits(sample, &|i| pairs[i].1.nats - pairs[i].0.nats)
-            }),
+            baseline: bits(&all, 0),
+            model: bits(&all, 1),
+            interval: bootstrap(pairs.len(), |sample| bits(sample, 1) - bits(sample, 0)),
         }
     }
 }
@@ -603,7 +609,9 @@ pub(crate) mod tests {
                     let document = DocumentResult {
                         language: language.to_owned(),
                         key: format!("article-{i}"),
-                        bytes: 100,
+                        text_bytes: 250,
+                        // Their tokenizers begin at different places.
+                        bytes: if name == "after.json" { 100 } else { 200 },
                         characters: 90,
                         tokens: 30,
                         nats: nats(language, i),
@@ -614,7 +622,7 @@ pub(crate) mod tests {
             fs::write(Evaluation::documents_file(&file), lines).unwrap();
             file
         };
-        let before = write("before.json", &|_, i| 100.0 + i as f64);
+        let before = write("before.json", &|_, i| 2.0 * (100.0 + i as f64));
         // Of the first every document gains; of the second as many gain as lose.
         let after = write("after.json", &|language, i| match language {
             "aaa_Latn" => 95.0 + i as f64,

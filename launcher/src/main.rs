@@ -94,41 +94,66 @@ enum Command {
     },
 }
 
+impl Command {
+    /// The name of one that no rank of a job may call: it starts its own ranks, or makes folders.
+    fn started_once(&self) -> Option<&'static str> {
+        Some(match self {
+            Command::Corpus(_) => "corpus",
+            Command::Model(_) => "model",
+            Command::Vocab(_) => "vocab",
+            Command::Tokenize(_) => "tokenize",
+            Command::Prepare(_) => "prepare",
+            Command::Eval(_) => "eval",
+            Command::Generate(_) => "generate",
+            Command::Export(_) => "export",
+            Command::Scale(_) => "scale",
+            Command::Demo(_) => "demo",
+            _ => return None,
+        })
+    }
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let app = App {
         json: cli.json,
         worker: cli.worker,
     };
-    let done = match cli.command {
-        Command::Corpus(args) => commands::stage::corpus(&app, &args),
-        Command::Model(command) => commands::model::run(&app, &command),
-        Command::Vocab(args) => commands::stage::vocab(&app, &args),
-        Command::Tokenize(args) => commands::stage::tokenize(&app, &args),
-        Command::Prepare(args) => commands::stage::prepare(&app, &args),
-        Command::Train(args) => commands::train::run(&app, &args),
-        Command::Eval(args) => commands::eval::run(&app, &args),
-        Command::Checkpoint(command) => commands::checkpoint::run(&app, &command),
-        Command::Generate(args) => commands::generate::run(&app, &args),
-        Command::Export(args) => commands::export::run(&app, &args),
-        Command::Submit(args) => commands::submit::run(&app, &args),
-        Command::Doctor(args) => commands::doctor::run(&app, &args),
-        Command::Status(args) => commands::status::run(&app, &args),
-        Command::Scale(args) => commands::scale::run(&app, &args),
-        Command::Job(command) => commands::job::run(&app, &command),
-        Command::Plan(args) => commands::plan::run(&app, &args),
-        Command::Rows(args) => commands::rows::run(&app, &args),
-        Command::Report(args) => commands::report::run(&app, &args),
-        Command::Demo(args) => commands::demo::run(&app, &args),
+    // Slurm's "save and stop", to all of a job's processes. It is meant for ranks, and no reason to die on the way to them.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGUSR1, Default::default());
+    let once = cli.command.started_once().map_or(Ok(()), commands::once);
+    match once.and_then(|()| run(&app, cli.command)) {
+        Ok(()) => ExitCode::from(exit::FINISHED as u8),
+        Err(error) => ExitCode::from(report(&error) as u8),
+    }
+}
+
+fn run(app: &App, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Corpus(args) => commands::stage::corpus(app, &args),
+        Command::Model(command) => commands::model::run(app, &command),
+        Command::Vocab(args) => commands::stage::vocab(app, &args),
+        Command::Tokenize(args) => commands::stage::tokenize(app, &args),
+        Command::Prepare(args) => commands::stage::prepare(app, &args),
+        Command::Train(args) => commands::train::run(app, &args),
+        Command::Eval(args) => commands::eval::run(app, &args),
+        Command::Checkpoint(command) => commands::checkpoint::run(app, &command),
+        Command::Generate(args) => commands::generate::run(app, &args),
+        Command::Export(args) => commands::export::run(app, &args),
+        Command::Submit(args) => commands::submit::run(app, &args),
+        Command::Doctor(args) => commands::doctor::run(app, &args),
+        Command::Status(args) => commands::status::run(app, &args),
+        Command::Scale(args) => commands::scale::run(app, &args),
+        Command::Job(command) => commands::job::run(app, &command),
+        Command::Plan(args) => commands::plan::run(app, &args),
+        Command::Rows(args) => commands::rows::run(app, &args),
+        Command::Report(args) => commands::report::run(app, &args),
+        Command::Demo(args) => commands::demo::run(app, &args),
         Command::Tether { parent, program, args } => {
             let error = supervise::tether(parent, &program, &args);
             let what = format!("cannot start {} (is it installed and on the PATH?)", program.display());
             Err(anyhow::Error::new(error).context(what))
         }
-    };
-    match done {
-        Ok(()) => ExitCode::from(exit::FINISHED as u8),
-        Err(error) => ExitCode::from(report(&error) as u8),
     }
 }
 

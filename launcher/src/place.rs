@@ -314,7 +314,7 @@ impl fmt::Display for Family {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.family == Family::Alone {
+        if self.world == 1 {
             return f.write_str("one process");
         }
         let Place {

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
 use configs::Plan;
+use nix::unistd::{SysconfVar, sysconf};
 use serde::{Deserialize, Serialize};
 
 use crate::attempts::{Attempt, Attempts, newest_step};
@@ -122,6 +123,7 @@ fn sign(place: &Place, began: f64) -> HostSign {
 /// Of every worker below this process's own parent: the host's ranks are its children, or their launchers' children.
 fn resident_of_ranks() -> u64 {
     let here = fs::read_link("/proc/self/ns/net").ok();
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().unwrap_or(4096) as u64;
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let resident = processes.filter_map(|process| {
         let path = process.path();
@@ -129,7 +131,7 @@ fn resident_of_ranks() -> u64 {
         let ours = name.trim() == "panglot-worker" && fs::read_link(path.join("ns/net")).ok() == here;
         let pages = fs::read_to_string(path.join("statm")).ok()?;
         let pages: u64 = pages.split_whitespace().nth(1)?.parse().ok()?;
-        ours.then_some(pages * 4096)
+        ours.then_some(pages * page)
     });
     resident.sum()
 }
@@ -211,7 +213,6 @@ impl Status {
         // One process, or ranks of one mpirun, give no sign but their steps.
         let steps_come = since.zip(pace).is_some_and(|(since, pace)| since < 10.0 * pace + 5.0);
         let state = match () {
-            () if taken >= plan.train.steps => State::Finished,
             () if alive || (hosts.is_empty() && steps_come) => State::Running,
             () if !hosts.is_empty() => State::Silent,
             () if taken == 0 => State::NotStarted,
@@ -427,7 +428,11 @@ mod tests {
             State::Running,
             "one process gives no signs"
         );
-        assert_eq!(state(&[step(19, 2.0, 1000.0)], vec![], 1e6), State::Finished);
+        assert_eq!(
+            state(&[step(19, 2.0, 1000.0)], vec![], 1e6),
+            State::Stopped,
+            "the last step is not what finishes a run: its checkpoint is"
+        );
     }
 
     #[test]

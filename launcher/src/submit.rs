@@ -105,6 +105,12 @@ const KEYS: [(&str, &str, Kind); 17] = [
     ("mpi", "mpi", Kind::Word),
 ];
 
+fn says(words: &[String], key: &str) -> bool {
+    words
+        .iter()
+        .any(|word| word.split_once('=').is_some_and(|(said, _)| said == key))
+}
+
 impl Settings {
     /// Takes the job's settings out of `words`; what is left are overrides of the config.
     pub fn take(words: &[String]) -> Result<(Settings, Vec<String>), SubmitError> {
@@ -121,9 +127,25 @@ impl Settings {
                 }
             }
         }
+        // A rank a GPU, unless it is said otherwise.
+        let gpus = settings
+            .directives
+            .iter()
+            .find(|(option, _)| *option == "gpus-per-node");
+        let gpus = gpus.and_then(|(_, value)| value.rsplit(':').next()?.parse().ok());
+        if let Some(gpus) = gpus.filter(|_| !says(words, "ranks_per_node")) {
+            settings.ranks_per_node = gpus;
+        }
         let position = |option: &str| KEYS.iter().position(|(_, known, _)| *known == option);
         settings.directives.sort_by_key(|(option, _)| position(option));
         Ok((settings, rest))
+    }
+
+    /// Whether these words say where ranks run.
+    pub fn say_where(words: &[String]) -> bool {
+        ["nodes", "ranks_per_node", "gpus_per_node"]
+            .iter()
+            .any(|key| says(words, key))
     }
 
     /// One more, or another, setting.
@@ -291,6 +313,10 @@ fn directives(job: &Submission) -> String {
         lines.push(("gpus-per-node", settings.ranks_per_node.to_string()));
     }
     lines.extend(settings.directives.iter().cloned());
+    if settings.has("mail-user") {
+        // Slurm sends none unless it is told when.
+        lines.push(("mail-type", "END,FAIL,REQUEUE,TIME_LIMIT".to_owned()));
+    }
     for (option, value) in [("job-name", job.name.as_str()), ("output", "panglot-%j.out")] {
         if !settings.has(option) {
             lines.push((option, value.to_owned()));
@@ -325,7 +351,7 @@ fn directives(job: &Submission) -> String {
 fn environment(job: &Submission) -> String {
     let mut out = String::new();
     for module in &job.modules {
-        out += &format!("module load {}\n", quoted(module));
+        out += &format!("module load {} || exit 2\n", quoted(module));
     }
     if let Some(file) = &job.environment_file {
         // Without a slash bash would look for it on the PATH.
@@ -334,7 +360,7 @@ fn environment(job: &Submission) -> String {
         } else {
             format!("./{file}")
         };
-        out += &format!("set -a; . {}; set +a\n", quoted(&file));
+        out += &format!("set -a; . {} || exit 2; set +a\n", quoted(&file));
     }
     out
 }
@@ -361,7 +387,7 @@ fn doctor(job: &Submission) -> String {
     }
     format!(
         "# A node that would spoil the run is found before it does.\n\
-         srun --mpi={} --kill-on-bad-exit=0 \"${{panglot[@]}}\" doctor \"${{run[@]}}\"\n\
+         srun --mpi={} --kill-on-bad-exit=0 --wait=40 \"${{panglot[@]}}\" doctor \"${{run[@]}}\"\n\
          code=$?\n\
          if [ \"$code\" -ne 0 ]; then\n    exit \"$code\"\nfi\n",
         job.settings.mpi

@@ -7,6 +7,8 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -43,9 +45,27 @@ pub fn supervise(job: &Job, watch: &mut dyn FnMut(&Event) -> Option<Signal>) -> 
     // Ranks that outlive their mpirun become our children, so that they can be found and ended.
     prctl::set_child_subreaper(true)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let idle = idle()?;
+    idle.store(false, Ordering::SeqCst);
     let ended = runtime.block_on(run(job, watch));
     end_strays();
+    idle.store(true, Ordering::SeqCst);
     ended
+}
+
+/// True while no job is supervised. Whoever once listens to a signal has taken its own effect away for good: between jobs it is
+/// given back.
+fn idle() -> io::Result<&'static AtomicBool> {
+    static IDLE: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    if IDLE.get().is_none() {
+        let idle = Arc::new(AtomicBool::new(true));
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            let code = 128 + signal as i32;
+            signal_hook::flag::register_conditional_shutdown(signal as i32, code, Arc::clone(&idle))?;
+        }
+        let _ = IDLE.set(idle);
+    }
+    Ok(IDLE.get().expect("it was set"))
 }
 
 /// After one of several ranks has failed, the others find out by themselves and say more about it; then they are ended.

@@ -77,19 +77,31 @@ impl Worker {
         Job {
             ranks: (0..n).map(rank).collect(),
             env,
-            ..self.alone(threads, args)
+            ..self.process(threads, args)
         }
     }
 
     /// A rank that somebody else has started, watched from here.
     pub fn one_of_many(&self, threads: Option<usize>, args: Vec<OsString>) -> Job {
-        let mut job = self.alone(threads, args);
+        let mut job = self.process(threads, args);
         job.env.push((BEATS, "1".into()));
         job
     }
 
-    /// One process, the only rank.
+    /// One process, the only rank, whatever the job around it is for: in a batch shell of many tasks, too.
     pub fn alone(&self, threads: Option<usize>, args: Vec<OsString>) -> Job {
+        let mut job = self.process(threads, args);
+        let place = [
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("LOCAL_RANK", "0"),
+            ("LOCAL_WORLD_SIZE", "1"),
+        ];
+        job.env.extend(place.map(|(name, value)| (name, value.to_owned())));
+        job
+    }
+
+    fn process(&self, threads: Option<usize>, args: Vec<OsString>) -> Job {
         Job {
             program: self.program.clone(),
             args,

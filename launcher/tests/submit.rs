@@ -33,7 +33,7 @@ fn ready() -> Vec<(&'static str, Submission)> {
         device: Some(Device::Cuda),
         environment_file: Some("slurm/nccl.env".to_owned()),
         doctor: true,
-        ..job(&format!("{settings} train.device=cuda"))
+        ..job(settings)
     };
     vec![
         (

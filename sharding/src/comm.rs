@@ -150,6 +150,10 @@ pub trait Comm {
     fn engine(&self) -> String;
     /// Tells where this rank is; costs nothing worth counting. An engine has nothing to do with it.
     fn at(&self, _mark: Mark) {}
+    /// Whether a reduction under way holds copies as large as what it reduces.
+    fn copies_to_reduce(&self, _wire: Wire) -> bool {
+        false
+    }
     /// Ends the whole job at once with this exit code. For errors: peers may be waiting in a collective.
     fn abort(&self, code: i32) -> !;
 

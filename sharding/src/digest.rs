@@ -2,9 +2,17 @@
 //! the slice's owner published. So a damaged rank is named even where there are two.
 
 use rayon::prelude::*;
+use tch::{Device, Tensor};
+
+use crate::memory::bytes;
 
 /// Bytes a task.
 const CHUNK: usize = 1 << 20;
+
+/// A digest of a tensor's elements, wherever it lies.
+pub fn of(tensor: &Tensor) -> u64 {
+    fold(bytes(&tensor.to_device(Device::Cpu).contiguous()))
+}
 
 /// A digest of `bytes` in one pass at the speed of memory. Any change of one 8-byte word changes it, since every step is a
 /// bijection in the word; it is no defence against intent.
@@ -29,7 +37,8 @@ fn fold_chunk(bytes: &[u8]) -> u64 {
     lanes.into_iter().fold(rest, mix)
 }
 
-pub(crate) fn mix(digest: u64, word: u64) -> u64 {
+/// The digest of what `digest` is of, and `word` behind it.
+pub fn mix(digest: u64, word: u64) -> u64 {
     (digest.rotate_left(23) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15)
 }
 

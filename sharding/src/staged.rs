@@ -118,6 +118,10 @@ impl Comm for Staged {
         self.inner.sent()
     }
 
+    fn copies_to_reduce(&self, wire: Wire) -> bool {
+        self.inner.copies_to_reduce(wire)
+    }
+
     fn engine(&self) -> String {
         self.inner.engine()
     }

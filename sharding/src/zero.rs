@@ -23,7 +23,6 @@ use tch::{Device, Kind, Tensor};
 use crate::adamw::{self, AdamW, RowGradient};
 use crate::digest::{self, Digests, damaged};
 use crate::layout::{Bucket, most_gradients, slice_len};
-use crate::memory::bytes;
 use crate::rows::{self, RowPlan, Rows, When};
 use crate::{BucketSpec, Comm, Error, Layout, Mark, ParamSpec, Pending, Result, Wire};
 
@@ -207,7 +206,8 @@ pub struct Zero {
     places: BTreeMap<String, (Flat, usize)>,
     /// The buckets that each of the model's stages reads, in forward order.
     stages: Vec<Vec<Flat>>,
-    /// Buckets whose reductions are under way and hold whole gradients, oldest first; stages 2 and 3.
+    /// Buckets whose reductions are under way and hold whole gradients, or copies of them, oldest first; stages 2 and 3, and 1
+    /// where reductions make copies.
     reducing: VecDeque<usize>,
     /// Elements of whole gradients that may exist at a time; stages 2 and 3.
     gradient_budget: usize,
@@ -722,7 +722,7 @@ impl Zero {
             } else {
                 let _ = state.grads_slice.zero_();
             }
-            return self.sent(bucket);
+            return self.sent(comm, bucket);
         }
         state.reducing = Some(match self.stage {
             Stage::Replicated => comm.all_reduce(grads, self.wire)?,
@@ -734,7 +734,7 @@ impl Zero {
                 pending
             }
         });
-        self.sent(bucket)
+        self.sent(comm, bucket)
     }
 
     /// The bucket's whole gradient, where it is kept as rows.
@@ -750,11 +750,11 @@ impl Zero {
         let place = &self.layout.buckets[bucket];
         state.rows = Some(rows::start(comm, place, &plan, &late.values, true, self.wire)?);
         state.rows_follow = true;
-        self.sent(bucket)
+        self.sent(comm, bucket)
     }
 
     /// A bucket's reduction has started.
-    fn sent(&mut self, bucket: usize) -> Result<()> {
+    fn sent(&mut self, comm: &dyn Comm, bucket: usize) -> Result<()> {
         let state = &mut self.buckets[bucket];
         state.reduced = true;
         if self.stage >= Stage::Gradients {
@@ -771,6 +771,12 @@ impl Zero {
             };
             let over: Vec<usize> = self.reducing.iter().copied().filter(is_over).collect();
             over.into_iter().try_for_each(|bucket| self.settle(bucket))?;
+        } else if self.stage == Stage::OptimizerState && comm.copies_to_reduce(self.wire) {
+            // Copies as large as the gradient would be there until the end of the step.
+            self.reducing.push_back(bucket);
+            while self.reducing.len() > MOST_COPIED {
+                self.settle(self.reducing[0])?;
+            }
         }
         Ok(())
     }
@@ -957,15 +963,17 @@ impl Zero {
         self.buckets.iter_mut().try_for_each(|state| state.values.wait())
     }
 
-    /// Compares what the ranks should hold alike: the ranks whose memory is damaged, each with what is wrong. From stage 3 on
-    /// nothing is held alike, and nothing is found.
+    /// Compares what the ranks should hold alike: the ranks whose memory is damaged, each with what is wrong. Called between
+    /// [`Zero::finish`] and [`Zero::update`]: there the parameters are what the step was made with, and the master weights what
+    /// they were published from; the next publication would write over what is wrong. From stage 3 on nothing is held alike, and
+    /// nothing is found.
     pub fn damaged_ranks(&mut self, comm: &dyn Comm) -> Result<Vec<(usize, &'static str)>> {
+        assert!(!self.unpublished, "compared before the update");
         self.arrived(comm)?;
         if self.stage == Stage::Parameters {
             return Ok(Vec::new());
         }
         let n_slices = self.layout.n_slices;
-        let digest = |tensor: &Tensor| digest::fold(bytes(&tensor.to_device(Device::Cpu)));
         let mut mine = Digests {
             copies: vec![0; n_slices],
             truth: 0,
@@ -974,10 +982,10 @@ impl Zero {
             let full = state.values.full.as_ref().expect("whole before stage 3");
             for (slice, copy) in mine.copies.iter_mut().enumerate() {
                 let range = slice * bucket.slice_len..(slice + 1) * bucket.slice_len;
-                *copy = digest::mix(*copy, digest(&view(full, range)));
+                *copy = digest::mix(*copy, digest::of(&view(full, range)));
             }
             let published = state.slice.theta.f_to_kind(full.kind())?;
-            mine.truth = digest::mix(mine.truth, digest(&published));
+            mine.truth = digest::mix(mine.truth, digest::of(&published));
         }
         let words = mine.copies.iter().chain([&mine.truth]);
         let words: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
@@ -1145,6 +1153,9 @@ fn check_ranks_agree(comm: &dyn Comm, description: &str) -> Result<()> {
 }
 
 const LINES_SHOWN: usize = 12;
+
+/// Reductions under way at a time, where each holds copies of a whole gradient.
+const MOST_COPIED: usize = 2;
 
 #[cfg(test)]
 mod tests {

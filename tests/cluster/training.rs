@@ -33,6 +33,8 @@ impl<'a> Training<'a> {
             format!("folders.run={}", run.folder.path().display()),
             // 12 rows divide among 4 ranks.
             "train.micro_rows=1".to_owned(),
+            // The nodes share the cores of one machine.
+            "launch.threads_per_rank=1".to_owned(),
         ];
         all.extend(settings.iter().map(|setting| (*setting).to_owned()));
         Training {

@@ -18,7 +18,7 @@ use sharding::Pass as Stages;
 use tch::Tensor;
 
 use crate::evaluate::{self, Passes, Prepared};
-use crate::model::{Pass, embedding_weights};
+use crate::model::{Model, Pass, embedding_weights};
 use crate::step::Trainer;
 
 pub struct During {
@@ -32,12 +32,12 @@ pub struct During {
 
 impl During {
     /// `None` where the plan wants none. `step` is the next one: lines of measurements that will be made again go.
-    pub fn prepare(plan: &Plan, rank: usize, step: u64) -> Result<Option<During>> {
+    pub fn prepare(plan: &Plan, model: &Model, rank: usize, step: u64) -> Result<Option<During>> {
         let Some(every) = plan.evaluation.every_steps else {
             return Ok(None);
         };
         let tokenizer = Tokenizer::open(&plan.folders.vocabulary)?;
-        let start = plan.corpus.before_document();
+        let start = plan.before_document();
         let sample = evaluate::sample(plan, plan.evaluation.sample_bytes)?
             .iter()
             .map(|(language, documents)| evaluate::prepare(language, documents, &tokenizer, &plan.evaluation, start))
@@ -57,6 +57,8 @@ impl During {
             "evaluation.every_steps is set, but {} holds no held-out text; set corpus.held_out above 0",
             plan.folders.corpus.display()
         );
+        let longest = during.sample.iter().map(Prepared::longest).max().unwrap_or(0);
+        model.check_length(longest, "evaluation.window")?;
         if rank == 0 {
             files::keep_steps_before(&during.lines, step + 1)?;
         }

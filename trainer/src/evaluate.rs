@@ -1,6 +1,7 @@
 //! Negative log-likelihood of held-out text, language by language, of any model with its own tokenizer.
 //!
-//! A document is scored as a whole: the special token before it is context only, and every token after it is a target.
+//! A document is scored as a whole: the special token before it is context only, and every token after it is a target; where
+//! none stands before it, its first token is that context.
 //! Bits per byte divide by the bytes of the targets, so that models with different tokenizers compare: also the base and the
 //! extended model that no step has trained yet.
 //!
@@ -61,7 +62,9 @@ pub fn run(order: &Order, task: &Nll, subject: &Subject, comm: &dyn Comm) -> Res
         "whole documents in windows of {} tokens, stride {}, start {}{}",
         task.settings.window,
         task.settings.stride,
-        task.document_start.as_deref().unwrap_or("none"),
+        task.document_start
+            .as_deref()
+            .unwrap_or("none: the first token is not scored"),
         task.settings
             .documents_per_language
             .map_or(String::new(), |most| format!(", the first {most} by key")),
@@ -194,7 +197,7 @@ fn measured(plan: &Plan, documents: &ByLanguage, subject: &Subject, comm: &dyn C
     let started = Instant::now();
     let of = Scoring {
         settings: &plan.evaluation,
-        start: plan.corpus.before_document(),
+        start: plan.before_document(),
         kept: None,
     };
     let scored = score(documents, subject, &of, comm)?;
@@ -285,6 +288,11 @@ fn score(documents: &ByLanguage, subject: &Subject, of: &Scoring, comm: &dyn Com
 const STRETCH: usize = 16;
 
 impl Prepared {
+    /// Tokens of the longest window.
+    pub fn longest(&self) -> usize {
+        self.windows.iter().map(|window| window.ids.len()).max().unwrap_or(0)
+    }
+
     fn targets(&self) -> u64 {
         self.documents.iter().map(|document| document.tokens).sum()
     }
@@ -385,7 +393,8 @@ pub fn prepare(
     let start = match start {
         None => None,
         Some(token) => Some(tokenizer.id(token).with_context(|| {
-            format!("corpus.document_start = {token} is not a piece of the model's tokenizer; name one of its special tokens")
+            format!("{token}, which stands before documents (corpus.document_start, else corpus.document_end), is not a piece of the model's \
+                 tokenizer; name another for this time with --start TOKEN, or none with --start none")
         })?),
     };
     let texts: Vec<&str> = documents.iter().map(|document| document.text.as_str()).collect();
@@ -393,21 +402,24 @@ pub fn prepare(
         documents: Vec::new(),
         windows: Vec::new(),
     };
-    for (document, encoded) in documents.iter().zip(tokenizer.encode_batch(&texts)?) {
+    // What nothing stands before cannot be predicted.
+    let unscored: Vec<usize> = match start {
+        Some(_) => vec![0; texts.len()],
+        None => tokenizer.ends_of_first_tokens(&texts)?,
+    };
+    let encoded = tokenizer.encode_batch(&texts)?;
+    for ((document, encoded), unscored) in documents.iter().zip(encoded).zip(unscored) {
         let ids: Vec<i64> = start.into_iter().chain(encoded).map(i64::from).collect();
         if ids.len() < 2 {
             continue;
         }
         let text = &document.text;
-        // What nothing stands before cannot be predicted.
-        let scored = match start {
-            Some(_) => text,
-            None => &text[tokenizer.end_of_first_token(text)?..],
-        };
+        let scored = &text[unscored..];
         prepared.windows.extend(cut(settings, prepared.documents.len(), &ids));
         prepared.documents.push(DocumentResult {
             language: language.to_string(),
             key: document.key.clone(),
+            text_bytes: text.len() as u64,
             bytes: scored.len() as u64,
             characters: scored.chars().count() as u64,
             tokens: (ids.len() - 1) as u64,

@@ -1,6 +1,7 @@
 //! What a run gives away: the merged model and the PEFT adapter, both loadable by `transformers` and PEFT as they are.
 //! Written whole or not at all, then read back and checked against the model in memory.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -12,7 +13,8 @@ use tch::{Kind, Tensor};
 use crate::checkpoint;
 use crate::hf::weights::{TensorFile, write_tensors};
 use crate::hf::{ModelConfig, NewFolder, SHARD_BYTES, Weights, write_weights};
-use crate::model::{LoraPair, Model, Norm, Trains, Weight};
+use crate::model::{LoraPair, Merged, Model, Norm, Trains, Weight};
+use crate::step::Trainer;
 use crate::train;
 
 /// Writes the newest checkpoint's model to both folders and checks them. Without LoRA there is no adapter.
@@ -36,35 +38,31 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
     );
     let progress = checkpoint::load(&found.folder, &found.manifest, comm, &mut trainer.zero)?;
     trainer.zero.arrived(comm)?;
+    // The optimizer's state and the gradients have no part in it.
+    let Trainer { mut model, zero, .. } = trainer;
+    drop(zero);
+    model.forget_gradients();
     let mut result = json!({
         "checkpoint": found.folder,
         "step": progress.step,
-        "pieces": trainer.model.config.vocab_size,
+        "pieces": model.config.vocab_size,
         "merged": merged,
         "adapter": null,
     });
     if comm.rank() == 0 {
-        let model = &trainer.model;
         let tokenizer = &plan.folders.vocabulary;
         let base = &plan.folders.base_model;
-        write_merged(
-            merged,
-            &model.config,
-            &model.merged_weights(),
-            model.kind,
-            tokenizer,
-            base,
-        )?;
-        let difference = logits_difference(model, &plan.folders.base_model, merged)?;
-        result["logits_difference"] = json!(difference);
+        let logits = Logits::of(&model, base)?;
+        let weights = model.merged_weights();
+        let folder = write_merged(merged, &model.config, &weights, model.kind, tokenizer, base)?;
+        result["logits_difference"] = json!(logits.check_merged(folder.path())?);
+        folder.commit()?;
         if let Some(lora) = &plan.train.lora {
             let grows = plan.vocabulary.is_some();
-            write_adapter(
-                adapter,
-                &Adapter::of(model, lora, &plan.train.full, base, grows)?,
-                model.kind,
-                tokenizer,
-            )?;
+            let parts = Adapter::of(&model, lora, &plan.train.full, base, grows)?;
+            let folder = write_adapter(adapter, &parts, model.kind, tokenizer)?;
+            result["adapter_logits_difference"] = json!(logits.check_adapter(base, folder.path())?);
+            folder.commit()?;
             result["adapter"] = json!(adapter);
         }
     }
@@ -73,22 +71,22 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
 }
 
 /// Writes a model folder from weights under Hugging Face's names, with the tokenizer's files and what `base` says of generation,
-/// and verifies it.
+/// and compares what reads back. It stands in its place once it is committed.
 pub fn write_merged(
     dir: &Path,
     config: &ModelConfig,
-    weights: &[(String, Tensor)],
+    weights: &[(String, Merged)],
     kind: Kind,
     tokenizer: &Path,
     base: &Path,
-) -> Result<()> {
+) -> Result<NewFolder> {
     let folder = NewFolder::begin(dir)?;
     folder.copy_tokenizer(tokenizer)?;
     folder.copy_generation_config(base)?;
     write_weights(&folder, config, kind, SHARD_BYTES, &mut |name, _| {
         let found = weights.iter().find(|(known, _)| known == name);
         found
-            .map(|(_, value)| value.shallow_clone())
+            .map(|(_, make)| make())
             .with_context(|| format!("the model to export has no {name}"))
     })?;
     let written = config.parameter_shapes().len();
@@ -98,7 +96,8 @@ pub fn write_merged(
         weights.len()
     );
     let read = Weights::open_with(folder.path(), config)?;
-    for (name, value) in weights {
+    for (name, make) in weights {
+        let value = make();
         let same = read.tensor(name, &value.size(), kind)? == value.to_kind(kind);
         ensure!(
             same,
@@ -106,51 +105,147 @@ pub fn write_merged(
             dir.display()
         );
     }
-    folder.commit()
+    Ok(folder)
 }
 
-/// How far the exported model's logits are from `model`'s on a few tokens, both computed in f32: ‖Δ‖ / ‖logits‖. One of
-/// the two is in memory at a time.
-///
-/// # Errors
-/// When it is more than the rounding of the stored weights can explain.
-pub fn logits_difference(model: &Model, base: &Path, merged: &Path) -> Result<f64> {
-    let pieces = model.head.pieces;
-    let time = 32.min(model.config.max_position_embeddings as i64);
-    let ids_bt = (Tensor::arange(4 * time, (Kind::Int64, tch::Device::Cpu)) * 7919)
-        .remainder(pieces)
-        .view([4, time]);
-    let logits = |model: &Model| {
-        let hidden_btd = model.hidden(&ids_bt);
-        model
-            .head
-            .whole_logits(model.head_matrix(), &hidden_btd)
-            .to_kind(Kind::Double)
+/// A model's logits on a few tokens, in f32 whatever it was trained in, beside which an export's are held.
+pub struct Logits {
+    ids_bt: Tensor,
+    values: Tensor,
+    /// How far others may be: ‖Δ‖ / ‖logits‖.
+    most: f64,
+}
+
+impl Logits {
+    /// `base` is what `model` was made from.
+    pub fn of(model: &Model, base: &Path) -> Result<Logits> {
+        let time = 32.min(model.config.max_position_embeddings as i64);
+        let ids_bt = (Tensor::arange(4 * time, (Kind::Int64, tch::Device::Cpu)) * 7919)
+            .remainder(model.head.pieces)
+            .view([4, time]);
+        Ok(Logits {
+            values: logits(&unmerged_f32(model, base)?, &ids_bt),
+            ids_bt,
+            // f32: the order of sums. bf16: every W + s·BA is rounded to 8 bits.
+            most: match model.kind {
+                Kind::Float => F32_ROUNDING,
+                _ => BF16_ROUNDING,
+            },
+        })
+    }
+
+    /// How far the model in a folder is, as `transformers` loads it.
+    ///
+    /// # Errors
+    /// When it is more than the rounding of the stored weights can explain.
+    pub fn check_merged(&self, folder: &Path) -> Result<f64> {
+        let (config, weights) = (ModelConfig::open(folder)?, Weights::open(folder)?);
+        let model = Model::load(&config, &weights, Kind::Float, &Trains::default())?;
+        self.check(&model, folder)
+    }
+
+    /// As [`Logits::check_merged`], of an adapter on its base, as PEFT loads it: by what its files say alone.
+    pub fn check_adapter(&self, base: &Path, folder: &Path) -> Result<f64> {
+        self.check(&with_adapter(base, folder)?, folder)
+    }
+
+    fn check(&self, model: &Model, folder: &Path) -> Result<f64> {
+        let theirs = logits(model, &self.ids_bt);
+        let difference = (&theirs - &self.values).norm().double_value(&[]) / self.values.norm().double_value(&[]);
+        ensure!(
+            difference <= self.most,
+            "the logits of {} differ from the trained model's by {difference:.2e} of their norm, more than rounding can \
+             explain ({:.0e}); this is a defect, and nothing is exported",
+            folder.display(),
+            self.most
+        );
+        Ok(difference)
+    }
+}
+
+fn logits(model: &Model, ids_bt: &Tensor) -> Tensor {
+    let hidden_btd = model.hidden(ids_bt);
+    let logits = model.head.whole_logits(model.head_matrix(), &hidden_btd);
+    logits.to_kind(Kind::Double)
+}
+
+/// The base in f32 with an adapter's pairs beside its linears and its whole weights in their places.
+fn with_adapter(base: &Path, folder: &Path) -> Result<Model> {
+    let settings: Value = launcher::files::read_json(&folder.join("adapter_config.json"))?;
+    let number = |key: &str| {
+        settings[key]
+            .as_f64()
+            .with_context(|| format!("adapter_config.json has no {key}"))
     };
-    let ours = logits(&unmerged_f32(model, base)?);
-    let open = || {
-        Model::load(
-            &ModelConfig::open(merged)?,
-            &Weights::open(merged)?,
-            Kind::Float,
-            &Trains::default(),
-        )
+    let (rank, alpha) = (number("r")?, number("lora_alpha")?);
+    let scale = match settings["use_rslora"] == true {
+        true => alpha / rank.sqrt(),
+        false => alpha / rank,
     };
-    let theirs = logits(&open()?);
-    let difference = (&theirs - &ours).norm().double_value(&[]) / ours.norm().double_value(&[]);
-    // f32: the order of sums. bf16: every W + s·BA is rounded to 8 bits.
-    let most = if model.kind == Kind::Float {
-        F32_ROUNDING
-    } else {
-        BF16_ROUNDING
+    let tensors = TensorFile::open(&folder.join("adapter_model.safetensors"))?;
+    let mut names: BTreeSet<String> = tensors.names().into_iter().collect();
+    let mut take = |name: String| -> Result<Option<Tensor>> {
+        let name = format!("base_model.model.{name}");
+        match names.remove(&name) {
+            true => Ok(Some(tensors.tensor(&name)?.to_kind(Kind::Float))),
+            false => Ok(None),
+        }
     };
+    let (config, weights) = (ModelConfig::open(base)?, Weights::open(base)?);
+    let mut model = Model::load(&config, &weights, Kind::Float, &Trains::default())?;
+    for layer in &mut model.layers {
+        for linear in layer.linears_mut() {
+            let path = linear.weight_oi.name.trim_end_matches(".weight").to_owned();
+            let [a, b] = ["A", "B"].map(|end| take(format!("{path}.lora_{end}.weight")));
+            let (Some(a_ri), Some(b_or)) = (a?, b?) else { continue };
+            let named = |target: &Value| {
+                target
+                    .as_str()
+                    .is_some_and(|target| path.ends_with(&format!(".{target}")))
+            };
+            ensure!(
+                settings["target_modules"]
+                    .as_array()
+                    .is_some_and(|targets| targets.iter().any(named)),
+                "{path} has a pair, and target_modules does not name it"
+            );
+            linear.lora = Some(LoraPair {
+                a_ri: Weight::frozen(format!("{path}.lora_A"), a_ri),
+                b_or: Weight::frozen(format!("{path}.lora_B"), b_or),
+                scale,
+                dropout: 0.0,
+            });
+        }
+    }
+    let head = take("lm_head.weight".to_owned())?;
+    let transposed = config.names().stored_transposed;
+    let linears: BTreeSet<String> = model
+        .layers
+        .iter()
+        .flat_map(|layer| layer.linears())
+        .map(|linear| linear.weight_oi.name.clone())
+        .collect();
+    for (_, weights) in model.stages() {
+        for weight in weights {
+            if let Some(value) = take(weight.name.clone())? {
+                weight.value = match transposed && linears.contains(&weight.name) {
+                    true => value.tr().contiguous(),
+                    false => value,
+                };
+            }
+        }
+    }
+    match (head, &mut model.head_weight) {
+        (Some(value), Some(own)) => own.value = value,
+        (Some(value), None) => ensure!(value == model.embedding.value, "a tied matrix was written in two forms"),
+        (None, _) => {}
+    }
+    model.head.pieces = model.embedding.value.size()[0].min(model.head_matrix().value.size()[0]);
     ensure!(
-        difference <= most,
-        "the logits of {} differ from the trained model's by {difference:.2e} of their norm, more than rounding can \
-         explain ({most:.0e}); this is a defect, do not use the export",
-        merged.display()
+        names.is_empty(),
+        "adapter_model.safetensors has tensors of no module: {names:?}"
     );
-    Ok(difference)
+    Ok(model)
 }
 
 /// Seen on SmolLM2: 2e-6.
@@ -361,8 +456,8 @@ impl<'a> Adapter<'a> {
     }
 }
 
-/// Writes an adapter folder and verifies it.
-pub fn write_adapter(dir: &Path, adapter: &Adapter, kind: Kind, tokenizer: &Path) -> Result<()> {
+/// Writes an adapter folder and compares what reads back. It stands in its place once it is committed.
+pub fn write_adapter(dir: &Path, adapter: &Adapter, kind: Kind, tokenizer: &Path) -> Result<NewFolder> {
     let folder = NewFolder::begin(dir)?;
     folder.copy_tokenizer(tokenizer)?;
     folder.write_json("adapter_config.json", &adapter.config())?;
@@ -386,5 +481,5 @@ pub fn write_adapter(dir: &Path, adapter: &Adapter, kind: Kind, tokenizer: &Path
             dir.display()
         );
     }
-    folder.commit()
+    Ok(folder)
 }

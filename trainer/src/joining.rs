@@ -2,10 +2,12 @@
 //! what it says and does when one of them is lost.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use configs::Plan;
+use launcher::bounded::Limit;
 use launcher::events::Event;
 use launcher::exit;
 use launcher::place::{Place, Surroundings, is_wired_for_mpi};
@@ -24,17 +26,24 @@ use crate::watched::Watched;
 /// Brings this process together with its peers, twice: by the engine of their collectives, and beside it, where they prove that
 /// they run the same and watch over each other. MPI makes a world first, if it has started the ranks; else they meet by a file,
 /// and NCCL makes the world.
-pub fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: Option<String>) -> Result<Watched> {
+pub fn join(
+    place: &Place,
+    plan: Option<&Plan>,
+    device: Device,
+    config_digest: Option<String>,
+    arrival: Arrival,
+) -> Result<Watched> {
     let pulse = Arc::new(Pulse::default());
     let ordered = plan.is_some_and(|plan| plan.debug.deterministic);
     let (comm, meeting) = match (plan, device) {
         (Some(plan), Device::Cuda(index)) if place.world > 1 && !is_wired_for_mpi() => {
             let engine = nccl::library()?;
-            let meeting = meet(engine, By::File, place, plan, config_digest, &pulse)?;
+            let meeting = meet(engine, By::File, place, plan, config_digest, &pulse, arrival)?;
             let comm = or_tell(Some(&meeting), nccl_alone(&meeting, place, index, ordered))?;
             (comm, Some(meeting))
         }
         _ => {
+            arrival.at("waiting in MPI's start for all ranks to get there");
             let host = sharding::join(place.world)?;
             let meeting = match plan {
                 Some(plan) if place.world > 1 => {
@@ -45,10 +54,14 @@ pub fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: O
                         plan,
                         config_digest,
                         &pulse,
+                        arrival,
                     );
                     Some(met.unwrap_or_else(|error| refuse(host.as_ref(), place, &error)))
                 }
-                _ => None,
+                _ => {
+                    drop(arrival);
+                    None
+                }
             };
             let comm: Box<dyn Comm> = match device {
                 Device::Cuda(index) if place.world > 1 => match Nccl::join(host, index, ordered) {
@@ -90,6 +103,41 @@ pub fn join(place: &Place, plan: Option<&Plan>, device: Device, config_digest: O
     Ok(Watched::new(comm, pulse, meeting, timeline))
 }
 
+/// A rank on its way to the others. Before ranks watch over each other nobody would say who is missing, and MPI waits for ever.
+pub struct Arrival {
+    step: Arc<Mutex<&'static str>>,
+    /// Lifted when this is dropped.
+    _limit: Option<Limit>,
+}
+
+impl Arrival {
+    /// Ends the process, and says where it was, when it has not arrived in time.
+    pub fn begin(place: &Place) -> Arrival {
+        let step = Arc::new(Mutex::new("loading libraries, or the GPU's driver"));
+        let most = Timing::of(place.world).arrive + MARGIN;
+        let (many, place, at) = (place.world > 1, place.clone(), Arc::clone(&step));
+        let over = move || {
+            let at = at.lock().map_or("", |at| *at);
+            // Those that wait only know that others are missing: one says so. Who is held itself does.
+            if !at.starts_with("waiting") || place.rank <= 1 {
+                eprintln!("panglot-worker: {place}: after {} s still {at}", most.as_secs());
+            }
+            signal_hook::low_level::exit(exit::PEER);
+        };
+        let limit = many.then(|| Limit::set(most, over));
+        Arrival { step, _limit: limit }
+    }
+
+    fn at(&self, step: &'static str) {
+        if let Ok(mut at) = self.step.lock() {
+            *at = step;
+        }
+    }
+}
+
+/// Beyond what the rendezvous itself allows.
+const MARGIN: Duration = Duration::from_secs(60);
+
 /// Collectives by NCCL only; its id travels where the ranks have met.
 fn nccl_alone(meeting: &Meeting, place: &Place, index: usize, ordered: bool) -> Result<Box<dyn Comm>> {
     let id = match place.rank {
@@ -128,7 +176,7 @@ fn refuse(comm: &dyn Comm, place: &Place, error: &anyhow::Error) -> ! {
     Event::Lost { code, text }.emit();
     if told && place.rank > 0 {
         // Whoever aborts first ends rank 0 too, which may not have said it yet.
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        std::thread::sleep(Duration::from_secs(1));
     }
     comm.abort(code)
 }
@@ -147,6 +195,7 @@ fn meet(
     plan: &Plan,
     config_digest: Option<String>,
     pulse: &Arc<Pulse>,
+    arrival: Arrival,
 ) -> Result<Meeting> {
     let around = Surroundings::detect().map_err(MeetError::from)?;
     let mut runs = vec![
@@ -188,6 +237,7 @@ fn meet(
     if place.rank > 0 {
         let invited = match by {
             By::Mpi(comm) => {
+                arrival.at("waiting for rank 0 to say where it listens");
                 let length = comm.broadcast_bytes(&[0; 8])?;
                 let length = u64::from_le_bytes(length.try_into().expect("8 bytes"));
                 let told = comm.broadcast_bytes(&vec![0; length as usize])?;
@@ -195,6 +245,8 @@ fn meet(
             }
             By::File => Invited::ByFile(file),
         };
+        // Who is missing from here on is named by rank 0.
+        drop(arrival);
         return Ok(Meeting::attend(settings, invited, Arc::clone(pulse), hooks)?);
     }
     let publish = |invitation: &Invitation| -> std::result::Result<(), MeetError> {
@@ -223,6 +275,7 @@ fn meet(
         }
         Ok(())
     };
+    drop(arrival);
     let meeting = Meeting::host(settings, publish, Arc::clone(pulse), hooks);
     // All have read it, or nobody will.
     let _ = std::fs::remove_file(&file);
@@ -235,6 +288,11 @@ fn hooks(place: &Place, beats: bool, ear: Option<PathBuf>) -> Hooks {
     let says = place.local_rank <= 1;
     let parent = std::os::unix::process::parent_id();
     let mut last_sign = std::time::Instant::now();
+    // Nothing that this thread does may wait for a reader: its own signs to the others would.
+    let (sign, signs) = std::sync::mpsc::sync_channel(1);
+    if beats {
+        std::thread::spawn(move || signs.iter().for_each(|()| Event::Beat.emit()));
+    }
     Hooks {
         lost: Box::new(move |Loss { code, text, told }| {
             tracing::info!("ends with code {code}: {text}");
@@ -247,7 +305,13 @@ fn hooks(place: &Place, beats: bool, ear: Option<PathBuf>) -> Hooks {
                 if !ear.is_some_and(|ear| lost.tell(&ear)) {
                     eprintln!("panglot-worker: {text}");
                 }
-                lost.emit();
+                // To whoever reads; a terminal that is held would hold this process, and its peers' end.
+                let (said, saying) = std::sync::mpsc::channel();
+                std::thread::spawn(move || {
+                    lost.emit();
+                    let _ = said.send(());
+                });
+                let _ = saying.recv_timeout(Duration::from_secs(1));
             }
             // No destructors: the training thread may be anywhere, and the libraries' own would wait for peers.
             signal_hook::low_level::exit(code)
@@ -257,9 +321,10 @@ fn hooks(place: &Place, beats: bool, ear: Option<PathBuf>) -> Hooks {
             Event::Note { text: text.to_owned() }.emit();
         }),
         beat: Box::new(move || {
-            if beats && last_sign.elapsed() >= std::time::Duration::from_secs(1) {
+            if beats && last_sign.elapsed() >= Duration::from_secs(1) {
                 last_sign = std::time::Instant::now();
-                Event::Beat.emit();
+                // The one before may still wait for its reader.
+                let _ = sign.try_send(());
             }
             (std::os::unix::process::parent_id() != parent).then(|| Loss {
                 code: exit::PEER,

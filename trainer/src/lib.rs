@@ -7,6 +7,7 @@ pub mod during;
 pub mod evaluate;
 pub mod export;
 pub mod fewshot;
+pub mod frozen;
 pub mod generate;
 pub mod gguf;
 pub mod gpu;

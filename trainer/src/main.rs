@@ -13,7 +13,7 @@ use launcher::{exit, gpus};
 use sharding::{Comm, Mark};
 use tch::Device;
 use trainer::inspect::Trained;
-use trainer::joining::{code_of, join};
+use trainer::joining::{Arrival, code_of, join};
 use trainer::train::End;
 
 #[derive(Parser)]
@@ -139,6 +139,7 @@ fn start(command: Command) -> Result<i32> {
         }
         _ => {}
     }
+    trainer::train::asked_to_stop()?;
     let place = Place::detect()?;
     let plan = match &command {
         Command::ImportGguf { .. }
@@ -161,6 +162,7 @@ fn start(command: Command) -> Result<i32> {
         (Some(order), _) => order.threads_per_rank,
         (None, plan) => plan.as_ref().and_then(|plan| plan.launch.threads_per_rank),
     };
+    let arrival = Arrival::begin(&place);
     // Before the first tensor, and before ranks meet: libtorch asks once whether CUDA is there.
     let device = match (&command, &plan) {
         (Command::Train { .. } | Command::DayZero { .. } | Command::Doctor { .. }, Some(plan)) => {
@@ -187,7 +189,7 @@ fn start(command: Command) -> Result<i32> {
         Command::Train { config_digest, .. } => config_digest.clone(),
         _ => None,
     };
-    let mut comm = join(&place, plan.as_ref(), device, digest)?;
+    let mut comm = join(&place, plan.as_ref(), device, digest, arrival)?;
     match run(command, plan.as_ref(), order.as_ref(), &comm, device) {
         Ok(code) => {
             comm.leave();

@@ -9,10 +9,11 @@ use corpus::RowsDigest;
 use sharding::Pass::{Backward, Forward};
 use sharding::adamw::AdamW;
 use sharding::zero::Verdict;
-use sharding::{Comm, Zero};
+use sharding::{Comm, Mark, Zero};
 use tch::Tensor;
 
 use crate::batch::{Batch, MicroBatch};
+use crate::frozen::Frozen;
 use crate::guard::{Guard, Why};
 use crate::model::{DropoutRows, Model, Pass, embedding_weights};
 use crate::random;
@@ -28,6 +29,8 @@ pub struct Trainer<'a> {
     /// Steps taken.
     pub step: u64,
     pub guard: Guard,
+    /// Where every rank holds them whole, and ranks are compared.
+    pub frozen: Option<Frozen>,
 }
 
 /// What every rank knows alike after a step.
@@ -42,6 +45,8 @@ pub struct StepReport {
     pub skipped: Option<Why>,
     /// Some rank was asked to save and stop.
     pub stop: bool,
+    /// Ranks that no longer hold what all should hold alike, each with what is wrong, where that was looked at.
+    pub damaged: Vec<(usize, &'static str)>,
 }
 
 impl<'a> Trainer<'a> {
@@ -61,7 +66,26 @@ impl<'a> Trainer<'a> {
             zero,
             step: 0,
             guard: Guard::new(plan.train.guard),
+            frozen: None,
         }
+    }
+
+    /// Whether ranks are compared in a step.
+    pub fn compares(&self, step: u64) -> bool {
+        let every = self.plan.train.check_ranks_every;
+        let due = every > 0 && (step + 1).is_multiple_of(every) && self.comm.world() > 1;
+        due || self.plan.debug.check_ranks_equal
+    }
+
+    /// What ranks no longer hold alike. Between the step's gradient and its update.
+    fn damaged(&mut self) -> Result<Vec<(usize, &'static str)>> {
+        self.comm.at(Mark::Compare);
+        let mut found = self.zero.damaged_ranks(self.comm)?;
+        if let Some(frozen) = &mut self.frozen {
+            let ranks = frozen.damaged_ranks(&mut self.model, self.comm)?.into_iter();
+            found.extend(ranks.map(|rank| (rank, "its frozen weights are not what it loaded")));
+        }
+        Ok(found)
     }
 
     /// One optimizer step over the global batch.
@@ -92,6 +116,11 @@ impl<'a> Trainer<'a> {
         ride_along.extend(batch.digest.limbs());
         let verdict = self.zero.finish(self.comm, &ride_along)?;
         let loss = verdict.sums[0] / divisor;
+        let damaged = if self.compares(self.step) {
+            self.damaged()?
+        } else {
+            Vec::new()
+        };
         let skipped = self.guard.judge(loss, verdict.grad_norm, verdict.finite);
         if skipped.is_none() {
             self.zero.update(&self.groups(&verdict))?;
@@ -106,6 +135,7 @@ impl<'a> Trainer<'a> {
             stop: verdict.sums[1] > 0.0,
             skipped,
             verdict,
+            damaged,
         })
     }
 

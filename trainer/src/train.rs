@@ -4,8 +4,8 @@ mod build;
 mod log;
 mod saving;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -25,7 +25,7 @@ use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Progress, Saver};
 use crate::during::During;
 use crate::planned::Watch;
-use crate::step::{Trainer, lr_by_group};
+use crate::step::{StepReport, Trainer, lr_by_group};
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,8 +43,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         name: "loading model and data".into(),
     });
     comm.at(Mark::Load);
-    let stop = Arc::new(AtomicBool::new(false));
-    signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop)).context("listening for SIGUSR1")?;
+    let stop = asked_to_stop()?;
 
     let stream = launcher::sampling::stream(plan)?;
     let shards = sharding(plan, comm);
@@ -60,7 +59,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
         plan.saves_on_the_way(),
     )?;
     let mut progress = resume(&mut saver, &mut trainer, &identity)?;
-    let mut during = During::prepare(plan, comm.rank(), progress.step)?;
+    let mut during = During::prepare(plan, &trainer.model, comm.rank(), progress.step)?;
     let mut log = if rank_0 {
         Some(Log::open(&plan.folders.run, progress.step)?)
     } else {
@@ -96,12 +95,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
             targets_so_far: progress.targets_so_far + report.targets,
             best: saver.best(),
         };
-        let every = plan.train.check_ranks_every;
-        let due = every > 0 && trainer.step.is_multiple_of(every) && comm.world() > 1;
-        if plan.debug.check_ranks_equal || due {
-            comm.at(Mark::Compare);
-            check_ranks_equal(&mut trainer)?;
-        }
+        check_ranks_equal(&trainer, &report)?;
         comm.at(Mark::Report);
         clock.took(started.elapsed());
         let boundary = Boundary::agree(comm, &saver, &clock)?;
@@ -191,6 +185,19 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     })
 }
 
+/// Whether SIGUSR1 has come since this was first called, which is the first thing that a worker does: one that is asked while it
+/// loads stops after a step.
+pub fn asked_to_stop() -> Result<&'static AtomicBool> {
+    static ASKED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    if ASKED.get().is_none() {
+        let asked = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&asked))
+            .context("listening for SIGUSR1")?;
+        let _ = ASKED.set(asked);
+    }
+    Ok(ASKED.get().expect("it was set"))
+}
+
 /// For the run's page: when this attempt begins to train, from which step, and where.
 fn note_beginning(trainer: &Trainer, device: Device) {
     let comm = trainer.comm;
@@ -277,18 +284,19 @@ fn resumed_line(
 }
 
 /// Ends the run where ranks no longer hold alike what they should.
-fn check_ranks_equal(trainer: &mut Trainer) -> Result<()> {
-    let damaged = trainer.zero.damaged_ranks(trainer.comm)?;
-    let named: Vec<String> = damaged
+fn check_ranks_equal(trainer: &Trainer, report: &StepReport) -> Result<()> {
+    let named: Vec<String> = report
+        .damaged
         .iter()
         .map(|(rank, what)| format!("rank {rank}: {what}"))
         .collect();
     ensure!(
         named.is_empty(),
-        "after step {} ranks differ in what they should hold alike; memory or network is at fault. {}. Take that machine out \
-         and start again from the newest checkpoint",
-        trainer.step,
-        named.join("; ")
+        "in step {} ranks differ in what they should hold alike; memory or network is at fault. {}. Take that machine out and start \
+         again; what was saved since step {}, when ranks were last compared, may be spoilt: remove it first",
+        trainer.step - 1,
+        named.join("; "),
+        (trainer.step - 1) / trainer.plan.train.check_ranks_every.max(1) * trainer.plan.train.check_ranks_every
     );
     Ok(())
 }

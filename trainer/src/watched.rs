@@ -144,6 +144,10 @@ impl Comm for Watched {
         self.inner.sent()
     }
 
+    fn copies_to_reduce(&self, wire: Wire) -> bool {
+        self.inner.copies_to_reduce(wire)
+    }
+
     fn engine(&self) -> String {
         self.inner.engine()
     }

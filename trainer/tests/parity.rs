@@ -293,7 +293,7 @@ fn exports_load_in_stock_transformers_and_peft_and_give_our_logits() {
             root.path().join(format!("{index}-merged")),
             root.path().join(format!("{index}-adapter")),
         );
-        export::write_merged(
+        let folder = export::write_merged(
             &merged,
             &model.config,
             &model.merged_weights(),
@@ -302,16 +302,27 @@ fn exports_load_in_stock_transformers_and_peft_and_give_our_logits() {
             &base,
         )
         .unwrap();
-        export::logits_difference(&model, &base, &merged).unwrap();
+        let expects = export::Logits::of(&model, &base).unwrap();
+        expects.check_merged(folder.path()).unwrap();
+        folder.commit().unwrap();
         if !grown {
-            let said = export::logits_difference(&model, &base, &base).unwrap_err().to_string();
+            let said = expects.check_merged(&base).unwrap_err().to_string();
             assert!(
-                said.contains("do not use the export"),
+                said.contains("nothing is exported"),
                 "the untrained model passed for the export: {said}"
             );
         }
         let parts = Adapter::of(&model, &lora, full, &base, *grown).unwrap();
-        export::write_adapter(&adapter, &parts, Kind::Float, &tokenizer).unwrap();
+        let folder = export::write_adapter(&adapter, &parts, Kind::Float, &tokenizer).unwrap();
+        expects.check_adapter(&base, folder.path()).unwrap();
+        // An adapter of another scale passes for none.
+        let settings = folder.path().join("adapter_config.json");
+        let right = std::fs::read_to_string(&settings).unwrap();
+        std::fs::write(&settings, right.replace("\"lora_alpha\": 12", "\"lora_alpha\": 120")).unwrap();
+        let said = expects.check_adapter(&base, folder.path()).unwrap_err().to_string();
+        assert!(said.contains("nothing is exported"), "{said}");
+        std::fs::write(&settings, right).unwrap();
+        folder.commit().unwrap();
         let logits = model.head.whole_logits(model.head_matrix(), &model.hidden(&ids));
         assert_eq!(logits.size(), [2, 20, pieces as i64]);
         let untrained = load(&base, &Trains::default());

@@ -303,21 +303,47 @@ fn other_parameters(comm: &dyn Comm, shared: &Path) {
 }
 
 fn flipped_bit(comm: &dyn Comm, shared: &Path) {
-    let plan = plan(shared, &MODELS[1]);
+    let victim = comm.world() - 1;
+    let flip = |value: &mut Tensor| {
+        // The lowest bit of one element's 24.
+        let mut element = value.get(3).get(5);
+        let number = element.double_value(&[]) as f32;
+        let _ = element.fill_(f64::from(f32::from_bits(number.to_bits() ^ 1)));
+    };
+    let found = |trainer: &mut Trainer, step| trainer.train_step(&batch(comm, step, 1), false).unwrap().damaged;
+    let mut plan_of_all = plan(shared, &MODELS[1]);
+    plan_of_all.train.check_ranks_every = 1;
     for stage in [Stage::Replicated, Stage::OptimizerState, Stage::Gradients] {
-        let (mut trainer, _) = trainer::train::build_model(&plan, comm, Device::Cpu, None, (stage, false)).unwrap();
-        trainer.train_step(&batch(comm, 0, 1), false).unwrap();
-        assert_eq!(trainer.zero.damaged_ranks(comm).unwrap(), [], "{stage:?}");
-        let victim = comm.world() - 1;
+        let (mut trainer, _) =
+            trainer::train::build_model(&plan_of_all, comm, Device::Cpu, None, (stage, false)).unwrap();
+        assert_eq!(found(&mut trainer, 0), [], "{stage:?}");
+        // While a step computes with it: what is not there yet is written over.
+        trainer.zero.arrived(comm).unwrap();
         if comm.rank() == victim {
-            // The lowest bit of one element's 24, in some layer.
-            let mut element = trainer.model.layers[1].o.weight_oi.value.get(3).get(5);
-            let value = element.double_value(&[]) as f32;
-            let _ = element.fill_(f64::from(f32::from_bits(value.to_bits() ^ 1)));
+            flip(&mut trainer.model.layers[1].o.weight_oi.value);
         }
-        let found = trainer.zero.damaged_ranks(comm).unwrap();
+        let found = found(&mut trainer, 1);
         assert_eq!(found.len(), 1, "{stage:?}: {found:?}");
         assert_eq!(found[0].0, victim, "{stage:?}: {found:?}");
+    }
+    let mut plan_of_lora = plan(shared, &MODELS[0]);
+    plan_of_lora.train.check_ranks_every = 1;
+    for stage in [Stage::OptimizerState, Stage::Parameters] {
+        let (mut trainer, _) =
+            trainer::train::build_model(&plan_of_lora, comm, Device::Cpu, None, (stage, false)).unwrap();
+        assert_eq!(found(&mut trainer, 0), [], "{stage:?}");
+        if comm.rank() == victim {
+            let frozen = &mut trainer.model.layers[1].o.weight_oi.value;
+            *frozen = frozen.copy();
+            flip(frozen);
+        }
+        // Embedding, two layers, head: one a step.
+        let found: Vec<_> = (1..5).flat_map(|step| found(&mut trainer, step)).collect();
+        assert_eq!(
+            found,
+            [(victim, "its frozen weights are not what it loaded")],
+            "{stage:?}"
+        );
     }
 }
 

@@ -167,12 +167,21 @@ impl Forecast {
 }
 
 fn impossible(train: &Train, hardware: &Hardware) -> Option<String> {
+    let name = &hardware.name;
+    if hardware.planning_only {
+        return Some(format!(
+            "Panglot does not run on {name}: what follows is for comparison alone"
+        ));
+    }
+    if hardware.device != train.device {
+        let (device, other) = (train.device.name(), hardware.device.name());
+        return Some(format!(
+            "train.device = {device}, but {name} is {other}; say train.device={other}, or choose other hardware"
+        ));
+    }
     let fp8 = train.frozen_precision == Some(FrozenPrecision::Fp8) && hardware.flops.fp8 == 0.0;
     fp8.then(|| {
-        format!(
-            "train.frozen_precision = fp8, but {} has no units for it; leave it out, or choose other hardware",
-            hardware.name
-        )
+        format!("train.frozen_precision = fp8, but {name} has no units for it; leave it out, or choose other hardware")
     })
 }
 
@@ -375,7 +384,7 @@ mod tests {
     fn what_does_not_fit_says_why_and_what_would() {
         // All of 13.9 G parameters: weights and f32 gradients alone are over 80 GB until stage 2.
         let recipe = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("polylm-13b.yaml");
-        let plan = crate::load(&recipe, &[]).unwrap();
+        let plan = crate::load(&recipe, &["train.zero=1".into(), "train.recompute=selective".into()]).unwrap();
         let crate::Model::Scratch { shape, .. } = &plan.model else {
             panic!("from scratch")
         };

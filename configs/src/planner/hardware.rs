@@ -19,6 +19,9 @@ pub struct Hardware {
     #[serde(default)]
     pub name: String,
     pub what: String,
+    /// No build of ours computes on it.
+    #[serde(default)]
+    pub planning_only: bool,
     /// What `train.device` is on it.
     pub device: Device,
     pub memory: f64,

@@ -476,8 +476,22 @@ impl Budget {
         // several buckets, while reductions are under way. Before stage 2 those of all stages above may be, since nothing waits
         // for them.
         let staging = |moment: &Moment| -> u64 {
-            if division.world == 1 || train.device != Device::Cpu {
+            if division.world == 1 || (train.device != Device::Cpu && train.reduce == Precision::F32) {
                 return 0;
+            }
+            if train.device != Device::Cpu {
+                // NCCL's ranks exchange bf16, and add it up themselves: what is sent and what is received, and before stage 1 a padded
+                // copy. So long before their sum is wanted no more than two are under way, and one that begins.
+                let (under_way, width) = match division.zero {
+                    0 => (1, 8),
+                    _ => (3, 4),
+                };
+                let above = match moment.at {
+                    At::Backward(stage) => trained.stages[stage..].concat(),
+                    _ => Vec::new(),
+                };
+                let elements: usize = above.iter().take(under_way).map(|bucket| trained.numels[*bucket]).sum();
+                return (width * elements) as u64;
             }
             let above = match moment.at {
                 At::Backward(stage) if division.zero < 2 => trained.stages[stage + 1..].concat(),
@@ -509,9 +523,13 @@ impl Budget {
         });
         let travels = division.slices(&trained.numels).into_iter().max().unwrap_or(0) * (4 + division.width);
         let offloaded = u64::from(train.offload_optimizer) * (of_trained.optimizer + travels as u64);
+        // One rank's f32 weights are its master weights, unless those lie on the host.
+        let apart =
+            train.offload_optimizer && on_gpu && division.world == 1 && division.width == 4 && division.zero < 3;
+        let own: usize = division.slices(&trained.numels).iter().sum();
         Budget {
             kept: [
-                of_trained.parameters + of_frozen.parameters,
+                of_trained.parameters + of_frozen.parameters + 4 * u64::from(apart) * own as u64,
                 of_trained.gradients - zeros,
                 if train.offload_optimizer {
                     0

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::hardware::Hardware;
 use super::memory::{Division, head_chunk, slice_len};
 use super::sizes::{Buckets, Sizes, has_lora};
-use super::traffic::Traffic;
+use super::traffic::{FEW_ROWS, Traffic};
 use crate::plan::{FrozenPrecision, Mix, Recompute, Residual, Train};
 
 /// FLOP and bytes of one pass through a stage, of a micro-batch.
@@ -346,6 +346,13 @@ enum Flat {
     Frozen(usize),
 }
 
+/// Bytes of the embedding's gradient that travel as rows.
+enum Rows {
+    Instead(f64),
+    /// Behind the tied head's part.
+    Behind(f64),
+}
+
 /// The clock of the device and that of the line of collectives.
 struct Walk<'a> {
     step: &'a Step<'a>,
@@ -448,32 +455,48 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Of the buckets that no lower stage reads.
+    /// Of the buckets that no lower stage reads; and of a tied matrix when the head is left, where only rows follow.
     fn reduce(&mut self, stage: usize) {
-        let below = |bucket: &usize| self.trained.stages[..stage].iter().any(|reads| reads.contains(bucket));
-        let complete: Vec<usize> = self.trained.stages[stage]
-            .iter()
-            .copied()
-            .filter(|bucket| !below(bucket))
-            .collect();
-        for bucket in complete {
+        let below = |bucket: usize| self.trained.stages[..stage].iter().any(|reads| reads.contains(&bucket));
+        let rows = self.rows();
+        for bucket in self.trained.stages[stage].clone() {
             let ways = if self.step.division.zero == 0 { 2.0 } else { 1.0 };
-            let bytes = self.sends(Flat::Trained(bucket), self.step.train.reduce.bytes()) * ways;
-            let end = self.start(self.rows(bucket).map_or(bytes, |rows| rows.min(bytes)));
+            let whole = self.sends(Flat::Trained(bucket), self.step.train.reduce.bytes()) * ways;
+            let bytes = match rows {
+                Some(Rows::Instead(rows)) if bucket == 0 => rows.min(whole),
+                Some(Rows::Behind(_)) if bucket == 0 && stage > 0 => whole,
+                Some(Rows::Behind(rows)) if bucket == 0 => rows,
+                _ if below(bucket) => continue,
+                _ => whole,
+            };
+            let end = self.start(bytes);
             self.reductions.push(end);
         }
     }
 
-    /// Bytes of the embedding's gradient as rows, were each of the micro-batches' tokens another.
-    fn rows(&self, bucket: usize) -> Option<f64> {
+    /// Of the embedding's gradient, were each of the micro-batches' tokens another.
+    fn rows(&self) -> Option<Rows> {
         let Step {
             sizes, train, division, ..
         } = self.step;
-        let may = Traffic::of(sizes, train, division, false, 1).rows_may_travel && bucket == 0;
-        let reductions = if division.zero >= 2 { 1 } else { self.step.micro_batches };
+        if !Traffic::of(sizes, train, division, false, 1).rows_may_travel {
+            return None;
+        }
+        // Before stage 2 a tied head's part goes with the rows of all micro-batches but the last.
+        let reductions = if division.zero >= 2 || sizes.tied {
+            1
+        } else {
+            self.step.micro_batches
+        };
         let tokens = (train.micro_rows * train.sequence_length * reductions).min(sizes.rows);
+        // With one slice all ranks' rows go to all.
+        let copies = if division.zero == 0 { division.world } else { 1 };
         let others = (division.world - 1) as f64 / division.world as f64;
-        may.then(|| tokens as f64 * (8 + sizes.hidden * train.reduce.bytes()) as f64 * others)
+        let bytes = (tokens * copies * (8 + sizes.hidden * train.reduce.bytes())) as f64 * others;
+        match sizes.tied {
+            false => Some(Rows::Instead(bytes)),
+            true => (tokens <= sizes.rows / FEW_ROWS).then_some(Rows::Behind(bytes)),
+        }
     }
 
     /// All reductions, and the one small one by which ranks agree.
@@ -491,7 +514,7 @@ mod tests {
 
     fn plan() -> crate::Plan {
         let recipe = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("mala500-7b.yaml");
-        crate::load(&recipe, &["vocabulary.multiple_of=1".to_owned()]).unwrap()
+        crate::load(&recipe, &["vocabulary.multiple_of=1".into(), "train.device=cpu".into()]).unwrap()
     }
 
     fn llama_2_7b() -> Sizes {
@@ -572,6 +595,7 @@ mod tests {
             for (shard_frozen, micro_batches, precision) in [(false, 1, Precision::Bf16), (true, 3, Precision::F32)] {
                 let mut train = plan().train;
                 (train.zero, train.shard_frozen, train.reduce) = (zero, shard_frozen, precision);
+                train.device = Device::Cpu;
                 let place = Place {
                     nodes: 2,
                     ranks_per_node: 8,
@@ -588,6 +612,20 @@ mod tests {
                     hardware: &hardware,
                 };
                 // On GPUs rows do not travel.
+                for tied in [false, true] {
+                    let sizes = Sizes { tied, ..llama_2_7b() };
+                    let step = Step { sizes: &sizes, ..step };
+                    let traffic = Traffic::of(&sizes, &train, &division, shard_frozen, micro_batches);
+                    let bytes = step.time(&Mix::default()).communication * hardware.link_between;
+                    let whole = (traffic.total() - traffic.numbers - traffic.rows) as f64;
+                    // Rows travel instead of the matrix, or behind a tied one.
+                    let said = format!("ZeRO-{zero}, tied {tied}: {bytes}, {traffic:?}");
+                    assert!(
+                        bytes <= traffic.total() as f64 && (tied || bytes <= whole * (1.0 + 1e-6)),
+                        "{said}"
+                    );
+                    assert!(!tied || bytes >= whole * (1.0 - 1e-6), "{said}");
+                }
                 train_on_gpu(&step, |step| {
                     let traffic = Traffic::of(&sizes, step.train, &division, shard_frozen, micro_batches);
                     let bytes = step.time(&Mix::default()).communication * hardware.link_between;

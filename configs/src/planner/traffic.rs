@@ -62,7 +62,7 @@ impl Traffic {
             (true, _) => 1,
         };
         // Who wants which of the rows that are fetched ahead of the publication is told as well.
-        let fetched = usize::from(rows_may_travel && division.zero > 0);
+        let fetched = usize::from(rows_may_travel && (1..=2).contains(&division.zero));
         let counts = reductions * world * 2 + fetched * world;
         let others = |elements: usize| (elements * (world - 1)) as u64;
         Traffic {

@@ -26,7 +26,7 @@ pub struct Sampling {
     pub sources: BTreeMap<String, f64>,
     /// Languages by size; either all have a weight or none has, and then they serve the table only.
     pub groups: Vec<Group>,
-    /// No part is read more often than this in the run.
+    /// No part is read more often than this in the run, but for up to five rows of one of which this leaves less than three.
     pub max_epochs: Option<f64>,
     /// One after the other; empty: one stage without changes.
     pub stages: Vec<Stage>,
@@ -120,6 +120,29 @@ struct Bucket {
     members: Vec<(usize, f64)>,
 }
 
+/// What `max_epochs` leaves a part.
+struct Cap {
+    /// Rows that its share may come to.
+    expected: u64,
+    /// Rows of it that the run may have.
+    most: u64,
+}
+
+impl Cap {
+    /// A cap on repetition is not to shut out what is shorter than a row. Where it leaves less than three rows, the share comes to
+    /// two: an interval of 2/R holds one to five of R rows, since those that follow the golden ratio lie 0.44/R to 1.9/R apart.
+    fn of(part: &Part, epochs: f64) -> Cap {
+        match (epochs * part.rows_per_epoch) as u64 {
+            0 if part.tokens == 0 => Cap { expected: 0, most: 0 },
+            0..=2 => Cap { expected: 2, most: 5 },
+            rows => Cap {
+                expected: rows,
+                most: rows,
+            },
+        }
+    }
+}
+
 impl Schedule {
     /// `run_rows` is where ramps of the last stage end and what `max_epochs` counts; the rows behind it go on likewise.
     pub fn new(
@@ -157,13 +180,11 @@ impl Schedule {
         offset: u64,
     ) -> Result<Option<Schedule>> {
         let (stretches, stages) = stretches(parts, sampling, sequence_length, run_rows)?;
-        // One row of every part that has text: a cap on repetition is not to shut out what is shorter than a row.
-        let most = |epochs: f64, part: &Part| ((epochs * part.rows_per_epoch) as u64).max(u64::from(part.tokens > 0));
-        let most: Option<Vec<u64>> = sampling
+        let caps: Option<Vec<Cap>> = sampling
             .max_epochs
-            .map(|epochs| parts.iter().map(|part| most(epochs, part)).collect());
-        let mut allowed: Vec<f64> = match &most {
-            Some(most) => most.iter().map(|rows| *rows as f64).collect(),
+            .map(|epochs| parts.iter().map(|part| Cap::of(part, epochs)).collect());
+        let mut allowed: Vec<f64> = match &caps {
+            Some(caps) => caps.iter().map(|cap| cap.expected as f64).collect(),
             None => vec![f64::INFINITY; parts.len()],
         };
         // Counts differ from shares times rows by a few rows. Where that breaks a cap, the part is allowed less and all
@@ -173,13 +194,13 @@ impl Schedule {
                 return Ok(None);
             };
             let schedule = Schedule::count(&stretches, shares, &stages, offset);
-            let Some(most) = &most else { return Ok(Some(schedule)) };
+            let Some(caps) = &caps else { return Ok(Some(schedule)) };
             let counts = schedule.all_rows_before(run_rows);
             let mut kept = true;
-            for ((count, most), allowed) in counts.iter().zip(most).zip(&mut allowed) {
-                if count > most {
+            for ((count, cap), allowed) in counts.iter().zip(caps).zip(&mut allowed) {
+                if *count > cap.most {
                     kept = false;
-                    *allowed = (allowed.min(*count as f64) - (count - most) as f64).max(0.0);
+                    *allowed = (allowed.min(*count as f64) - (count - cap.most) as f64).max(0.0);
                 }
             }
             if kept {

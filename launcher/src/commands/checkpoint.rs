@@ -111,7 +111,7 @@ impl Which {
             );
             (self.what.clone(), None)
         } else {
-            let plan = configs::load(&self.what, &self.overrides)?;
+            let plan = configs::load_for_any_ranks(&self.what, &self.overrides)?;
             let keep = Keep::of(&plan.checkpoint);
             (plan.folders.run, Some(keep))
         };

@@ -8,12 +8,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{App, ConfigArgs, Leave, RunFolder};
+use launcher::bounded::{self, Limit};
 use launcher::doctor::{Examined, Host, examine, limit_of_all_reduces};
 use launcher::events::Event;
 use launcher::gpus::Gpu;
 use launcher::place::Place;
 use launcher::worker::Job;
-use launcher::{bounded, exit, files, text};
+use launcher::{exit, files, text};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -45,6 +46,9 @@ struct OnGpu {
     gpu: Gpu,
 }
 
+/// All that is looked at before the collectives takes some seconds, also where ranks are missing.
+const MOST: Duration = Duration::from_secs(35);
+
 pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let place = match Place::detect() {
         Ok(place) => place,
@@ -53,7 +57,20 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             return Err(Leave(exit::REFUSED).into());
         }
     };
-    let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
+    let limit = Limit::set(MOST, {
+        let (rank, node) = (place.rank, place.node.clone());
+        move || {
+            eprintln!(
+                "refused: {node}: rank {rank} was not through after {} s: a file system does not answer there (the run's folder, the \
+                 program's, or /tmp); see `df` on that node, or leave it out",
+                MOST.as_secs()
+            );
+            signal_hook::low_level::exit(exit::REFUSED);
+        }
+    });
+    let plan = args
+        .config
+        .load_to_train(Some(format!("launch.ranks={}", place.world)))?;
     let worker = app.worker();
     let program = worker.as_ref().ok().map(|worker| worker.program().to_owned());
     let examined = match examine(&plan, &place, program.as_deref()) {
@@ -63,6 +80,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             return Err(Leave(exit::REFUSED).into());
         }
     };
+    limit.lift();
     let collectives = if examined.refused {
         None
     } else {
@@ -74,7 +92,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         files::write_json(&file, &plan)?;
         let words = vec!["doctor".into(), "--plan".into(), file.clone().into()];
         let limit = limit_of_all_reduces(plan.train.device);
-        let measured = all_reduce(&worker?.alone(plan.launch.threads_per_rank, words), limit);
+        let measured = all_reduce(&worker?.one_of_many(plan.launch.threads_per_rank, words), limit);
         let _ = std::fs::remove_file(&file);
         Some(measured)
     };

@@ -264,7 +264,7 @@ fn of_plan(plan: &Plan) -> Nll {
         corpus: plan.folders.corpus.clone(),
         languages: Vec::new(),
         settings: plan.evaluation.clone(),
-        document_start: plan.corpus.before_document().map(str::to_owned),
+        document_start: plan.before_document().map(str::to_owned),
         residual: plan.train.residual,
     }
 }

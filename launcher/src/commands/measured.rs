@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
-use configs::{Plan, Precision};
+use configs::{Device, Plan, Precision};
 
 use super::{App, Failed, RunFolder, watch};
 use launcher::checkpoint::{Best, FOLDER};
 use launcher::events::Event;
 use launcher::measurement::{Generate, ModelRef, Order, Sampling, Task};
+use launcher::place::shown_gpus;
 use launcher::view::View;
 use launcher::{exit, files};
 
@@ -27,7 +28,7 @@ pub struct ModelArgs {
     /// f32 or bf16; by default the config's, of a folder f32
     #[arg(long, value_parser = precision)]
     pub precision: Option<Precision>,
-    /// Ranks on this machine, instead of the config's launch.ranks (of a folder: 1)
+    /// Ranks on this machine, instead of the config's launch.ranks as far as it has room for them (of a folder: 1)
     #[arg(short = 'n', long, value_name = "N")]
     pub ranks: Option<usize>,
     /// Threads of a rank; by default the cores are shared
@@ -54,6 +55,15 @@ pub struct Chosen {
     threads: Option<usize>,
 }
 
+/// The config's ranks may be a cluster's: here there are not more than GPUs are shown, or cores.
+pub fn ranks_here(plan: &Plan) -> usize {
+    let room = match plan.train.device {
+        Device::Cuda => shown_gpus().map_or(1, |gpus| gpus.len()),
+        Device::Cpu => std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    plan.launch.ranks.min(room).max(1)
+}
+
 impl ModelArgs {
     pub fn choose(&self) -> anyhow::Result<Chosen> {
         if self.of.is_dir() {
@@ -72,13 +82,11 @@ impl ModelArgs {
                 threads: self.threads,
             });
         }
-        let more = self.ranks.map(|n| format!("launch.ranks={n}"));
-        let overrides: Vec<String> = self.overrides.iter().cloned().chain(more).collect();
-        let plan = configs::load(&self.of, &overrides)?;
+        let plan = configs::load_for_any_ranks(&self.of, &self.overrides)?;
         let (model, name) = self.of_plan(&plan)?;
         Ok(Chosen {
             precision: self.precision.unwrap_or(plan.train.precision),
-            ranks: plan.launch.ranks,
+            ranks: self.ranks.unwrap_or_else(|| ranks_here(&plan)),
             threads: self.threads.or(plan.launch.threads_per_rank),
             plan: Some(plan),
             model,
@@ -138,7 +146,7 @@ impl Chosen {
             model: ModelRef::Folder(folder),
             name: name.to_owned(),
             precision: plan.train.precision,
-            ranks: plan.launch.ranks,
+            ranks: ranks_here(plan),
             threads: plan.launch.threads_per_rank,
             plan: Some(plan.clone()),
         }

@@ -27,6 +27,7 @@ use serde::Serialize;
 
 use launcher::events::Event;
 use launcher::exit;
+use launcher::place::Place;
 use launcher::supervise::{Ended, supervise};
 use launcher::view::View;
 use launcher::worker::{Job, Worker};
@@ -47,13 +48,26 @@ pub struct ConfigArgs {
 }
 
 impl ConfigArgs {
+    /// For what starts no training.
     pub fn load(&self) -> anyhow::Result<Plan> {
-        Ok(configs::load(&self.config, &self.overrides)?)
+        Ok(configs::load_for_any_ranks(&self.config, &self.overrides)?)
     }
 
-    pub fn load_with(&self, more: Option<String>) -> anyhow::Result<Plan> {
+    /// For training by `launch.ranks`.
+    pub fn load_to_train(&self, more: Option<String>) -> anyhow::Result<Plan> {
         let overrides: Vec<_> = self.overrides.iter().cloned().chain(more).collect();
         Ok(configs::load(&self.config, &overrides)?)
+    }
+}
+
+/// Of a command that starts its own ranks, or none: as every rank of a job it would do the same work many times, in one folder.
+pub fn once(command: &str) -> anyhow::Result<()> {
+    match Place::detect() {
+        Ok(place) if place.is_rank_of_many() => anyhow::bail!(
+            "this is {place}, but `panglot {command}` is started once and starts its ranks itself; leave srun and mpirun out, or \
+             use srun --ntasks=1"
+        ),
+        _ => Ok(()),
     }
 }
 

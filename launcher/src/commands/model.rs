@@ -94,7 +94,7 @@ fn inspect(app: &App, what: &Path, overrides: &[String]) -> anyhow::Result<()> {
         );
         args.push(what.into());
     } else {
-        let plan = configs::load(what, overrides)?;
+        let plan = configs::load_for_any_ranks(what, overrides)?;
         grows = plan.vocabulary.is_some();
         let folder = &plan.folders.base_model;
         ensure!(

@@ -1,7 +1,7 @@
 //! `panglot plan`: the config with every value that a run would use, and what follows from it: parameters, memory, bytes, time,
 //! which ways to divide and to recompute fit. `--scaling` has the same for many numbers of ranks.
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use configs::planner::sizes::published;
 use configs::planner::{Block, Forecast, Hardware, Parameters, Place, Sizes};
 use configs::{Model, Pieces, Plan};
@@ -38,7 +38,11 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         overrides,
     };
     if args.scaling {
-        let plan = config.load()?;
+        ensure!(
+            asked == Asked::default(),
+            "--scaling is of 8 to 1,024 ranks, eight a node; leave nodes= and gpus= out, or leave --scaling out"
+        );
+        let plan = config.load_to_train(None)?;
         let sizes = sizes(&plan).context(UNKNOWN)?;
         let table = Scaling::of(&plan, &sizes)?;
         return app.print(&table, || table.page());
@@ -49,25 +53,18 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             .clone()
             .unwrap_or_else(|| Hardware::usual(plan.train.device))
     };
-    let first = config.load();
-    let place = match (asked, &first) {
-        (
-            Asked {
-                nodes: None,
-                gpus: None,
-            },
-            _,
-        ) => None,
-        (Asked { nodes, gpus }, Ok(plan)) => Some(Place {
+    let place = match asked {
+        Asked {
+            nodes: None,
+            gpus: None,
+        } => None,
+        Asked { nodes, gpus } => Some(Place {
             nodes: nodes.unwrap_or(1),
-            ranks_per_node: gpus.unwrap_or(hardware(plan).per_node),
+            ranks_per_node: gpus.map_or_else(|| anyhow::Ok(hardware(&config.load()?).per_node), anyhow::Ok)?,
         }),
-        (_, Err(_)) => None,
     };
-    let plan = match place {
-        Some(place) => config.load_with(Some(format!("launch.ranks={}", place.world())))?,
-        None => first?,
-    };
+    let ranks = place.map(|place| format!("launch.ranks={}", place.world()));
+    let plan = config.load_to_train(ranks)?;
     let hardware = hardware(&plan);
     let place = place.unwrap_or_else(|| usual_place(plan.launch.ranks, &hardware));
     let derived = Derived::of(&plan, place, &hardware)?;
@@ -89,7 +86,8 @@ fn asked(overrides: &[String]) -> anyhow::Result<(Asked, Vec<String>)> {
     for text in overrides {
         let place = match text.split_once('=') {
             Some(("nodes", value)) => (&mut asked.nodes, value),
-            Some(("gpus", value)) => (&mut asked.gpus, value),
+            // As `panglot submit` calls them, too.
+            Some(("gpus" | "gpus_per_node" | "ranks_per_node", value)) => (&mut asked.gpus, value),
             _ => {
                 others.push(text.clone());
                 continue;
@@ -308,6 +306,7 @@ const LINKS: [u32; 2] = [200, 400];
 struct Scaling {
     hardware: String,
     what: String,
+    impossible: Option<String>,
     rows_per_rank: usize,
     rows_per_step: usize,
     lines: Vec<Line>,
@@ -317,8 +316,8 @@ struct Scaling {
 struct Line {
     ranks: usize,
     link_gbit: u32,
-    /// More ranks read more rows a step.
-    weak: Option<Forecast>,
+    /// More ranks read more rows a step, in fewer steps.
+    weak: Forecast,
     /// The config's rows a step.
     strong: Option<Forecast>,
     layers: usize,
@@ -346,10 +345,13 @@ impl Scaling {
                 };
                 let mut weak = plan.clone();
                 weak.train.rows_per_step = rows_per_rank * ranks;
+                // As many tokens in all, so that days compare.
+                let rows = plan.train.steps * plan.train.rows_per_step as u64;
+                weak.train.steps = rows.div_ceil(weak.train.rows_per_step as u64);
                 lines.push(Line {
                     ranks,
                     link_gbit,
-                    weak: Some(Forecast::of(&weak, sizes, place, &hardware).map_err(anyhow::Error::msg)?),
+                    weak: Forecast::of(&weak, sizes, place, &hardware).map_err(anyhow::Error::msg)?,
                     strong: Forecast::of(plan, sizes, place, &hardware).ok(),
                     layers: sizes.layers,
                 });
@@ -358,6 +360,7 @@ impl Scaling {
         Ok(Scaling {
             hardware: hardware.name.clone(),
             what: hardware.what.clone(),
+            impossible: lines.iter().find_map(|line| line.weak.impossible.clone()),
             rows_per_rank,
             rows_per_step: plan.train.rows_per_step,
             lines,
@@ -369,6 +372,7 @@ impl Scaling {
             ">ranks",
             ">Gb/s",
             ">memory",
+            "fits",
             ">sent",
             ">step, s",
             ">waiting, s",
@@ -377,14 +381,14 @@ impl Scaling {
             ">days",
             ">node-hours",
         ];
-        let table = |of: fn(&Line) -> &Option<Forecast>| {
+        let table = |of: fn(&Line) -> Option<&Forecast>| {
             // Of a rank among the first line's.
             let first = |gbit: u32| {
                 let line = self.lines.iter().find(|line| line.link_gbit == gbit);
-                line.and_then(|line| Some((of(line).as_ref()?.tokens_per_second, line.ranks)))
+                line.and_then(|line| Some((of(line)?.tokens_per_second, line.ranks)))
             };
             let rows = self.lines.iter().filter_map(|line| {
-                let forecast = of(line).as_ref()?;
+                let forecast = of(line)?;
                 let efficiency = first(line.link_gbit).map(|(speed, ranks)| {
                     100.0 * forecast.tokens_per_second / line.ranks as f64 / (speed / ranks as f64)
                 });
@@ -392,6 +396,7 @@ impl Scaling {
                     text::count(line.ranks),
                     line.link_gbit.to_string(),
                     text::bytes(forecast.memory.total()),
+                    if forecast.fits() { "yes" } else { "NO" }.to_owned(),
                     text::bytes(forecast.traffic.total()),
                     format!("{:.3}", forecast.step.total),
                     format!("{:.3}", forecast.step.exposed),
@@ -404,15 +409,18 @@ impl Scaling {
             text::table(&header, rows)
         };
         format!(
-            "Predicted, not measured: {} ({}), eight ranks a node\n\n\
-             {} rows a rank, so that more ranks read more rows a step:\n\n{}\n\n\
+            "Predicted, not measured: {} ({}), eight ranks a node\n{}\n\
+             {} rows a rank, so that more ranks read more rows a step, and as many tokens in all:\n\n{}\n\n\
              {} rows a step, whatever the number of ranks:\n\n{}",
             self.hardware,
             self.what,
+            self.impossible
+                .as_ref()
+                .map_or(String::new(), |why| format!("Impossible: {why}\n")),
             self.rows_per_rank,
-            table(|line| &line.weak),
+            table(|line| Some(&line.weak)),
             self.rows_per_step,
-            table(|line| &line.strong),
+            table(|line| line.strong.as_ref()),
         )
     }
 }

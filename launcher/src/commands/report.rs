@@ -101,7 +101,7 @@ fn plan_of(of: &Path) -> anyhow::Result<Plan> {
         plan.folders.run = std::path::absolute(of)?;
         return Ok(plan);
     }
-    let plan = configs::load(of, &[])?;
+    let plan = configs::load_for_any_ranks(of, &[])?;
     let ran = RunFolder(&plan.folders.run).plan();
     Ok(match ran.is_file() {
         true => files::read_json(&ran)?,

@@ -50,7 +50,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let (numbers, rest) = numbers_of_nodes(&args.settings)?;
     let mode = if args.weak { Mode::Weak } else { Mode::Strong };
     let (settings, overrides) = Settings::take(&rest)?;
-    let base = configs::load(&args.config, &overrides)?;
+    let base = configs::load_for_any_ranks(&args.config, &overrides)?;
     let out = args
         .out
         .clone()

@@ -4,6 +4,7 @@ use configs::{NewRows, Plan};
 use corpus::{Corpus, Vocabulary};
 use serde_json::json;
 
+use super::measured::ranks_here;
 use super::{App, ConfigArgs, finish};
 use launcher::evaluation::DayZero;
 use launcher::events::Event;
@@ -178,7 +179,7 @@ fn measure_day_zero(app: &App, plan: &Plan, starts: &[NewRows]) -> anyhow::Resul
         "--out".into(),
         out.clone().into(),
     ];
-    let job = app.worker()?.job(plan.launch.ranks, plan.launch.threads_per_rank, args);
+    let job = app.worker()?.job(ranks_here(plan), plan.launch.threads_per_rank, args);
     finish("measuring the loss before any step", &job, &mut View::new())?;
     files::read_json(&out)
 }

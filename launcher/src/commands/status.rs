@@ -24,7 +24,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let run = if args.of.is_dir() {
         args.of.clone()
     } else {
-        configs::load(&args.of, &[])?.folders.run
+        configs::load_for_any_ranks(&args.of, &[])?.folders.run
     };
     loop {
         let status = Status::read(&run)?;

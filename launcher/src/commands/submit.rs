@@ -5,9 +5,12 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail, ensure};
+use configs::planner::{Forecast, Hardware, Place};
+use configs::{Device, Plan};
 use serde_json::json;
 
-use super::App;
+use super::plan::sizes;
+use super::{App, RunFolder};
 use launcher::stages::STAGES;
 use launcher::submit::{Settings, Submission, script};
 use launcher::{files, text};
@@ -51,9 +54,20 @@ pub struct Args {
 
 pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
     let (settings, overrides) = Settings::take(&args.settings)?;
+    let asked = configs::load_for_any_ranks(&args.config, &overrides)?.launch.ranks;
+    ensure!(
+        asked == 1 || Settings::say_where(&args.settings),
+        "launch.ranks = {asked}, and nothing says where so many run; name nodes and ranks of a node, such as nodes={} \
+         ranks_per_node={}",
+        asked.div_ceil(4),
+        asked.min(4)
+    );
     let ranks = format!("launch.ranks={}", settings.ranks());
     let all: Vec<String> = overrides.iter().cloned().chain([ranks]).collect();
     let plan = configs::load(&args.config, &all)?;
+    if let Some(warning) = misfit(&plan, &settings) {
+        eprintln!("panglot: warning: {warning}");
+    }
     let job = Submission {
         settings,
         config: plain(args.config.as_os_str())?,
@@ -79,6 +93,11 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
         stage
             .require(&plan)
             .context("nothing is prepared in the job: run `panglot prepare` here first")?;
+    }
+    // What `panglot status` reads of a run that waits in the queue.
+    let ran = RunFolder(&plan.folders.run).plan();
+    if !ran.exists() {
+        files::write_json(&ran, &plan)?;
     }
     let file = plan.folders.run.join("job.sbatch");
     files::write_atomically(&file, script.as_bytes())?;
@@ -109,6 +128,37 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             files::shown(&plan.folders.run),
         )
     })
+}
+
+/// Why the planner would not start this job, where it knows what the job runs on.
+fn misfit(plan: &Plan, settings: &Settings) -> Option<String> {
+    // Nodes' own memory is anybody's guess.
+    if plan.train.device == Device::Cpu && plan.hardware.is_none() {
+        return None;
+    }
+    let hardware = plan
+        .hardware
+        .clone()
+        .unwrap_or_else(|| Hardware::usual(plan.train.device));
+    let place = Place {
+        nodes: settings.nodes,
+        ranks_per_node: settings.ranks_per_node,
+    };
+    let forecast = Forecast::of(plan, &sizes(plan)?, place, &hardware).ok()?;
+    let more = format!(
+        "see `panglot plan` with nodes={} gpus={}, and say what they are by hardware=",
+        place.nodes, place.ranks_per_node
+    );
+    match &forecast.impossible {
+        Some(why) => Some(format!("{why}; {more}")),
+        None if !forecast.fits() => Some(format!(
+            "a rank takes {} by the plan, and has {} to plan with on {}; {more}",
+            text::bytes(forecast.memory.total()),
+            text::bytes(forecast.usable),
+            hardware.name
+        )),
+        None => None,
+    }
 }
 
 /// Hands a script to Slurm; the job's number.

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use super::{App, ConfigArgs, Failed, RunFolder, code_of, stage, verify_resume, watch};
 use launcher::attempts::{Attempts, Verdict};
 use launcher::events::Event;
-use launcher::place::{Place, PlaceError, is_wired_for_mpi, shown_gpus};
+use launcher::place::{Family, Place, PlaceError, is_wired_for_mpi, shown_gpus};
 use launcher::stages::STAGES;
 use launcher::status::Sign;
 use launcher::supervise::Ended;
@@ -38,7 +38,9 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
                  the job script requeue the job (slurm/train.sbatch does)",
                 args.restarts
             );
-            let plan = args.config.load_with(Some(format!("launch.ranks={}", place.world)))?;
+            let plan = args
+                .config
+                .load_to_train(Some(format!("launch.ranks={}", place.world)))?;
             anyhow::ensure!(
                 plan.debug.verify_resume.is_none(),
                 "debug.verify_resume starts three jobs one after the other and this is one rank of a job; start `panglot` once"
@@ -59,7 +61,9 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             (plan, ended)
         }
         place => {
-            let plan = args.config.load_with(args.ranks.map(|n| format!("launch.ranks={n}")))?;
+            let plan = args
+                .config
+                .load_to_train(args.ranks.map(|n| format!("launch.ranks={n}")))?;
             match place {
                 // In the batch shell, mpirun finds the allocation's nodes itself; one rank alone was not meant.
                 Err(PlaceError::BatchShell { .. }) if plan.launch.ranks > 1 => {}
@@ -136,6 +140,18 @@ pub fn train(app: &App, plan: &Plan, also: &mut dyn FnMut(&Event) -> Option<Sign
         text::count(plan.train.sequence_length),
     ));
     view.say(&sampling::summary(plan, &sampling::stream(plan)?.plan()));
+    let here = Place {
+        rank: 0,
+        world: ranks,
+        local_rank: 0,
+        local_world: ranks,
+        node: nix::unistd::gethostname()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
+        family: Family::Alone,
+    };
+    let _sign = Sign::give(&plan.folders.run, &here);
     watch(&job, &mut view, also)
 }
 

@@ -176,6 +176,7 @@ fn evaluation(names: &[String], gain: f64, plan: &Plan) -> Result<Evaluation> {
         let document = |number: u64| DocumentResult {
             language: name.clone(),
             key: format!("document-{number}"),
+            text_bytes: 1000,
             bytes: 1000,
             characters: 800,
             tokens: (300.0 + 40.0 * (at % 9) as f64 - 100.0 * gain) as u64,

@@ -99,7 +99,7 @@ pub fn load() -> Result<usize> {
         check_libtorch()?;
         match Cuda::device_count() {
             n if n > 0 && Cuda::is_available() => {
-                keep_f32_products_exact();
+                keep_sums_in_f32();
                 Ok(n as usize)
             }
             _ => Err(Error::NoGpu),
@@ -181,10 +181,13 @@ pub fn use_deterministic_algorithms() {
 }
 
 /// Whether f32 is multiplied as TF32, of 10 bits, is otherwise for an environment variable to say (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE,
-/// which some containers set).
-fn keep_f32_products_exact() {
-    // SAFETY: as above.
-    unsafe { set_allow_tf32(global_context(), false) }
+/// which some containers set); and partial sums of a bf16 product that is cut along the summed axis would be added in bf16.
+fn keep_sums_in_f32() {
+    // SAFETY: as above. The last argument allows such cuts.
+    unsafe {
+        set_allow_tf32(global_context(), false);
+        set_allow_bf16_sums(global_context(), false, true);
+    }
 }
 
 /// Whether libtorch takes such algorithms.
@@ -204,6 +207,8 @@ unsafe extern "C" {
     fn set_deterministic_fill(context: *mut c_void, on: bool);
     #[link_name = "_ZN2at7Context18setAllowTF32CuBLASEb"]
     fn set_allow_tf32(context: *mut c_void, on: bool);
+    #[link_name = "_ZN2at7Context27setAllowBF16ReductionCuBLASEbb"]
+    fn set_allow_bf16_sums(context: *mut c_void, on: bool, splits: bool);
     #[link_name = "_ZNK2at7Context23deterministicAlgorithmsEv"]
     fn deterministic_algorithms(context: *const c_void) -> bool;
 }

@@ -505,6 +505,10 @@ impl Comm for Nccl {
         self.host.world()
     }
 
+    fn copies_to_reduce(&self, wire: Wire) -> bool {
+        wire != Wire::F32 || self.ordered
+    }
+
     fn reduce_scatter(&self, full: &Tensor, mine: &mut Tensor, wire: Wire) -> Result<Pending> {
         if !self.is_ours(full)? {
             return self.host.reduce_scatter(full, mine, wire);

@@ -180,10 +180,15 @@ impl<'a> Saver<'a> {
     /// This attempt goes on from a checkpoint, the same on every rank.
     pub fn resumed(&mut self, from: Progress) -> Result<()> {
         // One that was best then may have given way to a better one since, which has been lost.
-        let there = from.best.is_some_and(|best| best.folder(&self.checkpoints).is_dir());
-        let there = self.comm.broadcast_bytes(&[u8::from(there)])? == [1];
+        let there = |best: &Best| best.step <= from.step && best.folder(&self.checkpoints).is_dir();
+        let best = match self.comm.rank() {
+            // Manifests of older builds do not say it.
+            0 => from.best.or(Best::read(&self.checkpoints).ok().flatten()).filter(there),
+            _ => None,
+        };
+        let told = self.comm.all_gather_texts(&serde_json::to_vec(&best)?)?;
         self.newest = Some(from.step);
-        self.best = from.best.filter(|_| there);
+        self.best = serde_json::from_slice(&told[0]).context("rank 0's word on the best checkpoint")?;
         Ok(())
     }
 

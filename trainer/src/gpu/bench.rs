@@ -2,7 +2,7 @@
 //! `transformers` + PEFT on the same. Each side is measured in processes of its own, in turn, so that each has the whole
 //! GPU; what is compared is the median.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use configs::{FullModule, Lora, Precision, Recomputation};
 use corpus::RowsDigest;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sharding::cuda;
 use sharding::{Stage, Zero};
 use tch::{Device, Kind, Tensor};
@@ -165,7 +166,8 @@ pub fn bench(settings: &Settings) -> Result<()> {
         name,
         ours,
         peer,
-        ratio: ours / peer,
+        // Above 1 where ours is better.
+        ratio: if unit == "GiB" { peer / ours } else { ours / peer },
         unit,
         peer_is: "transformers + PEFT, bf16, SDPA, fused AdamW with bf16 state",
         note: note.clone(),
@@ -182,10 +184,20 @@ pub fn bench(settings: &Settings) -> Result<()> {
         entry(names[1], gib(memory(&ours)), gib(memory(&peers)), "GiB"),
     ];
     match &settings.out {
-        Some(out) => launcher::files::write_json(out, &entries)?,
+        Some(out) => put(out, &entries)?,
         None => println!("{}", serde_json::to_string_pretty(&entries)?),
     }
     Ok(())
+}
+
+/// Into a file that may hold other entries.
+fn put(out: &Path, entries: &[Entry]) -> Result<()> {
+    let mut all: Vec<Value> = launcher::files::read_json_if_there(out)?.unwrap_or_default();
+    all.retain(|old| entries.iter().all(|entry| old["name"] != entry.name));
+    for entry in entries {
+        all.push(serde_json::to_value(entry)?);
+    }
+    launcher::files::write_json(out, &all)
 }
 
 impl Settings {

@@ -10,6 +10,7 @@ use configs::Recompute;
 use tch::Tensor;
 
 use super::attention::{Attended, attend, attend_backward};
+use super::fp8::Fp8;
 use super::linear::Linear;
 use super::mlp::{Mlp, Wide};
 use super::norm::Norm;
@@ -199,6 +200,13 @@ impl Layer {
         all.push(&mut self.o);
         all.extend(self.mlp.linears_mut());
         all
+    }
+
+    /// Matrices that are kept in 8 bits, with their factors.
+    pub fn frozen_eights(&mut self) -> Vec<Tensor> {
+        let linears = self.linears_mut().into_iter();
+        let eights = linears.filter_map(|linear| linear.fp8.as_ref());
+        eights.flat_map(Fp8::tensors).collect()
     }
 
     /// Everything that may train, in registration order.

@@ -9,7 +9,8 @@ use tch::{Device, Kind, Tensor};
 use super::layer::Qkv;
 use super::linear::{Linear, LoraPair};
 use super::{
-    EMBEDDING, HEAD, Head, Layer, Mlp, Model, Norm, Rotary, Weight, embedding_weights, layer_name, new_rows, quantize,
+    EMBEDDING, HEAD, Head, Layer, Merged, Mlp, Model, Norm, Rotary, Weight, embedding_weights, layer_name, new_rows,
+    quantize,
 };
 use crate::hf::config::LinearShape;
 use crate::hf::{Family, ModelConfig, Weights};
@@ -121,21 +122,29 @@ impl Model {
     }
 
     /// Every weight of an equal model without LoRA, under Hugging Face's names and as it stores them, in its order; f32,
-    /// padding rows left out.
-    pub fn merged_weights(&self) -> Vec<(String, Tensor)> {
-        let pieces = |weight: &Weight| weight.value.narrow(0, 0, self.head.pieces).to_kind(Kind::Float);
-        let plain = |weight: &Weight| (weight.name.clone(), weight.value.to_kind(Kind::Float));
-        let mut all = vec![(self.embedding.name.clone(), pieces(&self.embedding))];
+    /// padding rows left out. Each is made when it is asked for: together they are twice the model.
+    pub fn merged_weights<'a>(&'a self) -> Vec<(String, Merged<'a>)> {
+        let plain = |weight: &'a Weight| -> (String, Merged<'a>) {
+            let value = &weight.value;
+            (weight.name.clone(), Box::new(move || value.to_kind(Kind::Float)))
+        };
+        let pieces = |weight: &'a Weight| -> (String, Merged<'a>) {
+            let (value, pieces) = (&weight.value, self.head.pieces);
+            let make = move || value.narrow(0, 0, pieces).to_kind(Kind::Float);
+            (weight.name.clone(), Box::new(make))
+        };
+        let mut all = vec![pieces(&self.embedding)];
         all.extend(self.positions_td.iter().map(plain));
         for layer in &self.layers {
             for linear in layer.linears() {
-                all.push((linear.weight_oi.name.clone(), self.stored(&linear.merged())));
+                let make = move || self.stored(&linear.merged());
+                all.push((linear.weight_oi.name.clone(), Box::new(make)));
                 all.extend(linear.bias_o.iter().map(plain));
             }
             all.extend(layer.norms().into_iter().flat_map(Norm::weights).map(plain));
         }
         all.extend(self.head.norm.weights().map(plain));
-        all.extend(self.head_weight.iter().map(|head| (head.name.clone(), pieces(head))));
+        all.extend(self.head_weight.iter().map(pieces));
         all
     }
 

@@ -49,6 +49,9 @@ pub struct Weight {
     pub group: Option<Group>,
 }
 
+/// Makes a weight of a model without LoRA.
+pub type Merged<'a> = Box<dyn Fn() -> Tensor + 'a>;
+
 impl Weight {
     pub fn frozen(name: String, value: Tensor) -> Weight {
         Weight {
@@ -270,6 +273,30 @@ impl Model {
         }
         let head = self.head.norm.weights_mut().chain(&mut self.head_weight);
         stages.push((HEAD.to_string(), head.collect()));
+        stages
+    }
+
+    /// Lets go of what [`bind`](Self::bind) gave for gradients.
+    pub fn forget_gradients(&mut self) {
+        let stages = self.stages().into_iter();
+        stages
+            .flat_map(|(_, weights)| weights)
+            .for_each(|weight| weight.grad = None);
+    }
+
+    /// The frozen weights of each stage, as the model computes with them.
+    pub fn frozen(&mut self) -> Vec<Vec<Tensor>> {
+        let eights: Vec<Vec<Tensor>> = self.layers.iter_mut().map(Layer::frozen_eights).collect();
+        let is_there = |weight: &&mut Weight| weight.group.is_none() && weight.value.numel() > 0;
+        let wide = |weights: Vec<&mut Weight>| -> Vec<Tensor> {
+            let frozen = weights.into_iter().filter(is_there);
+            frozen.map(|weight| weight.value.shallow_clone()).collect()
+        };
+        let mut stages: Vec<Vec<Tensor>> = self.stages().into_iter().map(|(_, weights)| wide(weights)).collect();
+        // The first stage is the embedding.
+        for (stage, eights) in stages[1..].iter_mut().zip(eights) {
+            stage.extend(eights);
+        }
         stages
     }
 

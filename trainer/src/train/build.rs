@@ -8,6 +8,7 @@ use sharding::{Comm, Stage, Wire, Zero};
 use tch::Device;
 
 use crate::evaluate::kind;
+use crate::frozen::Frozen;
 use crate::hf::{ModelConfig, Weights};
 use crate::model::{Model, Trains, Weight, bucket_of, take_trained};
 use crate::planned;
@@ -48,7 +49,33 @@ pub fn build<'a>(
         vocabulary: vocabulary_digest,
         tokens: shards_of_tokens.manifest().digest.clone(),
     };
+    check_ranks_read_alike(&identity, comm)?;
     Ok((trainer, identity))
+}
+
+/// # Errors
+/// Where a rank's folders hold something else than rank 0's: copies on nodes' own disks grow old.
+fn check_ranks_read_alike(identity: &Identity, comm: &dyn Comm) -> Result<()> {
+    let folders = &identity.plan.folders;
+    let read = [
+        ("base model", &identity.base_model, &folders.base_model),
+        ("vocabulary", &identity.vocabulary, &folders.vocabulary),
+        ("tokens", &identity.tokens, &folders.tokens),
+    ];
+    for (what, digest, folder) in read {
+        let all = comm.all_gather_texts(digest.as_bytes())?;
+        let others: Vec<String> = (1..all.len())
+            .filter(|rank| all[*rank] != all[0])
+            .map(|rank| rank.to_string())
+            .collect();
+        ensure!(
+            others.is_empty(),
+            "rank {} reads another {what} than rank 0 in {}; give all nodes the same folder",
+            others.join(", "),
+            folder.display()
+        );
+    }
+    Ok(())
 }
 
 /// As [`build`], of a model whose vocabulary is given; also the base's digest.
@@ -119,5 +146,9 @@ pub fn build_model<'a>(
     let mut trainer = Trainer::new(plan, comm, model, zero);
     sharding::memory::give_back();
     trainer.recompute = recompute;
+    // Divided, nobody has another's to compare with.
+    if comm.world() > 1 && !shard_frozen && (plan.train.check_ranks_every > 0 || plan.debug.check_ranks_equal) {
+        trainer.frozen = Some(Frozen::loaded(&mut trainer.model, comm)?);
+    }
     Ok((trainer, digest))
 }

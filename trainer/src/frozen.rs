@@ -1,0 +1,53 @@
+//! Frozen weights, which are most of a model that LoRA trains: every rank holds them alike, and nothing writes them again. Their
+//! digests are taken when they are loaded and compared among the ranks; later each rank looks at one stage of the model at a
+//! time, so that a bit that has flipped is found and its rank is named, also of two.
+
+use anyhow::{Result, bail};
+use sharding::{Comm, digest};
+use tch::Tensor;
+
+use crate::model::Model;
+
+pub struct Frozen {
+    /// By stage of the model; those without frozen weights have the digest of nothing.
+    loaded: Vec<u64>,
+    /// To be looked at next.
+    stage: usize,
+}
+
+impl Frozen {
+    /// All ranks call it.
+    ///
+    /// # Errors
+    /// When ranks have loaded different weights.
+    pub fn loaded(model: &mut Model, comm: &dyn Comm) -> Result<Frozen> {
+        let loaded: Vec<u64> = model.frozen().iter().map(|stage| digest_of(stage)).collect();
+        let words: Vec<u8> = loaded.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let all = comm.all_gather_bytes(&words)?;
+        let different: Vec<String> = (1..all.len())
+            .filter(|rank| all[*rank] != all[0])
+            .map(|rank| rank.to_string())
+            .collect();
+        if !different.is_empty() {
+            bail!(
+                "frozen weights as loaded differ from rank 0's on rank {}: the base model lies there otherwise, or the memory is at \
+                 fault; see that all nodes read the same folder",
+                different.join(", ")
+            );
+        }
+        Ok(Frozen { loaded, stage: 0 })
+    }
+
+    /// Looks at the next stage: the ranks where it is not any more what was loaded. All ranks call it.
+    pub fn damaged_ranks(&mut self, model: &mut Model, comm: &dyn Comm) -> Result<Vec<usize>> {
+        let differs = digest_of(&model.frozen()[self.stage]) != self.loaded[self.stage];
+        self.stage = (self.stage + 1) % self.loaded.len();
+        let all = comm.all_gather_bytes(&[u8::from(differs)])?;
+        Ok((0..all.len()).filter(|rank| all[*rank] == [1]).collect())
+    }
+}
+
+fn digest_of(tensors: &[Tensor]) -> u64 {
+    let each = tensors.iter().map(digest::of);
+    each.fold(0, digest::mix)
+}
