@@ -222,7 +222,7 @@ impl Settings {
 }
 
 /// Keys of the config without a dot.
-const OF_CONFIG: [&str; 2] = ["name", "seed"];
+const OF_CONFIG: [&str; 3] = ["hardware", "name", "seed"];
 
 fn nearest(key: &str) -> &'static str {
     let shared = |known: &str| {

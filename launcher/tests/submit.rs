@@ -248,3 +248,64 @@ fn times_are_slurm_s() {
         assert!(Settings::take(&[format!("time={bad}")]).is_err(), "{bad}");
     }
 }
+
+/// `panglot` with these arguments in the repository's root, as a rank that these variables name: its code and what it says.
+fn panglot(arguments: &str, variables: &[(&str, &str)]) -> (i32, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_panglot"))
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."))
+        .args(words(arguments))
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap(), String::from_utf8(said).unwrap())
+}
+
+#[test]
+fn a_job_may_have_other_ranks_than_the_config() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = format!("folders.run={}", folder.path().join("run").display());
+    // 12 rows: five ranks cannot train, but a job of four asks what is left to do.
+    let config = format!("configs/tiny.yaml {run} launch.ranks=5 train.micro_rows=1");
+    let (code, said) = panglot(&format!("job is-finished {config}"), &[]);
+    assert_eq!((code, said.as_str()), (launcher::exit::NOT_DONE, ""));
+    let (code, said) = panglot(&format!("submit {config} nodes=4 --dry-run"), &[]);
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = panglot(&format!("plan {config} nodes=2 gpus=2"), &[]);
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = panglot(&format!("submit {config} nodes=5 --dry-run"), &[]);
+    assert!(code == 2 && said.contains("not a multiple of 5"), "{said}");
+    let (code, said) = panglot(&format!("submit {config} --dry-run"), &[]);
+    assert!(
+        code == 2 && said.contains("launch.ranks = 5, and nothing says where"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_job_that_the_planner_would_not_start_is_warned_of() {
+    let submit = "submit configs/polylm-13b.yaml nodes=64 gpus_per_node=4 --dry-run";
+    let (code, said) = panglot(submit, &[]);
+    assert!(code == 0 && !said.contains("warning"), "{said}");
+    assert!(said.contains("#SBATCH --ntasks-per-node=4\n"), "a rank a GPU: {said}");
+    let (code, said) = panglot(&format!("{submit} train.zero=1 hardware=h100"), &[]);
+    assert!(code == 0 && said.contains("warning: a rank takes "), "{said}");
+    let (code, said) = panglot(&format!("{submit} hardware=mi250x"), &[]);
+    assert!(
+        code == 0 && said.contains("warning: Panglot does not run on mi250x"),
+        "{said}"
+    );
+}
+
+#[test]
+fn ranks_of_a_job_do_not_each_prepare_or_measure() {
+    let rank = [("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")];
+    for command in [
+        "prepare configs/tiny.yaml",
+        "eval configs/tiny.yaml",
+        "export configs/tiny.yaml",
+    ] {
+        let (code, said) = panglot(command, &rank);
+        assert!(code == 2 && said.contains("is started once"), "{command}: {said}");
+    }
+}
