@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -57,6 +58,19 @@ pub fn read_json<T: DeserializeOwned>(file: &Path) -> anyhow::Result<T> {
     serde_json::from_slice(&text).with_context(|| format!("{} is not what it should be", file.display()))
 }
 
+/// Makes a folder that only its owner may look into: a run's holds the secret by which its ranks meet. One that is there stays as
+/// it is, so that whoever means to share a run makes its folder first.
+pub fn make_private(folder: &Path) -> anyhow::Result<()> {
+    let make = || {
+        folder.parent().map_or(Ok(()), fs::create_dir_all)?;
+        match fs::DirBuilder::new().mode(0o700).create(folder) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made,
+        }
+    };
+    make().with_context(|| format!("cannot create {}", folder.display()))
+}
+
 /// As [`read_json`]; `None` where there is no such file.
 ///
 /// # Errors
@@ -91,5 +105,30 @@ pub fn remove_folder(folder: &Path) -> anyhow::Result<()> {
             Err(error).with_context(|| format!("cannot remove {}", folder.display()))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_private_folder_is_its_owner_s_and_one_that_is_there_stays_as_it_is() {
+        let root = tempfile::tempdir().unwrap();
+        let mode = |folder: &Path| fs::metadata(folder).unwrap().permissions().mode() & 0o777;
+        let made = root.path().join("runs/mine");
+        make_private(&made).unwrap();
+        make_private(&made).unwrap();
+        assert_eq!(mode(&made), 0o700);
+        let shared = root.path().join("shared");
+        fs::create_dir(&shared).unwrap();
+        fs::set_permissions(&shared, fs::Permissions::from_mode(0o750)).unwrap();
+        make_private(&shared).unwrap();
+        assert_eq!(mode(&shared), 0o750);
+        let file = root.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(make_private(&file.join("below")).is_err());
     }
 }

@@ -183,7 +183,10 @@ impl Chosen {
         );
         Ok(match (named, &self.plan) {
             (Some(file), _) => std::path::absolute(file)?,
-            (None, Some(plan)) => RunFolder(&plan.folders.run).evaluation(name),
+            (None, Some(plan)) => {
+                files::make_private(&plan.folders.run)?;
+                RunFolder(&plan.folders.run).evaluation(name)
+            }
             (None, None) => std::path::absolute(Path::new("evaluations"))?.join(format!("{name}.json")),
         })
     }

@@ -95,6 +95,7 @@ pub fn run(app: &App, args: &Args) -> anyhow::Result<()> {
             .context("nothing is prepared in the job: run `panglot prepare` here first")?;
     }
     // What `panglot status` reads of a run that waits in the queue.
+    files::make_private(&plan.folders.run)?;
     let ran = RunFolder(&plan.folders.run).plan();
     if !ran.exists() {
         files::write_json(&ran, &plan)?;

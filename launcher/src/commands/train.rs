@@ -185,6 +185,7 @@ fn as_one_rank(app: &App, plan: &Plan, place: &Place) -> anyhow::Result<Ended> {
 }
 
 fn write_plan(plan: &Plan) -> anyhow::Result<std::ffi::OsString> {
+    files::make_private(&plan.folders.run)?;
     let file = RunFolder(&plan.folders.run).plan();
     files::write_json(&file, plan)?;
     Ok(file.into())

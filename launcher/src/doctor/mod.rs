@@ -61,6 +61,7 @@ pub struct Examined {
 /// When this host cannot even write into the run's folder; nobody else can say so.
 pub fn examine(plan: &Plan, place: &Place, worker: Option<&Path>) -> anyhow::Result<Examined> {
     let began = Instant::now();
+    files::make_private(&plan.folders.run)?;
     let folder = plan.folders.run.join("doctor").join(place::launch_id());
     let door = reach::Door::open()?;
     let mine = Host::look(plan, place, worker, &door)?;
