@@ -169,7 +169,7 @@ impl Results {
             fs::create_dir_all(folder)?;
         }
         let beside = self.path.with_extension("json.partial");
-        fs::write(&beside, serde_json::to_vec_pretty(&self.entries)?)?;
+        fs::write(&beside, serde_json::to_string_pretty(&self.entries)? + "\n")?;
         Ok(fs::rename(&beside, &self.path)?)
     }
 

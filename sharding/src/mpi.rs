@@ -14,8 +14,8 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -33,24 +33,28 @@ use crate::{Comm, Error, Pending, Result};
 /// What is small does not queue behind buckets: it has a communicator of its own.
 const SMALL_BYTES: usize = 64 << 10;
 /// Polls without a result before the thread begins to sleep in between. A rank's cores are busy computing.
-const POLLS: u32 = 16;
+const POLLS: u32 = 4;
 /// The least and the longest sleep between two polls: on a slow link polling alone took 8 % of a core at the least.
 const SLEEP: Range<Duration> = Duration::from_micros(50)..Duration::from_millis(4);
-/// What has been under way for a time t is looked at again after t over this. Its end is noticed so little late, and no more than this
-/// part of a piece of 4 MB passes meanwhile, which sockets' buffers hold: the link is never idle.
-const LATE: u32 = 8;
+/// Where something has usually moved after a time t, or for a time t nothing has, the next look is after t over this: every look
+/// costs a switch of threads and what the compute had in its caches. Meanwhile no more passes than this part of a piece, of
+/// which [`FLYING`] are under way: the link is never idle.
+const LATE: u32 = 4;
 
 pub(crate) struct Mpi {
     rank: usize,
     world: usize,
     engine: String,
     sent: Sent,
+    /// Callers that wait for a job's end now.
+    waiting: Arc<AtomicUsize>,
     commands: Sender<Command>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Jobs of a queue that are under way at a time: the round trips of small ones pass together.
-const MOST_JOBS: usize = 4;
+/// Jobs of a queue that are under way at a time: the round trips of small ones, such as the LoRA matrices of every layer,
+/// pass together.
+const MOST_JOBS: usize = 32;
 
 /// The two queues; each is served in order, and on its own communicator.
 #[derive(Clone, Copy)]
@@ -80,6 +84,8 @@ impl Mpi {
     pub(crate) fn join(placed: usize) -> Result<Mpi> {
         let (commands, inbox) = mpsc::channel();
         let (tell, met) = mpsc::channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let waiting_there = Arc::clone(&waiting);
         let thread = std::thread::Builder::new()
             .name("collectives".into())
             .spawn(move || {
@@ -91,7 +97,7 @@ impl Mpi {
                 let _ = tell.send((rank, size, engine));
                 if size == placed {
                     let line = || Line::new(&world);
-                    serve(&[line(), line()], &inbox);
+                    serve(&[line(), line()], &inbox, &waiting_there);
                 }
                 // Finalises MPI, after the communicators are gone.
                 drop(universe);
@@ -111,6 +117,7 @@ impl Mpi {
                 .unwrap_or_default()
                 .into(),
             sent: Sent::default(),
+            waiting,
             commands,
             thread: Some(thread),
         })
@@ -123,7 +130,19 @@ impl Mpi {
         let answer = Answer(Arc::clone(&over), answer);
         let command = Command::Start(lane, Box::new(|| Box::new(make())), answer);
         self.commands.send(command).map_err(|_| Error::Gone)?;
-        let finish = move || finished.recv().unwrap_or(Err(Error::Gone));
+        let thread = self.thread.as_ref().ok_or(Error::Gone)?.thread().clone();
+        thread.unpark();
+        let waiting = Arc::clone(&self.waiting);
+        let finish = move || {
+            if let Ok(result) = finished.try_recv() {
+                return result;
+            }
+            waiting.fetch_add(1, Ordering::Relaxed);
+            thread.unpark();
+            let result = finished.recv().unwrap_or(Err(Error::Gone));
+            waiting.fetch_sub(1, Ordering::Relaxed);
+            result
+        };
         Ok(Pending::until(move || over.load(Ordering::Acquire), finish))
     }
 
@@ -193,6 +212,12 @@ impl Comm for Mpi {
         let name = "all-gather";
         let (each, width) = (count(name, mine.numel())?, mine.kind().elt_size_in_bytes());
         self.sent.add(mine.numel() * (self.world - 1) * width);
+        let piece = piece_length(mine.numel(), self.world, width);
+        if piece < mine.numel() {
+            count(name, full.numel())?;
+            let (mine, full) = (mine.shallow_clone(), full.shallow_clone());
+            return self.start(Lane::Bulk, move || AllGather::new(mine, full, piece));
+        }
         let buffers = vec![full.shallow_clone(), mine.shallow_clone()];
         let (from, to) = (Address::of(mine), Address::of(full));
         self.call(full.numel() * width, name, buffers, move |line, request| {
@@ -310,8 +335,8 @@ trait Job {
 
 type Queue = VecDeque<(Box<dyn Job>, Answer)>;
 
-/// Polls a queue's first job, and those behind it as far as nothing before them has a call to make and staging allows;
-/// whether anything moved.
+/// Polls a queue's first job, and of those behind it, as far as staging allows, the one with calls to make; whether anything
+/// moved. Those that only wait end hardly sooner than the first, and every look at one is a look at all sockets.
 fn poll_first(line: &Line, queue: &mut Queue) -> bool {
     let (mut moved, mut staged, mut index) = (false, 0, 0);
     while index < queue.len().min(MOST_JOBS) {
@@ -319,6 +344,11 @@ fn poll_first(line: &Line, queue: &mut Queue) -> bool {
         let needs = job.staging(line);
         if index > 0 && staged + needs > MOST_STAGED {
             break;
+        }
+        if index > 0 && job.is_started() {
+            staged += needs;
+            index += 1;
+            continue;
         }
         let result = match job.poll(line) {
             Ok(Poll::Waiting) => None,
@@ -346,42 +376,47 @@ fn poll_first(line: &Line, queue: &mut Queue) -> bool {
 }
 
 /// The thread's life: takes commands, polls the queues, sleeps when nothing moves.
-fn serve(lines: &[Line; 2], inbox: &Receiver<Command>) {
+fn serve(lines: &[Line; 2], inbox: &Receiver<Command>, waiting: &AtomicUsize) {
     let mut queues: [Queue; 2] = [VecDeque::new(), VecDeque::new()];
     let mut idle_polls = 0;
-    let mut last_moved = Instant::now();
+    // When a sleep last ended with something to do, and the usual time between such ends.
+    let (mut last_moved, mut pace) = (Instant::now(), Duration::ZERO);
     let mut open = true;
     loop {
-        if idle_polls == 0 {
-            last_moved = Instant::now();
-        }
-        let sleep = || (last_moved.elapsed() / LATE).clamp(SLEEP.start, SLEEP.end);
+        let sleep = || match waiting.load(Ordering::Relaxed) {
+            0 => (last_moved.elapsed().max(pace) / LATE).clamp(SLEEP.start, SLEEP.end),
+            // The rank has nothing better to do.
+            _ => SLEEP.start,
+        };
         let busy = queues.iter().any(|queue| !queue.is_empty());
+        if busy && (idle_polls > POLLS || !open) {
+            // Whoever starts a job or waits for one ends the sleep.
+            std::thread::park_timeout(sleep());
+        }
         let command = match (busy, open) {
             (false, false) => return,
-            (false, true) => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            (true, true) if idle_polls > POLLS => inbox.recv_timeout(sleep()),
-            (true, true) => inbox.try_recv().map_err(|error| match error {
-                TryRecvError::Empty => RecvTimeoutError::Timeout,
-                TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
-            }),
-            (true, false) => {
-                std::thread::sleep(sleep());
-                Err(RecvTimeoutError::Timeout)
-            }
+            (false, true) => inbox.recv().map_err(|_| TryRecvError::Disconnected),
+            (true, _) => inbox.try_recv(),
         };
         match command {
             Ok(Command::Start(lane, make, answer)) => {
+                if !busy {
+                    last_moved = Instant::now();
+                }
                 queues[lane as usize].push_back((make(), answer));
                 idle_polls = 0;
             }
             Ok(Command::Abort(code)) => lines[0].0.abort(code),
-            Err(RecvTimeoutError::Disconnected) => open = false,
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(TryRecvError::Disconnected) => open = false,
+            Err(TryRecvError::Empty) => {}
         }
         idle_polls += 1;
         for (line, queue) in lines.iter().zip(&mut queues) {
             if poll_first(line, queue) {
+                if idle_polls > POLLS {
+                    pace = (3 * pace + last_moved.elapsed()) / 4;
+                    last_moved = Instant::now();
+                }
                 idle_polls = 0;
             }
         }
@@ -620,15 +655,102 @@ impl<W: Element> Exchange<W> {
     }
 }
 
-/// Two exchanges, what is sent and what is received.
+/// What is sent and what is received.
 const MOST_STAGED: usize = 2 * 2 * STAGING_BYTES;
 
-/// Elements of a slice that travel in one exchange.
-fn piece_length<W>(slice: usize, world: usize) -> usize {
-    (STAGING_BYTES / (world * size_of::<W>())).clamp(1, slice.max(1))
+/// Pieces of a collective that are under way at a time. Each begins with a round trip, in which the others travel: with two, a
+/// link of 400 Mbit/s was idle for half of the time.
+const FLYING: usize = 8;
+
+/// Elements of a slice that travel in one piece: together they are two times [`STAGING_BYTES`].
+fn piece_length(slice: usize, world: usize, width: usize) -> usize {
+    (2 * STAGING_BYTES / FLYING / (world * width)).clamp(1, slice.max(1))
 }
 
-/// Two exchanges are under way at a time: while one's sum is made, the other travels.
+/// An all-gather in pieces: what was asked for before it is not far behind it in the sockets, and the thread sees that it moves.
+struct AllGather {
+    mine: Tensor,
+    full: Tensor,
+    /// Elements of every slice that travel in a piece.
+    piece: usize,
+    /// The next piece of every slice begins here.
+    next: usize,
+    flying: VecDeque<Gathered>,
+}
+
+/// A piece under way. MPI reads counts and starts until it has finished: they live here.
+struct Gathered {
+    _counts: Vec<i32>,
+    _starts: Vec<i32>,
+    request: Request,
+}
+
+impl AllGather {
+    fn new(mine: Tensor, full: Tensor, piece: usize) -> AllGather {
+        AllGather {
+            mine,
+            full,
+            piece,
+            next: 0,
+            flying: VecDeque::new(),
+        }
+    }
+
+    fn start_next(&mut self, line: &Line) -> Result<()> {
+        let slice = self.mine.numel();
+        let length = self.piece.min(slice - self.next);
+        let counts = vec![length as i32; line.world()];
+        let starts: Vec<i32> = (0..line.world())
+            .map(|rank| (rank * slice + self.next) as i32)
+            .collect();
+        let width = self.mine.kind().elt_size_in_bytes();
+        let (kind, from) = (moved(width), Address::of(&self.mine).0 + self.next * width);
+        // SAFETY: the pieces lie within the tensors, which this job keeps, as it does the counts, until MPI has finished.
+        let request = Request::start("all-gather", |request| unsafe {
+            ffi::MPI_Iallgatherv(
+                from as *const std::ffi::c_void,
+                length as i32,
+                kind,
+                self.full.data_ptr(),
+                counts.as_ptr(),
+                starts.as_ptr(),
+                kind,
+                line.raw(),
+                request,
+            )
+        })?;
+        self.flying.push_back(Gathered {
+            _counts: counts,
+            _starts: starts,
+            request,
+        });
+        self.next += length;
+        Ok(())
+    }
+}
+
+impl Job for AllGather {
+    fn poll(&mut self, line: &Line) -> Result<Poll> {
+        if self.next < self.mine.numel() && self.flying.len() < FLYING {
+            self.start_next(line)?;
+            return Ok(Poll::Moved);
+        }
+        let Some(oldest) = self.flying.front_mut() else {
+            return Ok(Poll::Finished);
+        };
+        if !oldest.request.finished()? {
+            return Ok(Poll::Waiting);
+        }
+        self.flying.pop_front();
+        Ok(Poll::Moved)
+    }
+
+    fn is_started(&self) -> bool {
+        self.next == self.mine.numel()
+    }
+}
+
+/// A reduce-scatter in pieces: while one's sum is made, the others travel.
 struct ReduceScatter<W> {
     full: Tensor,
     mine: Tensor,
@@ -651,7 +773,7 @@ impl<W: Element> ReduceScatter<W> {
 
     fn start_next(&mut self, line: &Line) -> Result<()> {
         let slice = self.mine.numel();
-        let length = piece_length::<W>(slice, line.world()).min(slice - self.next);
+        let length = piece_length(slice, line.world(), size_of::<W>()).min(slice - self.next);
         let (mut send, receive) = self.spare.pop().unwrap_or_default();
         send.clear();
         for part in f32s(&self.full).chunks_exact(slice) {
@@ -671,7 +793,7 @@ impl<W: Element> ReduceScatter<W> {
 impl<W: Element> Job for ReduceScatter<W> {
     fn poll(&mut self, line: &Line) -> Result<Poll> {
         let slice = self.mine.numel();
-        if self.next < slice && self.flying.len() < 2 {
+        if self.next < slice && self.flying.len() < FLYING {
             self.start_next(line)?;
             return Ok(Poll::Moved);
         }
@@ -693,7 +815,8 @@ impl<W: Element> Job for ReduceScatter<W> {
 
     fn staging(&self, line: &Line) -> usize {
         let slice = self.mine.numel();
-        2 * line.world() * size_of::<W>() * slice.min(2 * piece_length::<W>(slice, line.world()))
+        let piece = piece_length(slice, line.world(), size_of::<W>());
+        2 * line.world() * size_of::<W>() * slice.min(FLYING * piece)
     }
 }
 
@@ -720,6 +843,11 @@ impl<W: Element> AllReduce<W> {
             gathering: None,
             piece: (0, 0),
         }
+    }
+
+    /// Of which one is under way at a time.
+    fn piece_length(&self, world: usize) -> usize {
+        (STAGING_BYTES / (world * size_of::<W>())).clamp(1, self.slice.max(1))
     }
 
     /// The range of `values` that is this piece of a rank's slice; shorter or empty at the end.
@@ -767,7 +895,7 @@ impl<W: Element> Job for AllReduce<W> {
         if self.next >= self.slice {
             return Ok(Poll::Finished);
         }
-        let length = piece_length::<W>(self.slice, line.world()).min(self.slice - self.next);
+        let length = self.piece_length(line.world()).min(self.slice - self.next);
         let mut send = Vec::with_capacity(length * line.world());
         for rank in 0..line.world() {
             let values = &f32s(&self.values)[self.range(rank, self.next, length)];
@@ -785,6 +913,6 @@ impl<W: Element> Job for AllReduce<W> {
     }
 
     fn staging(&self, line: &Line) -> usize {
-        2 * line.world() * size_of::<W>() * piece_length::<W>(self.slice, line.world())
+        2 * line.world() * size_of::<W>() * self.piece_length(line.world())
     }
 }

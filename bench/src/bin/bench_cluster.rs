@@ -87,6 +87,6 @@ fn put(measured: &BTreeMap<String, Vec<f64>>) -> Result<()> {
         }
     }
     let beside = path.with_extension("json.partial");
-    fs::write(&beside, serde_json::to_vec_pretty(&entries)?)?;
+    fs::write(&beside, serde_json::to_string_pretty(&entries)? + "\n")?;
     Ok(fs::rename(&beside, path)?)
 }

@@ -21,7 +21,7 @@ const TIME: usize = 256;
 const F32_BYTES: f64 = 4.0;
 /// Steps between two changes of the link's rate, and how often it is slow.
 const TURN: usize = 4;
-const TURNS: usize = 8;
+const TURNS: usize = 12;
 
 #[derive(Parser)]
 #[command(about = "Measures sharded training side by side with what people run today")]
@@ -42,7 +42,7 @@ struct Arguments {
     #[arg(long, default_value_t = 2)]
     rounds: usize,
     /// Steps a round and side; the first warms up and does not count.
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 6)]
     steps: usize,
 }
 
@@ -391,6 +391,10 @@ impl Link {
             )?;
             done("ip", &["-n", space, "link", "set", "lo", "up"])?;
             done("ip", &["-n", space, "link", "set", device, "up"])?;
+            // BBR takes a link that was fast a moment ago to have a round trip of microseconds, and paces by timers on the cores
+            // that are to compute; most systems send as CUBIC does.
+            let route = ["-n", space, "route", "replace", link::NETWORK, "dev", device];
+            done("ip", &[&route[..], &["src", address, "congctl", "cubic"]].concat())?;
         }
         Ok(link)
     }

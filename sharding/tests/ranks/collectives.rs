@@ -58,7 +58,7 @@ fn sum_in_order(world: usize, of: impl Fn(usize) -> Vec<f32>) -> Vec<f32> {
     sum
 }
 
-/// One element, some, and several exchanges' worth whose last is shorter.
+/// One element, some, and several pieces' worth whose last is shorter.
 const SLICES: [usize; 3] = [1, 1000, 2_500_001];
 
 fn reduce_scatter(comm: &dyn Comm, _: &Path) {
@@ -152,7 +152,7 @@ fn bf16(comm: &dyn Comm, _: &Path) {
 fn all_gather(comm: &dyn Comm, _: &Path) {
     let (rank, world) = (comm.rank(), comm.world());
     for kind in [Kind::Uint8, Kind::BFloat16, Kind::Float, Kind::Double, Kind::Int64] {
-        for length in [1, 100_000] {
+        for length in SLICES.map(|slice| slice as i64) {
             let theirs = |rank: usize| {
                 (Tensor::arange(length, (Kind::Int64, device())).remainder(50) + rank as i64).to_kind(kind)
             };
@@ -236,8 +236,9 @@ fn lanes(comm: &dyn Comm, _: &Path) {
 fn many(comm: &dyn Comm, _: &Path) {
     let (rank, world) = (comm.rank(), comm.world());
     std::thread::sleep(Duration::from_millis(20 * rank as u64));
-    // The first is several exchanges long, those behind it are one each.
-    let slices = [2_500_001, 20_000, 1, 70_000, 30_000, 50_000];
+    // The first is several exchanges long, those behind it are one each, and more than are under way at a time.
+    let mut slices = vec![2_500_001, 20_000, 1, 70_000, 30_000, 50_000];
+    slices.resize(20, 25_000);
     let fulls: Vec<Tensor> = slices.iter().map(|slice| numbers(rank, slice * world)).collect();
     let sums = |slice: usize| sum_in_order(world, |rank| values(&numbers(rank, slice * world)));
     let mut mines: Vec<Tensor> = slices.iter().map(|slice| zeros(*slice, Kind::Float)).collect();
