@@ -1,13 +1,15 @@
 """The peer of the training cases: `transformers` + PEFT as a careful user would set them up — SDPA, fused AdamW, no cache, gradients set
 to none. Optimizer state has the weights' precision, as plain bf16 training has it.
 
-Usage: train_model.py '{"model", "precision", "lora": [modules], "full": [modules], "rows", "time", "steps", "threads", "recompute"}'
+Usage: train_model.py '{"model", "precision", "lora": [modules], "full": [modules], "rows_file", "rows", "threads", "recompute"}'
+where rows_file holds the ids of every row, in JSON, and each step takes `rows` of them.
 """
 
 import json
 import os
 import sys
 import time
+from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -28,7 +30,6 @@ model.config.use_cache = False
 if case["recompute"]:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-pieces = min(model.config.vocab_size, 49_152)
 if case["lora"]:
     lora = LoraConfig(
         r=8,
@@ -43,10 +44,9 @@ if case["lora"]:
 model.train()
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 adamw = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-generator = torch.Generator().manual_seed(1)
+rows = torch.tensor(json.loads(Path(case["rows_file"]).read_text()))
 seconds, losses = [], []
-for _ in range(case["steps"]):
-    ids = torch.randint(pieces, (case["rows"], case["time"]), generator=generator)
+for ids in rows.split(case["rows"]):
     started = time.perf_counter()
     loss = model(ids, labels=ids).loss
     loss.backward()

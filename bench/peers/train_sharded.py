@@ -3,13 +3,15 @@ careful user would set them up. LoRA on the linears; the vocabulary matrices tra
 `modules_to_save`.
 
 Usage, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set:
-train_sharded.py '{"how": "ddp" | "fsdp" | "alone", "model", "rows", "time", "steps", "threads", "lora": [modules]}'
+train_sharded.py '{"how": "ddp" | "fsdp" | "alone", "model", "rows_file", "threads", "lora": [modules]}'
+where rows_file holds the ids of every row, in JSON: a step takes one for each rank.
 """
 
 import json
 import os
 import sys
 import time
+from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -31,7 +33,6 @@ if how != "alone":
     dist.init_process_group("gloo")
 model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32, attn_implementation="sdpa")
 model.config.use_cache = False
-pieces = model.config.vocab_size
 lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=case["lora"], task_type="CAUSAL_LM")
 model = get_peft_model(model, lora)
 for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -51,10 +52,10 @@ elif how == "fsdp":
     fully_shard(model, mesh=mesh)
 trained = [parameter for parameter in body.parameters() if parameter.requires_grad]
 adamw = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-generator = torch.Generator().manual_seed(1 + rank)
+rows = torch.tensor(json.loads(Path(case["rows_file"]).read_text()))
+own = rows[rank :: int(os.environ["WORLD_SIZE"])]
 seconds, losses = [], []
-for _ in range(case["steps"]):
-    ids = torch.randint(pieces, (case["rows"], case["time"]), generator=generator)
+for ids in own.split(1):
     if how != "alone":
         dist.barrier()
     started = time.perf_counter()

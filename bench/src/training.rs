@@ -49,6 +49,24 @@ impl Panglot {
         Ok(())
     }
 
+    /// A file of the rows that a run's first steps read, for the peer: ids, a list a row.
+    pub fn rows(&self, overrides: &[String], count: usize) -> Result<PathBuf> {
+        let mut command = Command::new(self.program()?);
+        command.args(self.words("rows", overrides)?);
+        let output = command.args(["--count", &count.to_string()]).output()?;
+        ensure!(
+            output.status.success(),
+            "panglot rows: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let mut shown: Value = serde_json::from_slice(&output.stdout)?;
+        let rows = shown["rows"].as_array_mut().context("panglot rows printed none")?;
+        let rows: Vec<Value> = rows.iter_mut().map(|row| row["tokens"].take()).collect();
+        let file = self.folder.join("rows.json");
+        fs::write(&file, serde_json::to_vec(&rows)?)?;
+        Ok(file)
+    }
+
     /// A run from its first step, started by `through` and its words where that is not empty.
     pub fn train(&self, through: &[String], overrides: &[String]) -> Result<Side> {
         self.train_seen(through, overrides, |_| Ok(()))
@@ -125,7 +143,8 @@ pub fn grow(python: &Path, base: &Path, to: &Path, pieces: usize) -> Result<()> 
 /// One side's steps in one round; the first, which warms up, does not count.
 pub struct Side {
     pub seconds: Vec<f64>,
-    pub loss: f64,
+    /// Of the first step and of the last.
+    pub losses: [f64; 2],
     /// The largest process's.
     pub peak_bytes: f64,
     /// By rank 0 in the last step.
@@ -136,13 +155,13 @@ impl Side {
     fn of_run(run: &Path, peak_bytes: u64) -> Result<Side> {
         let metrics = fs::read_to_string(run.join("metrics.jsonl")).context("the worker wrote no metrics")?;
         let lines: Vec<Value> = metrics.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-        let last = |key: &str| lines.last().and_then(|line| line[key].as_f64()).unwrap_or(f64::NAN);
+        let of = |line: Option<&Value>, key: &str| line.and_then(|line| line[key].as_f64()).unwrap_or(f64::NAN);
         let seconds = lines.iter().skip(1).filter_map(|line| line["seconds"].as_f64());
         let side = Side {
             seconds: seconds.collect(),
-            loss: last("loss"),
+            losses: [of(lines.first(), "loss"), of(lines.last(), "loss")],
             peak_bytes: peak_bytes as f64,
-            bytes_sent: last("bytes_sent"),
+            bytes_sent: of(lines.last(), "bytes_sent"),
         };
         eprintln!("  ours {:?} s", side.seconds);
         Ok(side)
@@ -152,9 +171,11 @@ impl Side {
     pub fn of_training(report: &Report) -> Side {
         let mut seconds = numbers(report, "steps");
         seconds.remove(0);
+        let losses = numbers(report, "losses");
+        let of = |loss: Option<&f64>| loss.copied().unwrap_or(f64::NAN);
         let side = Side {
             seconds,
-            loss: numbers(report, "losses").last().copied().unwrap_or(f64::NAN),
+            losses: [of(losses.first()), of(losses.last())],
             peak_bytes: report.peak_bytes as f64,
             bytes_sent: f64::NAN,
         };
@@ -166,7 +187,7 @@ impl Side {
     pub fn of(report: &Report) -> Side {
         Side {
             seconds: numbers(report, "steps"),
-            loss: f64::NAN,
+            losses: [f64::NAN; 2],
             peak_bytes: report.peak_bytes as f64,
             bytes_sent: f64::NAN,
         }
@@ -177,7 +198,7 @@ impl Side {
 #[derive(Default)]
 pub struct Sides {
     pub steps: Vec<f64>,
-    pub loss: f64,
+    pub losses: [f64; 2],
     /// The largest.
     pub peak_bytes: f64,
     pub bytes_sent: f64,
@@ -186,7 +207,7 @@ pub struct Sides {
 impl Sides {
     pub fn add(&mut self, side: Side) {
         self.steps.extend(side.seconds);
-        self.loss = side.loss;
+        self.losses = side.losses;
         self.peak_bytes = self.peak_bytes.max(side.peak_bytes);
         self.bytes_sent = side.bytes_sent;
     }

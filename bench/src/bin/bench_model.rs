@@ -7,7 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use bench::training::{BODY, LINEARS, PIECES, Panglot, Side, Sides, WIDTH, grow};
 use bench::{Entry, Report, Results, number, peer, report, run};
 use clap::{Parser, Subcommand};
@@ -161,24 +161,30 @@ impl Bench {
             fs::canonicalize(&self.arguments.base)?
         };
         let overrides = self.prepare(case, &base)?;
+        let rows = self.panglot.rows(&overrides, self.arguments.steps * case.rows)?;
         let (mut ours, mut peers) = (Sides::default(), Sides::default());
         for _ in 0..self.arguments.rounds {
             ours.add(self.panglot.train(&[], &overrides)?);
-            peers.add(self.theirs(case, &base)?);
+            peers.add(self.theirs(case, &base, &rows)?);
         }
+        let [[first, last], [peers_first, peers_last]] = [ours.losses, peers.losses];
+        ensure!(
+            (first - peers_first).abs() < 0.01 * first,
+            "{}: the same rows and weights have losses of {first} and {peers_first}: the sides do not do the same work",
+            case.name
+        );
         let tokens = (case.rows * TIME) as f64;
         let floor = peak / case.flop_per_token();
         let (ours_speed, peers_speed) = (tokens / ours.seconds(), tokens / peers.seconds());
         let note = format!(
-            "GEMM peak {:.0} GFLOP/s; ours at {:.0} % of what it allows, the peer at {:.0} %; last losses {:.3} and {:.3}",
+            "GEMM peak {:.0} GFLOP/s; ours at {:.0} % of what it allows, the peer at {:.0} %; losses of the first \
+             step {first:.3} and {peers_first:.3}, of the last {last:.3} and {peers_last:.3}",
             peak / 1e9,
             100.0 * ours_speed / floor,
             100.0 * peers_speed / floor,
-            ours.loss,
-            peers.loss,
         );
         let entry = Entry::of(case.name, ours_speed, peers_speed, "tokens/s")
-            .peer_is("transformers + PEFT, SDPA, fused AdamW, no recomputation on either side")
+            .peer_is("transformers + PEFT, SDPA, fused AdamW, the same rows, no recomputation on either side")
             .floor(floor, "GEMM FLOP at this machine's measured peak")
             .note(note);
         results.put(entry)?;
@@ -221,11 +227,11 @@ impl Bench {
         Ok(overrides)
     }
 
-    fn theirs(&self, case: &Case, base: &Path) -> Result<Side> {
+    fn theirs(&self, case: &Case, base: &Path, rows: &Path) -> Result<Side> {
         let lora: &[&str] = if case.lora { &LINEARS } else { &[] };
         let words = json!({
-            "model": base, "precision": case.precision, "lora": lora, "full": case.peer_modules(), "rows": case.rows,
-            "time": TIME, "steps": self.arguments.steps, "threads": self.threads, "recompute": false,
+            "model": base, "precision": case.precision, "lora": lora, "full": case.peer_modules(),
+            "rows_file": rows, "rows": case.rows, "threads": self.threads, "recompute": false,
         });
         let report = self.peer("train_model.py", &[&words.to_string()])?;
         Ok(Side::of_training(&report))

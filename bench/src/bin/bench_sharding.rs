@@ -101,16 +101,17 @@ impl Bench {
     /// ZeRO-1 against DDP, and its bytes against the least there are.
     fn zero1(&self, results: &mut Results) -> Result<()> {
         let overrides = self.prepare("prepared", &self.base, RANKS)?;
+        let rows = self.rows(&overrides, RANKS)?;
         let (mut ours, mut peers, mut trained) = (Sides::default(), Sides::default(), 0.0);
         for _ in 0..self.arguments.rounds {
             ours.add(self.panglot.train(&[], &overrides)?);
-            let report = self.peers("ddp", RANKS, &[], &[])?;
+            let report = self.peers("ddp", RANKS, &rows, &[], &[])?;
             trained = number(&report, "trained");
             peers.add(Side::of_training(&report));
         }
         results.put(
             Entry::of("zero1_vs_ddp", speed(&ours), speed(&peers), "tokens/s")
-                .peer_is("DDP over gloo, transformers + PEFT, SDPA, fused AdamW; 4 ranks of one thread on both sides")
+                .peer_is("DDP over gloo, transformers + PEFT, SDPA, fused AdamW, the same rows; 4 ranks of one thread on both sides")
                 .note(format!("f32, {trained} trained, {TIME} tokens a rank and step")),
         )?;
         results.put(
@@ -124,10 +125,11 @@ impl Bench {
     fn zero3(&self, results: &mut Results) -> Result<()> {
         let mut overrides = self.prepare("prepared", &self.base, RANKS)?;
         overrides.extend(["train.zero=3", "train.shard_frozen=true"].map(String::from));
+        let rows = self.rows(&overrides, RANKS)?;
         let (mut ours, mut peers) = (Sides::default(), Sides::default());
         for _ in 0..self.arguments.rounds {
             ours.add(self.panglot.train(&[], &overrides)?);
-            peers.add(Side::of_training(&self.peers("fsdp", RANKS, &[], &[])?));
+            peers.add(Side::of_training(&self.peers("fsdp", RANKS, &rows, &[], &[])?));
         }
         results.put(
             Entry::of("zero3_vs_fsdp", speed(&ours), speed(&peers), "tokens/s")
@@ -188,11 +190,12 @@ impl Bench {
         };
         let ours = [of(0), of(1)];
 
+        let rows = self.rows(&overrides, link::RANKS)?;
         let mut peers = [Sides::default(), Sides::default()];
         for _ in 0..self.arguments.rounds {
             for (side, rate) in peers.iter_mut().zip([None, Some(rate)]) {
                 link.shape(rate)?;
-                let report = self.peers("ddp", link::RANKS, &link::PREFIXES, &link::VARIABLES)?;
+                let report = self.peers("ddp", link::RANKS, &rows, &link::PREFIXES, &link::VARIABLES)?;
                 side.add(Side::of_training(&report));
             }
         }
@@ -221,16 +224,17 @@ impl Bench {
     fn weak(&self, results: &mut Results) -> Result<()> {
         let together = self.prepare("prepared", &self.base, RANKS)?;
         let alone = self.prepare("prepared", &self.base, 1)?;
+        let rows = self.rows(&together, RANKS)?;
         let mut seconds = [Sides::default(), Sides::default(), Sides::default(), Sides::default()];
         for _ in 0..self.arguments.rounds {
             for side in self.panglot.train_at_once(RANKS, &alone)? {
                 seconds[0].add(side);
             }
             seconds[1].add(self.panglot.train(&[], &together)?);
-            for report in self.each_peer("alone", RANKS, &[], &[])? {
+            for report in self.each_peer("alone", RANKS, &rows, &[], &[])? {
                 seconds[2].add(Side::of_training(&report));
             }
-            seconds[3].add(Side::of_training(&self.peers("ddp", RANKS, &[], &[])?));
+            seconds[3].add(Side::of_training(&self.peers("ddp", RANKS, &rows, &[], &[])?));
         }
         let [alone, together, peers_alone, peers_together] = seconds.map(|sides| sides.seconds());
         let note = format!(
@@ -274,6 +278,11 @@ impl Bench {
         Ok(overrides)
     }
 
+    /// The rows of a run of so many ranks, for the peer's.
+    fn rows(&self, overrides: &[String], ranks: usize) -> Result<PathBuf> {
+        self.panglot.rows(overrides, self.arguments.steps * ranks)
+    }
+
     /// Elements that train on such a base, as `panglot model inspect` counts them.
     fn trained(&self, base: &Path) -> Result<f64> {
         let worker = std::env::current_exe()?.with_file_name("panglot-worker");
@@ -299,8 +308,15 @@ impl Bench {
     }
 
     /// Rank 0's report, with the largest rank's peak.
-    fn peers(&self, how: &str, ranks: usize, prefixes: &[&[&str]], variables: &[(&str, &str)]) -> Result<Report> {
-        let mut reports = self.each_peer(how, ranks, prefixes, variables)?;
+    fn peers(
+        &self,
+        how: &str,
+        ranks: usize,
+        rows: &Path,
+        prefixes: &[&[&str]],
+        variables: &[(&str, &str)],
+    ) -> Result<Report> {
+        let mut reports = self.each_peer(how, ranks, rows, prefixes, variables)?;
         let peak = reports.iter().map(|report| report.peak_bytes).max();
         let mut report = reports.swap_remove(0);
         report.peak_bytes = peak.unwrap_or(0);
@@ -312,13 +328,11 @@ impl Bench {
         &self,
         how: &str,
         ranks: usize,
+        rows: &Path,
         prefixes: &[&[&str]],
         variables: &[(&str, &str)],
     ) -> Result<Vec<Report>> {
-        let words = json!({
-            "how": how, "model": self.base, "rows": 1, "time": TIME, "steps": self.arguments.steps, "threads": 1,
-            "lora": LINEARS,
-        });
+        let words = json!({ "how": how, "model": self.base, "rows_file": rows, "threads": 1, "lora": LINEARS });
         let words = words.to_string();
         let rank = |rank: usize| {
             let python = [text_of(&self.arguments.python)?];
