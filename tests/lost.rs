@@ -341,6 +341,24 @@ fn attempts_that_come_to_nothing_are_given_up() {
 }
 
 #[test]
+fn what_one_rank_cannot_write_once_they_have_met_ends_all_at_once() {
+    prepared();
+    let run = Run::new();
+    // A folder where one rank's timeline should be.
+    fs::create_dir_all(run.folder.path().join("timeline/rank-1.json")).expect("created");
+    let running = Running::start(&run, 2, &["debug.timeline=true"]);
+    let started = Instant::now();
+    let end = running.end("rank-1.json");
+    assert_eq!(end.code, Some(74), "{:?}", end.said);
+    assert!(
+        end.named.is_some() && end.said.iter().any(|line| line.contains("rank 1 of 2 on ")),
+        "{:?}",
+        end.said
+    );
+    assert!(started.elapsed() < Duration::from_secs(30));
+}
+
+#[test]
 fn two_configs_in_one_job_are_refused_with_a_table() {
     prepared();
     let run = Run::new();

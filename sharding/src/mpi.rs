@@ -94,10 +94,12 @@ impl Mpi {
                 let world = universe.world();
                 let (rank, size) = (world.rank() as usize, world.size() as usize);
                 let engine = mpi::environment::library_version().unwrap_or_else(|_| "an MPI library".into());
+                let line = || Line::new(&world);
+                // A collective call: this rank has not arrived before the others make it.
+                let lines = (size == placed).then(|| [line(), line()]);
                 let _ = tell.send((rank, size, engine));
-                if size == placed {
-                    let line = || Line::new(&world);
-                    serve(&[line(), line()], &inbox, &waiting_there);
+                if let Some(lines) = lines {
+                    serve(&lines, &inbox, &waiting_there);
                 }
                 // Finalises MPI, after the communicators are gone.
                 drop(universe);
@@ -210,14 +212,13 @@ impl Comm for Mpi {
         assert_eq!(full.numel(), mine.numel() * self.world);
         assert!(full.is_contiguous() && mine.is_contiguous());
         let name = "all-gather";
-        let (each, width) = (count(name, mine.numel())?, mine.kind().elt_size_in_bytes());
+        let width = mine.kind().elt_size_in_bytes();
         self.sent.add(mine.numel() * (self.world - 1) * width);
-        let piece = piece_length(mine.numel(), self.world, width);
-        if piece < mine.numel() {
-            count(name, full.numel())?;
+        if piece_length(mine.numel(), self.world, width) < mine.numel() {
             let (mine, full) = (mine.shallow_clone(), full.shallow_clone());
-            return self.start(Lane::Bulk, move || AllGather::new(mine, full, piece));
+            return self.start(Lane::Bulk, || AllGather::new(mine, full));
         }
+        let each = count(name, mine.numel())?;
         let buffers = vec![full.shallow_clone(), mine.shallow_clone()];
         let (from, to) = (Address::of(mine), Address::of(full));
         self.call(full.numel() * width, name, buffers, move |line, request| {
@@ -327,7 +328,7 @@ trait Job {
     /// All its calls are made; those of the next job may follow.
     fn is_started(&self) -> bool;
 
-    /// The most bytes that it keeps beside its tensors.
+    /// The most bytes beside its tensors that it keeps, here or where ranks are late.
     fn staging(&self, _line: &Line) -> usize {
         0
     }
@@ -362,7 +363,11 @@ fn poll_first(line: &Line, queue: &mut Queue) -> bool {
         if let Some(result) = result {
             // The buffers go before the caller hears of it: it may count on their memory.
             let (job, answer) = queue.remove(index).expect("it was polled");
-            drop(job);
+            match result {
+                Ok(()) => drop(job),
+                // MPI may still write to what its other requests name. (By MPI's default it has ended the process before.)
+                Err(_) => std::mem::forget(job),
+            }
             answer.give(result);
             moved = true;
         } else if job.is_started() {
@@ -667,63 +672,82 @@ fn piece_length(slice: usize, world: usize, width: usize) -> usize {
     (2 * STAGING_BYTES / FLYING / (world * width)).clamp(1, slice.max(1))
 }
 
+/// Elements of each slice that are under way at most from now on, where the pieces before `next` were started.
+fn staged(slice: usize, next: usize, flying: usize, piece: usize) -> usize {
+    let most = if next < slice { FLYING } else { flying };
+    slice.min(most * piece)
+}
+
 /// An all-gather in pieces: what was asked for before it is not far behind it in the sockets, and the thread sees that it moves.
 struct AllGather {
     mine: Tensor,
     full: Tensor,
-    /// Elements of every slice that travel in a piece.
-    piece: usize,
     /// The next piece of every slice begins here.
     next: usize,
     flying: VecDeque<Gathered>,
 }
 
-/// A piece under way. MPI reads counts and starts until it has finished: they live here.
+/// A piece under way.
 struct Gathered {
-    _counts: Vec<i32>,
-    _starts: Vec<i32>,
     request: Request,
+    /// Kept until MPI has finished with it.
+    _piece: PieceType,
+}
+
+/// MPI's type of one piece of each rank's slice, one slice after the other: with it no number that MPI is given grows with the
+/// whole, which may have more elements than an int counts.
+struct PieceType(ffi::MPI_Datatype);
+
+impl PieceType {
+    fn new(length: usize, slice: usize, kind: ffi::MPI_Datatype, width: usize) -> Result<PieceType> {
+        let (name, length) = ("all-gather", count("all-gather", length)?);
+        let extent = (slice * width) as ffi::MPI_Aint;
+        // SAFETY: a constant of the MPI library, valid after initialisation; the calls below replace it.
+        let (mut close, mut spaced) = unsafe { (ffi::RSMPI_DATATYPE_NULL, ffi::RSMPI_DATATYPE_NULL) };
+        // SAFETY: each call reads a type that the one before it made, which goes once the last is made of it.
+        unsafe {
+            check(name, ffi::MPI_Type_contiguous(length, kind, &mut close))?;
+            check(name, ffi::MPI_Type_create_resized(close, 0, extent, &mut spaced))?;
+            check(name, ffi::MPI_Type_free(&mut close))?;
+            check(name, ffi::MPI_Type_commit(&mut spaced))?;
+        }
+        Ok(PieceType(spaced))
+    }
+}
+
+impl Drop for PieceType {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, and freed once.
+        unsafe { ffi::MPI_Type_free(&mut self.0) };
+    }
 }
 
 impl AllGather {
-    fn new(mine: Tensor, full: Tensor, piece: usize) -> AllGather {
+    fn new(mine: Tensor, full: Tensor) -> AllGather {
         AllGather {
             mine,
             full,
-            piece,
             next: 0,
             flying: VecDeque::new(),
         }
     }
 
+    fn width(&self) -> usize {
+        self.mine.kind().elt_size_in_bytes()
+    }
+
     fn start_next(&mut self, line: &Line) -> Result<()> {
-        let slice = self.mine.numel();
-        let length = self.piece.min(slice - self.next);
-        let counts = vec![length as i32; line.world()];
-        let starts: Vec<i32> = (0..line.world())
-            .map(|rank| (rank * slice + self.next) as i32)
-            .collect();
-        let width = self.mine.kind().elt_size_in_bytes();
-        let (kind, from) = (moved(width), Address::of(&self.mine).0 + self.next * width);
-        // SAFETY: the pieces lie within the tensors, which this job keeps, as it does the counts, until MPI has finished.
+        let (slice, width) = (self.mine.numel(), self.width());
+        let length = piece_length(slice, line.world(), width).min(slice - self.next);
+        let (kind, each) = (moved(width), count("all-gather", length)?);
+        let piece = PieceType::new(length, slice, kind, width)?;
+        let at = |tensor: &Tensor| (Address::of(tensor).0 + self.next * width) as *mut std::ffi::c_void;
+        let (from, to) = (at(&self.mine), at(&self.full));
+        // SAFETY: the pieces lie within the tensors, which this job keeps until MPI has finished.
         let request = Request::start("all-gather", |request| unsafe {
-            ffi::MPI_Iallgatherv(
-                from as *const std::ffi::c_void,
-                length as i32,
-                kind,
-                self.full.data_ptr(),
-                counts.as_ptr(),
-                starts.as_ptr(),
-                kind,
-                line.raw(),
-                request,
-            )
+            ffi::MPI_Iallgather(from, each, kind, to, 1, piece.0, line.raw(), request)
         })?;
-        self.flying.push_back(Gathered {
-            _counts: counts,
-            _starts: starts,
-            request,
-        });
+        self.flying.push_back(Gathered { request, _piece: piece });
         self.next += length;
         Ok(())
     }
@@ -747,6 +771,19 @@ impl Job for AllGather {
 
     fn is_started(&self) -> bool {
         self.next == self.mine.numel()
+    }
+
+    /// Nothing is kept here; but a rank that is late keeps what arrives before it asks for it.
+    fn staging(&self, line: &Line) -> usize {
+        let (slice, width) = (self.mine.numel(), self.width());
+        line.world()
+            * width
+            * staged(
+                slice,
+                self.next,
+                self.flying.len(),
+                piece_length(slice, line.world(), width),
+            )
     }
 }
 
@@ -805,7 +842,11 @@ impl<W: Element> Job for ReduceScatter<W> {
         }
         let done = self.flying.pop_front().expect("there is an oldest");
         done.sum_into(&mut f32s_mut(&mut self.mine)[done.start..done.start + done.length]);
-        self.spare.push((done.send, done.receive));
+        if self.next < slice {
+            self.spare.push((done.send, done.receive));
+        } else {
+            self.spare.clear();
+        }
         Ok(Poll::Moved)
     }
 
@@ -814,9 +855,15 @@ impl<W: Element> Job for ReduceScatter<W> {
     }
 
     fn staging(&self, line: &Line) -> usize {
-        let slice = self.mine.numel();
-        let piece = piece_length(slice, line.world(), size_of::<W>());
-        2 * line.world() * size_of::<W>() * slice.min(FLYING * piece)
+        let (slice, width) = (self.mine.numel(), size_of::<W>());
+        2 * line.world()
+            * width
+            * staged(
+                slice,
+                self.next,
+                self.flying.len(),
+                piece_length(slice, line.world(), width),
+            )
     }
 }
 

@@ -20,7 +20,6 @@ use sharding::cuda::nccl::{self, Nccl, UniqueId};
 use sharding::staged::{NoHost, Staged};
 use tch::Device;
 
-use crate::timeline::Timeline;
 use crate::watched::Watched;
 
 /// Brings this process together with its peers, twice: by the engine of their collectives, and beside it, where they prove that
@@ -88,19 +87,7 @@ pub fn join(
             Event::Note { text }.emit();
         }
     }
-    let timeline = match plan {
-        Some(plan) if plan.debug.timeline => {
-            let path = plan
-                .folders
-                .run
-                .join("timeline")
-                .join(format!("rank-{}.json", place.rank));
-            let timeline = Timeline::create(&path, place.rank, &place.node);
-            Some(Arc::new(timeline.with_context(|| path.display().to_string())?))
-        }
-        _ => None,
-    };
-    Ok(Watched::new(comm, pulse, meeting, timeline))
+    Ok(Watched::new(comm, pulse, meeting))
 }
 
 /// A rank on its way to the others. Before ranks watch over each other nobody would say who is missing, and MPI waits for ever.

@@ -14,7 +14,9 @@ use sharding::{Comm, Mark};
 use tch::Device;
 use trainer::inspect::Trained;
 use trainer::joining::{Arrival, code_of, join};
+use trainer::timeline::Timeline;
 use trainer::train::End;
+use trainer::watched::Watched;
 
 #[derive(Parser)]
 #[command(name = "panglot-worker", version, about = "One rank of Panglot; `panglot` starts it")]
@@ -109,7 +111,8 @@ fn main() -> ExitCode {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         print(info);
-        std::process::exit(exit::INTERNAL);
+        // No destructors: this may be any thread, and the libraries' own would wait for peers.
+        signal_hook::low_level::exit(exit::INTERNAL);
     }));
     let arguments = Arguments::parse();
     let code = match start(arguments.command) {
@@ -190,7 +193,10 @@ fn start(command: Command) -> Result<i32> {
         _ => None,
     };
     let mut comm = join(&place, plan.as_ref(), device, digest, arrival)?;
-    match run(command, plan.as_ref(), order.as_ref(), &comm, device) {
+    let timed = plan
+        .as_ref()
+        .map_or(Ok(()), |plan| record_timeline(&mut comm, plan, &place));
+    match timed.and_then(|()| run(command, plan.as_ref(), order.as_ref(), &comm, device)) {
         Ok(code) => {
             comm.leave();
             Ok(code)
@@ -214,6 +220,17 @@ fn start(command: Command) -> Result<i32> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// Where the plan asks for it. After the ranks have met, so that no other job's files are touched.
+fn record_timeline(comm: &mut Watched, plan: &Plan, place: &Place) -> Result<()> {
+    if plan.debug.timeline {
+        let name = format!("rank-{}.json", place.rank);
+        let path = plan.folders.run.join("timeline").join(name);
+        let timeline = Timeline::create(&path, place.rank, &place.node);
+        comm.record(timeline.with_context(|| path.display().to_string())?);
+    }
+    Ok(())
 }
 
 /// The device that the plan names, this rank's own where it is a GPU.

@@ -24,19 +24,19 @@ pub struct Watched {
 }
 
 impl Watched {
-    pub fn new(
-        inner: Box<dyn Comm>,
-        pulse: Arc<Pulse>,
-        meeting: Option<Meeting>,
-        timeline: Option<Arc<Timeline>>,
-    ) -> Watched {
+    pub fn new(inner: Box<dyn Comm>, pulse: Arc<Pulse>, meeting: Option<Meeting>) -> Watched {
         Watched {
             inner,
             pulse,
-            timeline,
+            timeline: None,
             meeting,
             number: AtomicU64::new(0),
         }
+    }
+
+    /// Draws all that follows on a timeline too.
+    pub fn record(&mut self, timeline: Timeline) {
+        self.timeline = Some(Arc::new(timeline));
     }
 
     /// The work is done, on this rank; rank 0 watches on until it is on all.

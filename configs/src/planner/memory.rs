@@ -37,8 +37,8 @@ pub fn head_chunk(n: usize, matrix_rows: usize, width: usize, device: Device) ->
 /// bytes: it is still in the cache when it is added.
 pub const PRODUCT_BYTES: usize = 16 << 20;
 
-/// Elements of one exchange between MPI's ranks take at most about this much on each side, and two are under way at a time.
-/// Large enough that a message's latency does not count, small enough that staging is nothing beside a bucket.
+/// Half of what the pieces of a bucket that are under way between MPI's ranks take at most, on each side: enough that a message's
+/// latency does not count, and nothing beside a bucket.
 pub const STAGING_BYTES: usize = 8 << 20;
 
 /// Rows of the embedding's gradient that one rank keeps at most, where it keeps those that a step names and no others: on a CPU,
@@ -472,8 +472,8 @@ impl Budget {
         let divides = shard_frozen && division.world > 1;
         let of_trained = division.of_trained(&trained.numels, &trained.stages);
         let of_frozen = division.of_frozen(divides, &frozen.numels, &frozen.stages);
-        // MPI's ranks sum what they exchange in pieces: what is sent and what is received, of two large pieces or as many bytes of
-        // several buckets, while reductions are under way. Before stage 2 those of all stages above may be, since nothing waits
+        // MPI's ranks sum what they exchange in pieces: what is sent and what is received, of one large bucket's or of several small
+        // ones', while reductions are under way. Before stage 2 those of all stages above may be, since nothing waits
         // for them.
         let staging = |moment: &Moment| -> u64 {
             if division.world == 1 || (train.device != Device::Cpu && train.reduce == Precision::F32) {
