@@ -53,6 +53,33 @@ pub fn threshold(p: f64) -> u64 {
     (p * u64::MAX as f64) as u64
 }
 
+/// What tests multiply: normally distributed, and the same in every run. Torch's own generator is shared by all tests of a process.
+#[cfg(test)]
+pub mod operands {
+    use std::cell::Cell;
+
+    use tch::Tensor;
+
+    use super::Stream;
+
+    thread_local! {
+        static NEXT: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// A test's operand number `which`, in f32.
+    pub fn operand(which: u64, shape: &[i64]) -> Tensor {
+        let stream = Stream::new(1, "operands").fork(which);
+        let count = shape.iter().product::<i64>() as u64;
+        let values: Vec<f32> = (0..count).map(|index| stream.normal(index) as f32).collect();
+        Tensor::from_slice(&values).view(shape)
+    }
+
+    /// One after the other; a test has a thread of its own.
+    pub fn random(shape: &[i64]) -> Tensor {
+        operand(NEXT.replace(NEXT.get() + 1), shape)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -75,10 +75,11 @@ impl Fp8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::operands;
 
     #[test]
     fn products_are_those_of_the_matrix_but_for_rounding() {
-        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+        let random = |shape: &[i64]| operands::random(shape).to_kind(Kind::BFloat16);
         let (w, x, d_y) = (random(&[96, 320]), random(&[50, 320]), random(&[50, 96]));
         let fp8 = Fp8::of(&w);
         let relative = |ours: Tensor, exact: Tensor| {

@@ -115,14 +115,10 @@ pub fn backward(pair: &mut LoraPair, x_ni: &Tensor, d_y_no: &Tensor, d_x_ni: &mu
 mod tests {
     use super::*;
     use crate::model::{Linear, Weight};
-    use crate::random::Stream;
+    use crate::random::operands::operand;
 
     fn random(which: u64, shape: &[i64]) -> Tensor {
-        let stream = Stream::new(1, "low rank").fork(which);
-        let values: Vec<f64> = (0..shape.iter().product::<i64>() as u64)
-            .map(|index| stream.normal(index))
-            .collect();
-        Tensor::from_slice(&values).to_kind(Kind::BFloat16).view(shape)
+        operand(which, shape).to_kind(Kind::BFloat16)
     }
 
     /// A linear map in bf16 and, of the same values, in f32, where LoRA's products are GEMMs.

@@ -271,13 +271,13 @@ impl Weights for half::bf16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
+    use crate::random::operands;
 
     #[test]
     fn few_positions_give_what_a_matrix_product_gives_and_the_same_bits_in_any_company() {
         for (kind, bound) in [(Kind::Float, 1e-5), (Kind::BFloat16, 1e-2)] {
             for (width, outputs, n) in [(64, 70, 8), (33, 5, 3), (40, 129, 6), (7, 1, 1), (576, 192, 13)] {
-                let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+                let random = |shape: &[i64]| operands::random(shape).to_kind(kind);
                 let (x, w, bias) = (random(&[n, width]), random(&[outputs, width]), random(&[outputs]));
                 let ours = linears(&x, &[(&w, Some(&bias)), (&w, None)], kind);
                 let exact = x.to_kind(Kind::Double).matmul(&w.to_kind(Kind::Double).tr());

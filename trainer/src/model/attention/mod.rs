@@ -307,19 +307,11 @@ fn gather_heads(d_bthd: &Tensor, groups: i64) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::Stream;
-
-    /// Normally distributed, and the same in every run: torch's own generator is shared by all tests of this process.
-    fn random(which: u64, shape: &[i64]) -> Tensor {
-        let stream = Stream::new(1, "attention's operands").fork(which);
-        let count = shape.iter().product::<i64>() as u64;
-        let values: Vec<f64> = (0..count).map(|index| stream.normal(index)).collect();
-        Tensor::from_slice(&values).to_kind(Kind::Float).view(shape)
-    }
+    use crate::random::operands::operand;
 
     /// Blocks of queries, and the formula written out, against libtorch's attention and its autograd.
     fn check(heads: i64, groups: i64, time: i64, dim: i64, documents: Option<&[u32]>) {
-        let random = |which, heads| random(which, &[2, time, heads, dim]) * 2.0;
+        let random = |which, heads| operand(which, &[2, time, heads, dim]) * 2.0;
         let operands = [random(0, heads), random(1, groups), random(2, groups)];
         let d_out = random(3, heads);
         let documents = documents.map(|starts| Documents::new([starts, &[0, 3]].into_iter(), time as usize).unwrap());
@@ -372,7 +364,7 @@ mod tests {
 
     #[test]
     fn attention_in_bf16_is_that_in_f32_rounded() {
-        let operands = [0, 1, 2, 3].map(|which| random(which, &[1, 90, 2, 16]).to_kind(Kind::BFloat16));
+        let operands = [0, 1, 2, 3].map(|which| operand(which, &[1, 90, 2, 16]).to_kind(Kind::BFloat16));
         let all = |[q, k, v, d_out]: [&Tensor; 4]| {
             let attended = attend(q, k, v, None);
             let (d_q, d_k, d_v) = attend_backward(&attended, q, k, v, d_out, None);
