@@ -776,14 +776,8 @@ impl Job for AllGather {
     /// Nothing is kept here; but a rank that is late keeps what arrives before it asks for it.
     fn staging(&self, line: &Line) -> usize {
         let (slice, width) = (self.mine.numel(), self.width());
-        line.world()
-            * width
-            * staged(
-                slice,
-                self.next,
-                self.flying.len(),
-                piece_length(slice, line.world(), width),
-            )
+        let piece = piece_length(slice, line.world(), width);
+        line.world() * width * staged(slice, self.next, self.flying.len(), piece)
     }
 }
 
@@ -856,14 +850,8 @@ impl<W: Element> Job for ReduceScatter<W> {
 
     fn staging(&self, line: &Line) -> usize {
         let (slice, width) = (self.mine.numel(), size_of::<W>());
-        2 * line.world()
-            * width
-            * staged(
-                slice,
-                self.next,
-                self.flying.len(),
-                piece_length(slice, line.world(), width),
-            )
+        let piece = piece_length(slice, line.world(), width);
+        2 * line.world() * width * staged(slice, self.next, self.flying.len(), piece)
     }
 }
 
