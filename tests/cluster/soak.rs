@@ -90,8 +90,8 @@ fn inject(cluster: &Cluster, job: u32, fault: Fault, chance: &mut Chance) -> Str
 /// Most of a step is waiting for the network then, as in large jobs: steps are long enough to be hit in each of their parts, and
 /// other work on this machine changes their pace little.
 const CABLES: &str = "100mbit";
-/// The share of the time that faults are guessed to leave: the run is made so long that it is over with the chaos, or little later.
-const SIZED_FOR: f64 = 0.6;
+/// More than the share of the time that faults leave: the run is a little longer than the chaos, which has all its minutes.
+const SIZED_FOR: f64 = 0.7;
 
 /// Four ranks with these settings, here and on this machine without a cluster.
 fn settings(steps: u64) -> Vec<String> {
