@@ -617,37 +617,30 @@ impl Element for bf16 {
 
 /// One all-to-all of equal pieces: what every rank's `send` holds for this one arrives in `receive`, in rank order.
 struct Exchange<W> {
-    /// `world` pieces of `length` elements.
+    /// `world` pieces, one after the other.
     send: Vec<W>,
     receive: Vec<W>,
-    /// Where in the slice the piece begins.
-    start: usize,
-    length: usize,
-    request: Request,
+    /// What of each slice the piece is.
+    piece: Range<usize>,
 }
 
 impl<W: Element> Exchange<W> {
-    fn start(line: &Line, send: Vec<W>, mut receive: Vec<W>, start: usize, length: usize) -> Result<Exchange<W>> {
-        receive.resize(length * line.world(), W::default());
+    /// The exchange is kept until the request is finished.
+    fn start(line: &Line, send: Vec<W>, mut receive: Vec<W>, piece: Range<usize>) -> Result<(Request, Exchange<W>)> {
+        receive.resize(piece.len() * line.world(), W::default());
         assert_eq!(send.len(), receive.len());
-        let (kind, each) = (moved(size_of::<W>()), count("reduce-scatter", length)?);
+        let (kind, each) = (moved(size_of::<W>()), count("reduce-scatter", piece.len())?);
         let (from, to) = (send.as_ptr().cast(), receive.as_mut_ptr().cast());
-        // SAFETY: both vectors are as long as the call says, and are kept, unmoved on the heap, beside their request.
+        // SAFETY: both vectors are as long as the call says, and are kept, unmoved on the heap, until the request is finished.
         let request = Request::start("reduce-scatter", |request| unsafe {
             ffi::MPI_Ialltoall(from, each, kind, to, each, kind, line.raw(), request)
         })?;
-        Ok(Exchange {
-            send,
-            receive,
-            start,
-            length,
-            request,
-        })
+        Ok((request, Exchange { send, receive, piece }))
     }
 
     /// Σ over ranks, in their order.
     fn sum_into(&self, mine: &mut [f32]) {
-        let mut ranks = self.receive.chunks_exact(self.length);
+        let mut ranks = self.receive.chunks_exact(self.piece.len());
         let first = ranks.next().expect("at least one rank");
         mine.iter_mut()
             .zip(first)
@@ -672,26 +665,79 @@ fn piece_length(slice: usize, world: usize, width: usize) -> usize {
     (2 * STAGING_BYTES / FLYING / (world * width)).clamp(1, slice.max(1))
 }
 
-/// Elements of each slice that are under way at most from now on, where the pieces before `next` were started.
-fn staged(slice: usize, next: usize, flying: usize, piece: usize) -> usize {
-    let most = if next < slice { FLYING } else { flying };
-    slice.min(most * piece)
+/// What a collective in pieces does next.
+enum Turn<T> {
+    /// Start the piece of these elements of every slice.
+    Start(Range<usize>),
+    /// The oldest piece is still under way.
+    Wait,
+    /// Take in what has arrived.
+    Take(T),
+    End,
+}
+
+/// A collective's pieces, of which up to [`FLYING`] are under way.
+struct Pieces<T> {
+    /// Elements of a rank's slice, and bytes of each.
+    slice: usize,
+    width: usize,
+    /// The next piece of every slice begins here.
+    next: usize,
+    /// The oldest first, each with what is kept until MPI has finished.
+    flying: VecDeque<(Request, T)>,
+}
+
+impl<T> Pieces<T> {
+    fn new(slice: usize, width: usize) -> Pieces<T> {
+        Pieces {
+            slice,
+            width,
+            next: 0,
+            flying: VecDeque::new(),
+        }
+    }
+
+    fn turn(&mut self, line: &Line) -> Result<Turn<T>> {
+        if !self.are_started() && self.flying.len() < FLYING {
+            let end = self.slice.min(self.next + self.length(line));
+            return Ok(Turn::Start(self.next..end));
+        }
+        let Some((request, _)) = self.flying.front_mut() else {
+            return Ok(Turn::End);
+        };
+        if !request.finished()? {
+            return Ok(Turn::Wait);
+        }
+        let (_, kept) = self.flying.pop_front().expect("there is an oldest");
+        Ok(Turn::Take(kept))
+    }
+
+    /// The piece that `turn` asked for.
+    fn started(&mut self, piece: Range<usize>, request: Request, kept: T) {
+        self.flying.push_back((request, kept));
+        self.next = piece.end;
+    }
+
+    fn are_started(&self) -> bool {
+        self.next == self.slice
+    }
+
+    fn length(&self, line: &Line) -> usize {
+        piece_length(self.slice, line.world(), self.width)
+    }
+
+    /// Bytes, of all slices, that are under way at most from now on.
+    fn staging(&self, line: &Line) -> usize {
+        let most = if self.are_started() { self.flying.len() } else { FLYING };
+        line.world() * self.width * self.slice.min(most * self.length(line))
+    }
 }
 
 /// An all-gather in pieces: what was asked for before it is not far behind it in the sockets, and the thread sees that it moves.
 struct AllGather {
     mine: Tensor,
     full: Tensor,
-    /// The next piece of every slice begins here.
-    next: usize,
-    flying: VecDeque<Gathered>,
-}
-
-/// A piece under way.
-struct Gathered {
-    request: Request,
-    /// Kept until MPI has finished with it.
-    _piece: PieceType,
+    pieces: Pieces<PieceType>,
 }
 
 /// MPI's type of one piece of each rank's slice, one slice after the other: with it no number that MPI is given grows with the
@@ -725,59 +771,45 @@ impl Drop for PieceType {
 impl AllGather {
     fn new(mine: Tensor, full: Tensor) -> AllGather {
         AllGather {
+            pieces: Pieces::new(mine.numel(), mine.kind().elt_size_in_bytes()),
             mine,
             full,
-            next: 0,
-            flying: VecDeque::new(),
         }
     }
 
-    fn width(&self) -> usize {
-        self.mine.kind().elt_size_in_bytes()
-    }
-
-    fn start_next(&mut self, line: &Line) -> Result<()> {
-        let (slice, width) = (self.mine.numel(), self.width());
-        let length = piece_length(slice, line.world(), width).min(slice - self.next);
-        let (kind, each) = (moved(width), count("all-gather", length)?);
-        let piece = PieceType::new(length, slice, kind, width)?;
-        let at = |tensor: &Tensor| (Address::of(tensor).0 + self.next * width) as *mut std::ffi::c_void;
+    fn start(&mut self, line: &Line, piece: Range<usize>) -> Result<()> {
+        let (slice, width) = (self.pieces.slice, self.pieces.width);
+        let (kind, each) = (moved(width), count("all-gather", piece.len())?);
+        let spaced = PieceType::new(piece.len(), slice, kind, width)?;
+        let at = |tensor: &Tensor| Address(Address::of(tensor).0 + piece.start * width).at();
         let (from, to) = (at(&self.mine), at(&self.full));
         // SAFETY: the pieces lie within the tensors, which this job keeps until MPI has finished.
         let request = Request::start("all-gather", |request| unsafe {
-            ffi::MPI_Iallgather(from, each, kind, to, 1, piece.0, line.raw(), request)
+            ffi::MPI_Iallgather(from, each, kind, to, 1, spaced.0, line.raw(), request)
         })?;
-        self.flying.push_back(Gathered { request, _piece: piece });
-        self.next += length;
+        self.pieces.started(piece, request, spaced);
         Ok(())
     }
 }
 
 impl Job for AllGather {
     fn poll(&mut self, line: &Line) -> Result<Poll> {
-        if self.next < self.mine.numel() && self.flying.len() < FLYING {
-            self.start_next(line)?;
-            return Ok(Poll::Moved);
+        match self.pieces.turn(line)? {
+            Turn::Start(piece) => self.start(line, piece)?,
+            Turn::Wait => return Ok(Poll::Waiting),
+            Turn::Take(_) => {}
+            Turn::End => return Ok(Poll::Finished),
         }
-        let Some(oldest) = self.flying.front_mut() else {
-            return Ok(Poll::Finished);
-        };
-        if !oldest.request.finished()? {
-            return Ok(Poll::Waiting);
-        }
-        self.flying.pop_front();
         Ok(Poll::Moved)
     }
 
     fn is_started(&self) -> bool {
-        self.next == self.mine.numel()
+        self.pieces.are_started()
     }
 
     /// Nothing is kept here; but a rank that is late keeps what arrives before it asks for it.
     fn staging(&self, line: &Line) -> usize {
-        let (slice, width) = (self.mine.numel(), self.width());
-        let piece = piece_length(slice, line.world(), width);
-        line.world() * width * staged(slice, self.next, self.flying.len(), piece)
+        self.pieces.staging(line)
     }
 }
 
@@ -785,73 +817,62 @@ impl Job for AllGather {
 struct ReduceScatter<W> {
     full: Tensor,
     mine: Tensor,
-    /// The next piece of every slice begins here.
-    next: usize,
-    flying: VecDeque<Exchange<W>>,
+    pieces: Pieces<Exchange<W>>,
+    /// What earlier pieces were sent from and received in.
     spare: Vec<(Vec<W>, Vec<W>)>,
 }
 
 impl<W: Element> ReduceScatter<W> {
     fn new(full: Tensor, mine: Tensor) -> ReduceScatter<W> {
         ReduceScatter {
+            pieces: Pieces::new(mine.numel(), size_of::<W>()),
             full,
             mine,
-            next: 0,
-            flying: VecDeque::new(),
             spare: Vec::new(),
         }
     }
 
-    fn start_next(&mut self, line: &Line) -> Result<()> {
-        let slice = self.mine.numel();
-        let length = piece_length(slice, line.world(), size_of::<W>()).min(slice - self.next);
-        let (mut send, receive) = self.spare.pop().unwrap_or_default();
+    fn start(&mut self, line: &Line, piece: Range<usize>) -> Result<()> {
+        let (mut send, mut receive) = self.spare.pop().unwrap_or_default();
         send.clear();
-        for part in f32s(&self.full).chunks_exact(slice) {
-            let piece = &part[self.next..self.next + length];
-            send.extend(piece.iter().map(|value| W::from_f32(*value)));
+        for slice in f32s(&self.full).chunks_exact(self.pieces.slice) {
+            send.extend(slice[piece.clone()].iter().map(|value| W::from_f32(*value)));
         }
         // Shorter only at the end, when nothing of this vector's longer past is read any more.
-        let mut receive = receive;
         receive.truncate(send.len());
-        self.flying
-            .push_back(Exchange::start(line, send, receive, self.next, length)?);
-        self.next += length;
+        let (request, exchange) = Exchange::start(line, send, receive, piece.clone())?;
+        self.pieces.started(piece, request, exchange);
         Ok(())
+    }
+
+    fn take(&mut self, arrived: Exchange<W>) {
+        arrived.sum_into(&mut f32s_mut(&mut self.mine)[arrived.piece.clone()]);
+        if self.pieces.are_started() {
+            self.spare.clear();
+        } else {
+            self.spare.push((arrived.send, arrived.receive));
+        }
     }
 }
 
 impl<W: Element> Job for ReduceScatter<W> {
     fn poll(&mut self, line: &Line) -> Result<Poll> {
-        let slice = self.mine.numel();
-        if self.next < slice && self.flying.len() < FLYING {
-            self.start_next(line)?;
-            return Ok(Poll::Moved);
-        }
-        let Some(oldest) = self.flying.front_mut() else {
-            return Ok(Poll::Finished);
-        };
-        if !oldest.request.finished()? {
-            return Ok(Poll::Waiting);
-        }
-        let done = self.flying.pop_front().expect("there is an oldest");
-        done.sum_into(&mut f32s_mut(&mut self.mine)[done.start..done.start + done.length]);
-        if self.next < slice {
-            self.spare.push((done.send, done.receive));
-        } else {
-            self.spare.clear();
+        match self.pieces.turn(line)? {
+            Turn::Start(piece) => self.start(line, piece)?,
+            Turn::Wait => return Ok(Poll::Waiting),
+            Turn::Take(arrived) => self.take(arrived),
+            Turn::End => return Ok(Poll::Finished),
         }
         Ok(Poll::Moved)
     }
 
     fn is_started(&self) -> bool {
-        self.next == self.mine.numel()
+        self.pieces.are_started()
     }
 
+    /// What is sent and what is received.
     fn staging(&self, line: &Line) -> usize {
-        let (slice, width) = (self.mine.numel(), size_of::<W>());
-        let piece = piece_length(slice, line.world(), width);
-        2 * line.world() * width * staged(slice, self.next, self.flying.len(), piece)
+        2 * self.pieces.staging(line)
     }
 }
 
@@ -860,12 +881,11 @@ struct AllReduce<W> {
     values: Tensor,
     /// Each rank sums this many elements; the last rank's may be fewer.
     slice: usize,
-    next: usize,
-    summing: Option<Exchange<W>>,
-    /// This rank's sum, everybody's sums, and their request.
-    gathering: Option<(Vec<W>, Vec<W>, Request)>,
-    /// Where the piece under way begins, and its length.
-    piece: (usize, usize),
+    /// What of each slice is under way; the next begins where it ends.
+    piece: Range<usize>,
+    summing: Option<(Request, Exchange<W>)>,
+    /// This rank's sum and everybody's.
+    gathering: Option<(Request, Vec<W>, Vec<W>)>,
 }
 
 impl<W: Element> AllReduce<W> {
@@ -873,10 +893,9 @@ impl<W: Element> AllReduce<W> {
         AllReduce {
             slice: values.numel().div_ceil(world),
             values,
-            next: 0,
+            piece: 0..0,
             summing: None,
             gathering: None,
-            piece: (0, 0),
         }
     }
 
@@ -885,35 +904,34 @@ impl<W: Element> AllReduce<W> {
         (STAGING_BYTES / (world * size_of::<W>())).clamp(1, self.slice.max(1))
     }
 
-    /// The range of `values` that is this piece of a rank's slice; shorter or empty at the end.
-    fn range(&self, rank: usize, start: usize, length: usize) -> std::ops::Range<usize> {
+    /// Where in `values` the piece of a rank's slice is; shorter or empty at the end.
+    fn range(&self, rank: usize) -> Range<usize> {
         let end = ((rank + 1) * self.slice).min(self.values.numel());
-        let first = (rank * self.slice + start).min(end);
-        first..(first + length).min(end)
+        let first = (rank * self.slice + self.piece.start).min(end);
+        first..(first + self.piece.len()).min(end)
     }
 }
 
 impl<W: Element> Job for AllReduce<W> {
     fn poll(&mut self, line: &Line) -> Result<Poll> {
-        if let Some((_, sums, request)) = &mut self.gathering {
+        if let Some((request, _, sums)) = &mut self.gathering {
             if !request.finished()? {
                 return Ok(Poll::Waiting);
             }
             let sums = std::mem::take(sums);
             self.gathering = None;
-            let (start, length) = self.piece;
-            for (rank, sums) in sums.chunks_exact(length).enumerate() {
-                let range = self.range(rank, start, length);
+            for (rank, sums) in sums.chunks_exact(self.piece.len()).enumerate() {
+                let range = self.range(rank);
                 let out = &mut f32s_mut(&mut self.values)[range];
                 out.iter_mut().zip(sums).for_each(|(value, sum)| *value = sum.to_f32());
             }
             return Ok(Poll::Moved);
         }
-        if let Some(exchange) = &mut self.summing {
-            if !exchange.request.finished()? {
+        if let Some((request, exchange)) = &mut self.summing {
+            if !request.finished()? {
                 return Ok(Poll::Waiting);
             }
-            let mut sum = vec![0f32; exchange.length];
+            let mut sum = vec![0f32; exchange.piece.len()];
             exchange.sum_into(&mut sum);
             self.summing = None;
             let mine: Vec<W> = sum.into_iter().map(W::from_f32).collect();
@@ -924,27 +942,26 @@ impl<W: Element> Job for AllReduce<W> {
             let request = Request::start("all-reduce", |request| unsafe {
                 ffi::MPI_Iallgather(from, each, kind, to, each, kind, line.raw(), request)
             })?;
-            self.gathering = Some((mine, all, request));
+            self.gathering = Some((request, mine, all));
             return Ok(Poll::Moved);
         }
-        if self.next >= self.slice {
+        let start = self.piece.end;
+        if start == self.slice {
             return Ok(Poll::Finished);
         }
-        let length = self.piece_length(line.world()).min(self.slice - self.next);
-        let mut send = Vec::with_capacity(length * line.world());
+        self.piece = start..self.slice.min(start + self.piece_length(line.world()));
+        let mut send = Vec::with_capacity(self.piece.len() * line.world());
         for rank in 0..line.world() {
-            let values = &f32s(&self.values)[self.range(rank, self.next, length)];
+            let values = &f32s(&self.values)[self.range(rank)];
             send.extend(values.iter().map(|value| W::from_f32(*value)));
-            send.resize((rank + 1) * length, W::default());
+            send.resize((rank + 1) * self.piece.len(), W::default());
         }
-        self.summing = Some(Exchange::start(line, send, Vec::new(), self.next, length)?);
-        self.piece = (self.next, length);
-        self.next += length;
+        self.summing = Some(Exchange::start(line, send, Vec::new(), self.piece.clone())?);
         Ok(Poll::Moved)
     }
 
     fn is_started(&self) -> bool {
-        self.next >= self.slice && self.gathering.is_some()
+        self.piece.end == self.slice && self.gathering.is_some()
     }
 
     fn staging(&self, line: &Line) -> usize {

@@ -101,11 +101,11 @@ impl Bench {
     /// ZeRO-1 against DDP, and its bytes against the least there are.
     fn zero1(&self, results: &mut Results) -> Result<()> {
         let overrides = self.prepare("prepared", &self.base, RANKS)?;
-        let rows = self.rows(&overrides, RANKS)?;
+        let ranks = self.ranks(&overrides, RANKS)?;
         let (mut ours, mut peers, mut trained) = (Sides::default(), Sides::default(), 0.0);
         for _ in 0..self.arguments.rounds {
             ours.add(self.panglot.train(&[], &overrides)?);
-            let report = self.peers("ddp", RANKS, &rows, &[], &[])?;
+            let report = self.peers("ddp", &ranks)?;
             trained = number(&report, "trained");
             peers.add(Side::of_training(&report));
         }
@@ -125,11 +125,11 @@ impl Bench {
     fn zero3(&self, results: &mut Results) -> Result<()> {
         let mut overrides = self.prepare("prepared", &self.base, RANKS)?;
         overrides.extend(["train.zero=3", "train.shard_frozen=true"].map(String::from));
-        let rows = self.rows(&overrides, RANKS)?;
+        let ranks = self.ranks(&overrides, RANKS)?;
         let (mut ours, mut peers) = (Sides::default(), Sides::default());
         for _ in 0..self.arguments.rounds {
             ours.add(self.panglot.train(&[], &overrides)?);
-            peers.add(Side::of_training(&self.peers("fsdp", RANKS, &rows, &[], &[])?));
+            peers.add(Side::of_training(&self.peers("fsdp", &ranks)?));
         }
         results.put(
             Entry::of("zero3_vs_fsdp", speed(&ours), speed(&peers), "tokens/s")
@@ -190,13 +190,15 @@ impl Bench {
         };
         let ours = [of(0), of(1)];
 
-        let rows = self.rows(&overrides, link::RANKS)?;
+        let ranks = Ranks {
+            on_link: true,
+            ..self.ranks(&overrides, link::RANKS)?
+        };
         let mut peers = [Sides::default(), Sides::default()];
         for _ in 0..self.arguments.rounds {
             for (side, rate) in peers.iter_mut().zip([None, Some(rate)]) {
                 link.shape(rate)?;
-                let report = self.peers("ddp", link::RANKS, &rows, &link::PREFIXES, &link::VARIABLES)?;
-                side.add(Side::of_training(&report));
+                side.add(Side::of_training(&self.peers("ddp", &ranks)?));
             }
         }
         let peers = peers.map(|sides| sides.seconds());
@@ -224,17 +226,17 @@ impl Bench {
     fn weak(&self, results: &mut Results) -> Result<()> {
         let together = self.prepare("prepared", &self.base, RANKS)?;
         let alone = self.prepare("prepared", &self.base, 1)?;
-        let rows = self.rows(&together, RANKS)?;
+        let ranks = self.ranks(&together, RANKS)?;
         let mut seconds = [Sides::default(), Sides::default(), Sides::default(), Sides::default()];
         for _ in 0..self.arguments.rounds {
             for side in self.panglot.train_at_once(RANKS, &alone)? {
                 seconds[0].add(side);
             }
             seconds[1].add(self.panglot.train(&[], &together)?);
-            for report in self.each_peer("alone", RANKS, &rows, &[], &[])? {
+            for report in self.each_peer("alone", &ranks)? {
                 seconds[2].add(Side::of_training(&report));
             }
-            seconds[3].add(Side::of_training(&self.peers("ddp", RANKS, &rows, &[], &[])?));
+            seconds[3].add(Side::of_training(&self.peers("ddp", &ranks)?));
         }
         let [alone, together, peers_alone, peers_together] = seconds.map(|sides| sides.seconds());
         let note = format!(
@@ -278,9 +280,13 @@ impl Bench {
         Ok(overrides)
     }
 
-    /// The rows of a run of so many ranks, for the peer's.
-    fn rows(&self, overrides: &[String], ranks: usize) -> Result<PathBuf> {
-        self.panglot.rows(overrides, self.arguments.steps * ranks)
+    /// The peer's side of our run of so many ranks.
+    fn ranks(&self, overrides: &[String], world: usize) -> Result<Ranks> {
+        Ok(Ranks {
+            world,
+            rows: self.panglot.rows(overrides, self.arguments.steps * world)?,
+            on_link: false,
+        })
     }
 
     /// Elements that train on such a base, as `panglot model inspect` counts them.
@@ -308,35 +314,22 @@ impl Bench {
     }
 
     /// Rank 0's report, with the largest rank's peak.
-    fn peers(
-        &self,
-        how: &str,
-        ranks: usize,
-        rows: &Path,
-        prefixes: &[&[&str]],
-        variables: &[(&str, &str)],
-    ) -> Result<Report> {
-        let mut reports = self.each_peer(how, ranks, rows, prefixes, variables)?;
+    fn peers(&self, how: &str, ranks: &Ranks) -> Result<Report> {
+        let mut reports = self.each_peer(how, ranks)?;
         let peak = reports.iter().map(|report| report.peak_bytes).max();
         let mut report = reports.swap_remove(0);
         report.peak_bytes = peak.unwrap_or(0);
         Ok(report)
     }
 
-    /// A process a rank, all at once; rank r behind the r-th prefix.
-    fn each_peer(
-        &self,
-        how: &str,
-        ranks: usize,
-        rows: &Path,
-        prefixes: &[&[&str]],
-        variables: &[(&str, &str)],
-    ) -> Result<Vec<Report>> {
-        let words = json!({ "how": how, "model": self.base, "rows_file": rows, "threads": 1, "lora": LINEARS });
+    /// A process a rank, all at once.
+    fn each_peer(&self, how: &str, ranks: &Ranks) -> Result<Vec<Report>> {
+        let words = json!({ "how": how, "model": self.base, "rows_file": ranks.rows, "threads": 1, "lora": LINEARS });
         let words = words.to_string();
         let rank = |rank: usize| {
             let python = [text_of(&self.arguments.python)?];
-            let line = [prefixes.get(rank).copied().unwrap_or_default(), &python].concat();
+            let prefix = if ranks.on_link { link::PREFIXES[rank] } else { &[] };
+            let line = [prefix, &python].concat();
             let mut command = Command::new(line[0]);
             command.args(&line[1..]).arg(script("train_sharded.py")).arg(&words);
             command.envs([
@@ -344,18 +337,28 @@ impl Bench {
                 ("MASTER_PORT", "29617"),
                 ("OMP_NUM_THREADS", "1"),
             ]);
-            command.envs(variables.iter().copied());
+            if ranks.on_link {
+                command.envs(link::VARIABLES);
+            }
             command
                 .env("RANK", rank.to_string())
-                .env("WORLD_SIZE", ranks.to_string());
+                .env("WORLD_SIZE", ranks.world.to_string());
             run(&mut command)
         };
         thread::scope(|scope| {
-            let ranks: Vec<_> = (0..ranks).map(|index| scope.spawn(move || rank(index))).collect();
+            let rank = &rank;
+            let ranks: Vec<_> = (0..ranks.world).map(|index| scope.spawn(move || rank(index))).collect();
             let join = |rank: thread::ScopedJoinHandle<Result<Report>>| rank.join().map_err(|_| anyhow!("a panic"))?;
             ranks.into_iter().map(join).collect()
         })
     }
+}
+
+/// The peer's ranks: how many, what they read, and whether each runs at its end of the slow link.
+struct Ranks {
+    world: usize,
+    rows: PathBuf,
+    on_link: bool,
 }
 
 /// Tokens a second of all ranks.
@@ -377,7 +380,7 @@ mod link {
     pub const DEVICE: &str = "panglot0";
     pub const ADDRESSES: [&str; RANKS] = ["10.91.7.1", "10.91.7.2"];
     pub const NETWORK: &str = "10.91.7.0/24";
-    /// A peer's rank runs in its own.
+    /// A peer's rank runs behind its own.
     pub const PREFIXES: [&[&str]; RANKS] = [
         &["nsenter", "--net=/run/netns/panglot-a"],
         &["nsenter", "--net=/run/netns/panglot-b"],
