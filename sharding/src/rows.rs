@@ -146,6 +146,16 @@ impl Rows {
         Ok(Rows { numbers, values })
     }
 
+    /// Rows of the matrix whose f32 values `theta` holds whole, in `kind`.
+    pub(crate) fn read(bucket: &Bucket, theta: &Tensor, kind: Kind, numbers: &[i64]) -> Result<Rows> {
+        let matrix = theta.narrow(0, 0, bucket.numel as i64).view([-1, width(bucket) as i64]);
+        let values = matrix
+            .f_index_select(0, &Tensor::from_slice(numbers))?
+            .f_to_kind(kind)?;
+        let numbers = numbers.to_vec();
+        Ok(Rows { numbers, values })
+    }
+
     pub(crate) fn gradient(&self) -> RowGradient<'_> {
         RowGradient {
             numbers: &self.numbers,

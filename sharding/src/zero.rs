@@ -77,7 +77,7 @@ pub struct Slice {
 /// A bucket's parameters in the compute precision.
 #[derive(Default)]
 struct Values {
-    /// Flat and padded; absent while only slices are kept.
+    /// Flat and padded; absent while only slices are kept, and where steps read rows ([`Zero::keep_as_rows`]).
     full: Option<Tensor>,
     /// The all-gather that fills `full`.
     arriving: Option<Pending>,
@@ -132,11 +132,12 @@ struct Embedding {
     tied: bool,
     /// How the rows travel in each reduction of this step still to come.
     plans: VecDeque<Option<RowPlan>>,
-    /// What the first micro-batch's first stage reads, while the whole matrix is on its way.
+    /// What the first stage reads instead of the whole matrix: in the first micro-batch, while that is on its way; always, where there
+    /// is none.
     early: Option<Rows>,
     /// The gradient of the rows that follow, or of `only`, while the first stage adds to it.
     late: Option<Rows>,
-    /// The whole gradient ([`Zero::keep_gradient_as_rows`]).
+    /// The whole gradient ([`Zero::keep_as_rows`]).
     only: Option<Rows>,
 }
 
@@ -215,8 +216,8 @@ pub struct Zero {
     unpublished: bool,
     /// The embedding, where this step may move some of its rows instead of all.
     embedding: Option<Embedding>,
-    /// See [`Zero::keep_gradient_as_rows`].
-    gradient_as_rows: Option<String>,
+    /// See [`Zero::keep_as_rows`].
+    kept_as_rows: Option<String>,
     /// Updates made since the run began; AdamW's bias correction counts them.
     pub updates: u64,
 }
@@ -265,16 +266,17 @@ impl Zero {
             layout: Layout::new(&[], n_slices),
             unpublished: false,
             embedding: None,
-            gradient_as_rows: None,
+            kept_as_rows: None,
             updates: 0,
         }
     }
 
     /// Of `matrix`, to be added, only the first stage reads and gives a gradient to some rows. On one rank, with the CPU, its gradient
-    /// is kept as those: of 260,164 pieces a step names a few thousand.
-    pub fn keep_gradient_as_rows(&mut self, matrix: &str) {
+    /// is kept as those, and where its master weights are not the model's own, steps read rows made from them: of 260,164 pieces a step
+    /// names a few thousand. [`Zero::make_whole`] is for whoever reads it outside of a step.
+    pub fn keep_as_rows(&mut self, matrix: &str) {
         if self.ranks.1 == 1 && self.stage < Stage::Gradients {
-            self.gradient_as_rows = Some(matrix.to_owned());
+            self.kept_as_rows = Some(matrix.to_owned());
         }
     }
 
@@ -290,21 +292,23 @@ impl Zero {
         let device = values.first().map_or(Device::Cpu, Tensor::device);
         let host = if self.offload { Device::Cpu } else { device };
         let zeros = |len: usize, kind, device| Tensor::f_zeros([len as i64], (kind, device));
+        let as_rows = match &bucket.params[..] {
+            [matrix] => device == Device::Cpu && self.kept_as_rows.as_ref() == Some(&matrix.name),
+            _ => false,
+        };
         let theta = slice_of(&bucket, self.my_slice, &values, Kind::Float, host)?;
         let full = if self.stage == Stage::Parameters {
             None
         } else if self.shares(device) {
             Some(theta.shallow_clone())
+        } else if as_rows {
+            None
         } else {
             let whole = zeros(bucket.padded, self.kind, device)?;
             for (range, value) in bucket.ranges.iter().zip(&values) {
                 view(&whole, range.clone()).f_copy_(&value.reshape([-1]))?;
             }
             Some(whole)
-        };
-        let as_rows = match &bucket.params[..] {
-            [matrix] => device == Device::Cpu && self.gradient_as_rows.as_ref() == Some(&matrix.name),
-            _ => false,
         };
         let grads = if self.stage < Stage::Gradients && !as_rows {
             Some(zeros(bucket.padded, Kind::Float, device)?)
@@ -510,7 +514,9 @@ impl Zero {
             return self.start_publishing(comm);
         };
         if comm.world() == 1 {
-            embedding.only = Some(Rows::zeros(&self.layout.buckets[embedding.bucket], rows::unique(ids))?);
+            let wanted = rows::unique(ids);
+            embedding.early = self.read_rows(embedding.bucket, &wanted)?;
+            embedding.only = Some(Rows::zeros(&self.layout.buckets[embedding.bucket], wanted)?);
             self.embedding = Some(embedding);
             return self.start_publishing(comm);
         }
@@ -539,6 +545,25 @@ impl Zero {
         self.start_publishing(comm)
     }
 
+    /// As [`Zero::begin_step`], where the first stage reads `matrix` forward and no step is made of it.
+    pub fn begin_reading(&mut self, comm: &dyn Comm, matrix: &str, ids: &Tensor) -> Result<()> {
+        if comm.world() == 1
+            && let Some(mut embedding) = self.row_matrix(comm, matrix)
+            && let Some(rows) = self.read_rows(embedding.bucket, &rows::unique(&[ids]))?
+        {
+            embedding.early = Some(rows);
+            self.embedding = Some(embedding);
+        }
+        Ok(())
+    }
+
+    /// Of a matrix of which there is no copy in the compute precision these rows; `None` where there is one.
+    fn read_rows(&self, bucket: usize, wanted: &[i64]) -> Result<Option<Rows>> {
+        let state = &self.buckets[bucket];
+        let read = || Rows::read(&self.layout.buckets[bucket], &state.slice.theta, self.kind, wanted);
+        state.values.full.is_none().then(read).transpose()
+    }
+
     /// The matrix that the first stage reads, where it can travel as rows.
     fn row_matrix(&self, comm: &dyn Comm, matrix: &str) -> Option<Embedding> {
         let (Flat::Trained(index), _) = *self.places.get(matrix)? else {
@@ -549,7 +574,7 @@ impl Zero {
         let tied = readers == 2 && self.stages.last().is_some_and(|last| reads(&last));
         let first = self.stages.first().is_some_and(|first| reads(&first));
         let alone = self.layout.buckets[index].params.len() == 1 && self.buckets[index].device == Device::Cpu;
-        let pays = comm.world() > 1 || self.gradient_as_rows.as_deref() == Some(matrix);
+        let pays = comm.world() > 1 || self.kept_as_rows.as_deref() == Some(matrix);
         (pays && first && alone && (readers == 1 || tied)).then(|| Embedding {
             bucket: index,
             tied,
@@ -589,7 +614,7 @@ impl Zero {
                 self.call_for(comm, *flat)?;
             }
         }
-        let early = self.early_bucket();
+        let early = self.early_bucket().filter(|_| stage == 0);
         for flat in reads {
             if early.is_none_or(|bucket| flat != Flat::Trained(bucket)) {
                 self.values_mut(flat).wait()?;
@@ -674,7 +699,9 @@ impl Zero {
                 *self.values_mut(flat) = Values::default();
             }
         }
-        if let Some(embedding) = &mut self.embedding {
+        if let Some(embedding) = &mut self.embedding
+            && self.buckets[embedding.bucket].values.full.is_some()
+        {
             rebind |= embedding.early.take().is_some();
         }
         if rebind {
@@ -947,11 +974,11 @@ impl Zero {
             let mine = (self.layout.n_slices > 1)
                 .then(|| state.published(self.kind))
                 .transpose()?;
-            let full = state.values.full.as_mut().expect("whole before stage 3");
-            match mine {
-                Some(mine) => state.values.arriving = Some(comm.all_gather(&mine, full)?),
-                None if shares => {}
-                None => full.f_copy_(&state.slice.theta)?,
+            match (&mut state.values.full, mine) {
+                (Some(full), Some(mine)) => state.values.arriving = Some(comm.all_gather(&mine, full)?),
+                (Some(full), None) if !shares => full.f_copy_(&state.slice.theta)?,
+                // The same memory, or none: rows are read of the master weights.
+                _ => {}
             }
         }
         Ok(())
@@ -961,6 +988,19 @@ impl Zero {
     pub fn arrived(&mut self, comm: &dyn Comm) -> Result<()> {
         self.start_publishing(comm)?;
         self.buckets.iter_mut().try_for_each(|state| state.values.wait())
+    }
+
+    /// As [`Zero::arrived`], of matrices too that steps read rows of. The model is to be bound again. Before stage 3.
+    pub fn make_whole(&mut self, comm: &dyn Comm) -> Result<()> {
+        self.arrived(comm)?;
+        // What it has of the matrix is older.
+        self.embedding = None;
+        for state in &mut self.buckets {
+            if state.values.full.is_none() {
+                state.values.full = Some(state.published(self.kind)?);
+            }
+        }
+        Ok(())
     }
 
     /// Compares what the ranks should hold alike: the ranks whose memory is damaged, each with what is wrong. Called between
@@ -979,7 +1019,8 @@ impl Zero {
             truth: 0,
         };
         for (bucket, state) in self.layout.buckets.iter().zip(&self.buckets) {
-            let full = state.values.full.as_ref().expect("whole before stage 3");
+            // A matrix that steps read rows of is held once.
+            let Some(full) = &state.values.full else { continue };
             for (slice, copy) in mine.copies.iter_mut().enumerate() {
                 let range = slice * bucket.slice_len..(slice + 1) * bucket.slice_len;
                 *copy = digest::mix(*copy, digest::of(&view(full, range)));
@@ -1044,15 +1085,22 @@ impl Zero {
         let whole = |values: &Values| values.full.as_ref().map_or(0, bytes);
         let (mut parameters, mut gradients, mut optimizer) = (0, 0, 0);
         for state in &self.buckets {
-            parameters += whole(&state.values);
-            let own_slice = self.stage != Stage::Replicated;
+            parameters += if self.shares(state.device) {
+                0
+            } else {
+                whole(&state.values)
+            };
+            let own_slice = self.layout.n_slices > 1 || self.stage >= Stage::Gradients;
             gradients += state.grads.as_ref().map_or(0, bytes);
             gradients += if own_slice { bytes(&state.grads_slice) } else { 0 };
             gradients += state.incoming.as_ref().map_or(0, bytes);
             optimizer += bytes(&state.slice.theta) + bytes(&state.slice.m) + bytes(&state.slice.v);
         }
-        let only = self.embedding.as_ref().and_then(|embedding| embedding.only.as_ref());
-        gradients += only.map_or(0, |rows| bytes(&rows.values));
+        let of_rows = |rows: Option<&Rows>| rows.map_or(0, |rows| bytes(&rows.values));
+        if let Some(embedding) = &self.embedding {
+            parameters += of_rows(embedding.early.as_ref());
+            gradients += of_rows(embedding.only.as_ref());
+        }
         parameters += self
             .frozen
             .iter()
@@ -1079,7 +1127,7 @@ impl Zero {
         (self.layout.buckets[bucket].slice(self.my_slice), &mut state.slice)
     }
 
-    /// The replicated parameters of `bucket`, flat and padded; `None` from stage 3 on.
+    /// The replicated parameters of `bucket`, flat and padded; `None` from stage 3 on, and where steps read rows.
     pub fn params(&self, bucket: usize) -> Option<&Tensor> {
         self.buckets[bucket].values.full.as_ref()
     }

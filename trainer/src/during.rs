@@ -73,6 +73,8 @@ impl During {
     /// Measures; and this step, if it does better than what was `best` before. The same on every rank.
     pub fn measure(&mut self, trainer: &mut Trainer, best: Option<Best>) -> Result<(HeldOut, Option<Best>)> {
         let started = Instant::now();
+        // What is measured has logits of its own.
+        trainer.model.head.room = None;
         let (comm, device, step) = (trainer.comm, trainer.model.device, trainer.step);
         for document in self.sample.iter_mut().flat_map(|prepared| &mut prepared.documents) {
             document.nats = 0.0;
@@ -144,9 +146,10 @@ fn nll(trainer: &mut Trainer, ids_bt: &Tensor, targets_bt: &Tensor) -> Result<Te
         documents: None,
     };
     let head_stage = model.layers.len() + 1;
+    zero.begin_reading(comm, &model.embedding.name, ids_bt)?;
     let of_embedding = embedding_weights(&mut model.embedding, &mut model.positions_td);
     zero.enter(comm, 0, Stages::Forward, of_embedding)?;
-    let mut hidden_btd = model.embed(ids_bt);
+    let mut hidden_btd = model.embed(&zero.embedding_ids(ids_bt));
     let of_embedding = embedding_weights(&mut model.embedding, &mut model.positions_td);
     zero.leave(comm, 0, Stages::Forward, of_embedding)?;
     for (layer, stage) in model.layers.iter_mut().zip(1..head_stage) {

@@ -37,7 +37,7 @@ pub fn export_newest(plan: &Plan, comm: &dyn Comm, merged: &Path, adapter: &Path
         different.join("\n  ")
     );
     let progress = checkpoint::load(&found.folder, &found.manifest, comm, &mut trainer.zero)?;
-    trainer.zero.arrived(comm)?;
+    trainer.make_whole()?;
     // The optimizer's state and the gradients have no part in it.
     let Trainer { mut model, zero, .. } = trainer;
     drop(zero);

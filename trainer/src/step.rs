@@ -70,6 +70,13 @@ impl<'a> Trainer<'a> {
         }
     }
 
+    /// Makes the model's weights whole, for whoever reads them outside of a step. Before stage 3; all ranks call it.
+    pub fn make_whole(&mut self) -> Result<()> {
+        self.zero.make_whole(self.comm)?;
+        self.model.bind(&mut self.zero);
+        Ok(())
+    }
+
     /// Whether ranks are compared in a step.
     pub fn compares(&self, step: u64) -> bool {
         let every = self.plan.train.check_ranks_every;

@@ -95,7 +95,7 @@ impl Subject {
             bail!(refusal);
         }
         checkpoint::load(&path, &manifest, comm, &mut trainer.zero)?;
-        trainer.zero.arrived(comm)?;
+        trainer.make_whole()?;
         let Trainer { mut model, .. } = trainer;
         for weight in model.stages().into_iter().flat_map(|(_, weights)| weights) {
             weight.grad = None;

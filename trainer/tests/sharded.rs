@@ -12,7 +12,7 @@ use common::write_tokenizer;
 use configs::{FullModule, Pieces, Plan, Precision, Shape};
 use corpus::{Row, RowsDigest};
 use mpirun::{Case, memory};
-use sharding::{Comm, Stage};
+use sharding::{Comm, Pass, Stage};
 use tch::{Device, Kind, Tensor};
 use trainer::batch::{Batch, MicroBatch};
 use trainer::step::Trainer;
@@ -51,7 +51,7 @@ fn main() {
     }
 }
 
-const CASES: [Case; 10] = [
+const CASES: [Case; 11] = [
     // First: what others leave to the allocator would be taken from what this one measures.
     ("a_base_is_divided_as_it_is_read", resident_at_load),
     ("every_stage_gives_the_training_of_one_rank", same_as_one_rank),
@@ -62,6 +62,7 @@ const CASES: [Case; 10] = [
     ("a_flipped_bit_is_found_and_its_rank_named", flipped_bit),
     ("bytes_are_at_the_lower_bound_and_rows_below_it", bytes_sent),
     ("what_a_rank_holds_is_what_was_counted", held_bytes),
+    ("rows_are_read_as_the_whole_matrix_would_be", rows_read),
     ("a_rank_that_registers_other_parameters_is_refused", other_parameters),
 ];
 
@@ -377,6 +378,13 @@ fn bytes_sent(comm: &dyn Comm, shared: &Path) {
 }
 
 fn held_bytes(comm: &dyn Comm, shared: &Path) {
+    held_by(comm, shared);
+    if comm.world() == 2 {
+        held_by(sharding::join(1).expect("one rank").as_ref(), shared);
+    }
+}
+
+fn held_by(comm: &dyn Comm, shared: &Path) {
     for model in &MODELS {
         for precision in [Precision::F32, Precision::Bf16] {
             let mut plan = plan(shared, model);
@@ -398,10 +406,13 @@ fn held_bytes(comm: &dyn Comm, shared: &Path) {
                     let counted = division.of_trained(&numels, &stages);
                     let what = format!("{}, {stage:?}, {precision:?}", model.name);
                     let mut counted = [counted.parameters, counted.gradients, counted.optimizer];
-                    // Of the embedding's gradient one rank keeps the rows that a step named.
-                    if configs::memory::gradient_rows(&trainer.model.sizes(), &plan.train, &division).is_some() {
-                        let whole = buckets[0].padded;
-                        counted[1] -= 4 * (whole - rows * trainer.model.sizes().hidden) as u64;
+                    // Of the embedding and its gradient one rank keeps the rows that a step named.
+                    if configs::memory::named_rows(&trainer.model.sizes(), &plan.train, &division).is_some() {
+                        let unnamed = (buckets[0].padded - rows * trainer.model.sizes().hidden) as u64;
+                        if precision == Precision::Bf16 {
+                            counted[0] -= 2 * unnamed;
+                        }
+                        counted[1] -= 4 * unnamed;
                     }
                     assert_eq!(trainer.zero.held_bytes(), counted, "{what}");
                 };
@@ -413,6 +424,41 @@ fn held_bytes(comm: &dyn Comm, shared: &Path) {
                 check(&trainer, named.numel());
             }
         }
+    }
+}
+
+/// One rank in bf16 has no copy of the embedding; only then are ranks alone.
+fn rows_read(comm: &dyn Comm, shared: &Path) {
+    if comm.world() != 2 {
+        return;
+    }
+    let alone = sharding::join(1).expect("one rank");
+    let mut plan = plan(shared, &MODELS[0]);
+    plan.train.precision = Precision::Bf16;
+    for accumulation in [1, 3] {
+        let run = |whole_from: u64| {
+            let (comm, shards) = (alone.as_ref(), (Stage::OptimizerState, false));
+            let (mut trainer, _) = trainer::train::build_model(&plan, comm, Device::Cpu, None, shards).unwrap();
+            let (mut losses, mut read) = (Vec::new(), Vec::new());
+            for step in 0..STEPS {
+                assert_eq!(trainer.zero.params(0).is_some(), step > whole_from);
+                if step == whole_from {
+                    trainer.make_whole().unwrap();
+                }
+                let batch = batch(comm, step, accumulation);
+                losses.push(trainer.train_step(&batch, false).unwrap().loss);
+                // Between steps, as held-out text is measured.
+                let (zero, model, ids) = (&mut trainer.zero, &mut trainer.model, &batch.micro_batches[0].ids_bt);
+                zero.begin_reading(comm, &model.embedding.name, ids).unwrap();
+                zero.enter(comm, 0, Pass::Forward, vec![&mut model.embedding]).unwrap();
+                read.push(model.embed(&zero.embedding_ids(ids)));
+                zero.leave(comm, 0, Pass::Forward, vec![&mut model.embedding]).unwrap();
+            }
+            (losses, read, theta(&trainer))
+        };
+        let rows = run(STEPS);
+        assert_eq!(run(0), rows, "{accumulation} micro-batches, the matrix whole");
+        assert_eq!(run(2), rows, "{accumulation} micro-batches, whole from the third step");
     }
 }
 

@@ -41,9 +41,9 @@ pub const PRODUCT_BYTES: usize = 16 << 20;
 /// latency does not count, and nothing beside a bucket.
 pub const STAGING_BYTES: usize = 8 << 20;
 
-/// Rows of the embedding's gradient that one rank keeps at most, where it keeps those that a step names and no others: on a CPU,
-/// before stage 2, where the matrix trains, and nothing beside it in its stage or with the head.
-pub fn gradient_rows(sizes: &Sizes, train: &Train, division: &Division) -> Option<usize> {
+/// Rows of the embedding that one rank keeps at most in the compute precision and of its gradient, where it keeps those that a step
+/// names and no others: on a CPU, before stage 2, where the matrix trains, and nothing beside it in its stage or with the head.
+pub fn named_rows(sizes: &Sizes, train: &Train, division: &Division) -> Option<usize> {
     let alone = sizes.block == Block::Llama || !train.full.contains(&FullModule::Positions);
     let whole = division.world == 1 && division.zero < 2;
     let keeps = whole && train.device == Device::Cpu && !sizes.tied && alone;
@@ -371,7 +371,15 @@ impl Activations {
         (rows * self.sizes.rows * self.width) as u64
     }
 
-    /// What the head has in hand at most beside other layers' activations: its input counted, and the chunk.
+    /// The same where its memory stays when the head is done: on CPUs.
+    fn chunk_that_stays(&self) -> u64 {
+        match self.device {
+            Device::Cpu => self.head_chunk(),
+            Device::Cuda => 0,
+        }
+    }
+
+    /// What the head has in hand at most beside other layers' activations and what stays: its input counted, and the chunk.
     fn head(&self) -> u64 {
         let rows = head_chunk(self.n, self.sizes.rows, self.width, self.device);
         let hidden = self.sizes.hidden;
@@ -379,7 +387,8 @@ impl Activations {
         let chunks = 2 * self.x() + self.of_width(2 * hidden) + (2 * rows * hidden * self.width) as u64;
         // The chunks' d in one, d before the norm, zeros and what is put into them.
         let joined = 5 * self.x() + self.of_width(3 * hidden);
-        (chunks + self.head_chunk() + self.products[0]).max(joined)
+        let chunk = self.head_chunk() - self.chunk_that_stays();
+        (chunks + chunk + self.products[0]).max(joined)
     }
 
     /// What the embedding's backward has in hand.
@@ -396,13 +405,14 @@ impl Activations {
                 + selective as u64 * self.kept(Recompute::Selective)
                 + (layer - full - selective) as u64 * self.kept(Recompute::None)
         };
-        match at {
+        let passing = match at {
             At::Forward(0) | At::Publication => 0,
             At::Forward(stage) => below(stage - 1) + self.forward(),
             At::Backward(0) => self.embedding(),
             At::Backward(stage) if stage > layers => below(layers) + self.head(),
             At::Backward(stage) => below(stage - 1) + self.backward(),
-        }
+        };
+        passing + self.chunk_that_stays()
     }
 }
 
@@ -517,10 +527,12 @@ impl Budget {
         let on_gpu = train.device != Device::Cpu;
         let snapshot = u64::from(saves) * of_trained.optimizer;
         // A bucket's gradient comes down, and its parameters go up, one bucket at a time.
-        let zeros = gradient_rows(sizes, train, division).map_or(0, |rows| {
+        let unnamed = named_rows(sizes, train, division).map_or(0, |rows| {
             let whole: usize = division.slices(&trained.numels[..1]).iter().sum();
-            4 * (whole - rows * sizes.hidden) as u64
+            (whole - rows * sizes.hidden) as u64
         });
+        // In f32 the master weights are read.
+        let uncopied = if division.width == 4 { 0 } else { unnamed };
         let travels = division.slices(&trained.numels).into_iter().max().unwrap_or(0) * (4 + division.width);
         let offloaded = u64::from(train.offload_optimizer) * (of_trained.optimizer + travels as u64);
         // One rank's f32 weights are its master weights, unless those lie on the host.
@@ -529,8 +541,9 @@ impl Budget {
         let own: usize = division.slices(&trained.numels).iter().sum();
         Budget {
             kept: [
-                of_trained.parameters + of_frozen.parameters + 4 * u64::from(apart) * own as u64,
-                of_trained.gradients - zeros,
+                of_trained.parameters + of_frozen.parameters + 4 * u64::from(apart) * own as u64
+                    - division.width as u64 * uncopied,
+                of_trained.gradients - 4 * unnamed,
                 if train.offload_optimizer {
                     0
                 } else {
@@ -553,7 +566,7 @@ impl Budget {
         let head = if is_head {
             self.activations.head_chunk().min(activations)
         } else {
-            0
+            self.activations.chunk_that_stays()
         };
         let [weights, gradients, optimizer] = self.kept;
         Memory {

@@ -17,6 +17,9 @@ pub struct Head {
     pub pieces: i64,
     /// Of the matrix, which is not always here.
     pub rows: i64,
+    /// On CPUs, where the logits of one chunk lie after the other, step after step. Freed, a hole of this size is soon too small for what
+    /// comes next by the few bytes of a small tensor, and the heap grows by another.
+    pub room: Option<Tensor>,
 }
 
 pub struct Loss {
@@ -51,8 +54,7 @@ impl Head {
         let mut d_normed = Vec::new();
         for (start, length) in self.chunks(targets_n.numel(), &weight.value) {
             let h_nd = normed_nd.narrow(0, start, length);
-            // With the matrix's padding: rows of logits that begin at multiples of 128 bytes are what GPUs' GEMMs are quick with.
-            let mut logits_nv = h_nd.matmul(&weight.value.tr());
+            let mut logits_nv = self.logits(&h_nd, &weight.value);
             let targets_n = targets_n.narrow(0, start, length);
             nll_n.push(cross_entropy(&mut logits_nv, self.pieces, &targets_n));
 
@@ -70,6 +72,21 @@ impl Head {
             nll: Tensor::cat(&nll_n, 0).sum(Kind::Double).double_value(&[]),
             d_hidden_btd: d_hidden_nd.view_as(hidden_btd),
         }
+    }
+
+    /// A chunk's logits [n, rows]. With the matrix's padding: rows that begin at multiples of 128 bytes are what GPUs' GEMMs are quick
+    /// with.
+    fn logits(&mut self, h_nd: &Tensor, weight: &Tensor) -> Tensor {
+        if weight.device() != Device::Cpu {
+            return h_nd.matmul(&weight.tr());
+        }
+        let n = h_nd.size()[0];
+        let fits = |room: &Tensor| room.kind() == weight.kind() && room.size()[0] >= n;
+        let room = self.room.take().filter(fits);
+        let room = room.unwrap_or_else(|| Tensor::empty([n, weight.size()[0]], (weight.kind(), Device::Cpu)));
+        let logits_nv = h_nd.matmul_out(&room.narrow(0, 0, n), &weight.tr());
+        self.room = Some(room);
+        logits_nv
     }
 
     /// −ln p(target) of every position, f32, 0 where the target is [`IGNORE`]; the shape of `targets_bt`.

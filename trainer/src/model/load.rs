@@ -82,6 +82,7 @@ impl Model {
             norm: from.norm(config.names().final_norm)?,
             pieces: pieces as i64,
             rows,
+            room: None,
         };
         let mut head_weight = match config.tie_word_embeddings {
             true => None,

@@ -117,7 +117,7 @@ pub fn build_model<'a>(
         Precision::Bf16 => Wire::Bf16,
     });
     if !config.tie_word_embeddings {
-        zero.keep_gradient_as_rows(&format!("{}.weight", config.names().embedding));
+        zero.keep_as_rows(&format!("{}.weight", config.names().embedding));
     }
     // A stage at a time: where a rank keeps a slice, it never holds more of the base than one stage.
     let mut take = |stage: &str, mut weights: Vec<&mut Weight>| -> Result<()> {
