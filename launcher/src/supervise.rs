@@ -26,6 +26,7 @@ use crate::events::Event;
 use crate::exit;
 use crate::place::{EAR, RANK_VARIABLES};
 use crate::rendezvous;
+use crate::text::say;
 use crate::worker::Job;
 
 #[derive(Debug)]
@@ -278,7 +279,7 @@ impl Heard {
             }
             // A library's chatter: not ours, but perhaps the only clue.
             Err(_) => {
-                eprintln!("{line}");
+                say(line);
                 None
             }
         }
@@ -290,7 +291,7 @@ impl Heard {
             return;
         };
         if !std::mem::replace(&mut self.said, true) {
-            eprintln!("panglot: {text}");
+            say(format_args!("panglot: {text}"));
         }
         self.code.get_or_insert(code);
         self.lost.get_or_insert(text);
@@ -303,7 +304,7 @@ impl Heard {
         };
         let name = Signal::try_from(signal).map_or_else(|_| signal.to_string(), |signal| signal.to_string());
         let text = format!("rank {rank} (process {}) was ended by {name}", id.unwrap_or(0));
-        eprintln!("panglot: {text}");
+        say(format_args!("panglot: {text}"));
         self.lost.get_or_insert(text);
         self.code.get_or_insert(exit::PEER);
     }
@@ -318,7 +319,7 @@ impl Heard {
         let text = format!(
             "the rank in process {id} ({rank} of this launcher's) gave no sign for {seconds} s: {why}; it is killed"
         );
-        eprintln!("panglot: {text}");
+        say(format_args!("panglot: {text}"));
         self.lost.get_or_insert(text);
         self.code.get_or_insert(exit::PEER);
     }

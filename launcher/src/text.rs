@@ -1,8 +1,17 @@
 //! Numbers, times and tables as people read them.
 
+use std::fmt::Display;
+use std::io::Write;
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
+
+/// Writes a line to standard error, at once: several processes write there, and what they write in pieces mixes.
+pub fn say(line: impl Display) {
+    let line = format!("{line}\n");
+    // Nobody reads it any more where this fails; the work goes on.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
 
 /// 1234567 → "1,234,567".
 pub fn count(number: impl TryInto<u128>) -> String {

@@ -57,8 +57,8 @@ impl View {
     /// A line that stays.
     pub fn say(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| text::say(line)),
+            None => text::say(line),
         }
     }
 
@@ -79,7 +79,7 @@ impl View {
                 bar.set_message(name.to_owned());
                 bar.enable_steady_tick(Duration::from_millis(200));
             }
-            None => eprintln!("  {name}"),
+            None => text::say(format_args!("  {name}")),
         }
     }
 
@@ -114,7 +114,7 @@ impl View {
             bar.set_position(done);
             bar.set_message(line.to_owned());
         } else if done == total || self.last_line.is_none_or(|last| last.elapsed() >= LINE_EVERY) {
-            eprintln!("  {line}");
+            text::say(format_args!("  {line}"));
             self.last_line = Some(Instant::now());
         }
     }

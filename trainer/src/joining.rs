@@ -15,6 +15,7 @@ use launcher::pulse::Pulse;
 use launcher::rendezvous::{
     Hooks, Invitation, Invited, Loss, MeetError, Meeting, Report, Settings, Timing, sameness, towards,
 };
+use launcher::text::say;
 use sharding::Comm;
 use sharding::cuda::nccl::{self, Nccl, UniqueId};
 use sharding::staged::{NoHost, Staged};
@@ -67,7 +68,7 @@ pub fn join(
                     Ok(nccl) => Box::new(nccl),
                     Err(refused) => {
                         // The others may wait for this rank already, in NCCL or in MPI.
-                        eprintln!("panglot-worker: {place}: {}", refused.error);
+                        say(format_args!("panglot-worker: {place}: {}", refused.error));
                         if let Some(meeting) = &meeting {
                             meeting.fail(exit::PEER, &refused.error.to_string());
                         }
@@ -107,7 +108,10 @@ impl Arrival {
             let at = at.lock().map_or("", |at| *at);
             // Those that wait only know that others are missing: one says so. Who is held itself does.
             if !at.starts_with("waiting") || place.rank <= 1 {
-                eprintln!("panglot-worker: {place}: after {} s still {at}", most.as_secs());
+                say(format_args!(
+                    "panglot-worker: {place}: after {} s still {at}",
+                    most.as_secs()
+                ));
             }
             signal_hook::low_level::exit(exit::PEER);
         };
@@ -156,7 +160,10 @@ fn refuse(comm: &dyn Comm, place: &Place, error: &anyhow::Error) -> ! {
     let told = matches!(error.downcast_ref(), Some(MeetError::Refused { .. }));
     let (code, text) = (code_of(error), format!("{error:#}"));
     if place.rank == 0 || !told {
-        eprintln!("panglot-worker: rank {} on {}: {text}", place.rank, place.node);
+        say(format_args!(
+            "panglot-worker: rank {} on {}: {text}",
+            place.rank, place.node
+        ));
     }
     tracing::info!("{text}");
     // MPI takes the ranks down in whatever way; whoever started this one learns the reason first.
@@ -290,7 +297,7 @@ fn hooks(place: &Place, beats: bool, ear: Option<PathBuf>) -> Hooks {
                 };
                 // mpirun passes nothing on while it ends the ranks, a second long: the launcher is told past it.
                 if !ear.is_some_and(|ear| lost.tell(&ear)) {
-                    eprintln!("panglot-worker: {text}");
+                    say(format_args!("panglot-worker: {text}"));
                 }
                 // To whoever reads; a terminal that is held would hold this process, and its peers' end.
                 let (said, saying) = std::sync::mpsc::channel();

@@ -9,6 +9,7 @@ use configs::{FullModule, NewRows, Plan};
 use launcher::events::Event;
 use launcher::measurement::Order;
 use launcher::place::{Place, cpus_of_rank, shown_gpus};
+use launcher::text::say;
 use launcher::{exit, gpus};
 use sharding::{Comm, Mark};
 use tch::Device;
@@ -118,7 +119,7 @@ fn main() -> ExitCode {
     let code = match start(arguments.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("panglot-worker: {error:#}");
+            say(format_args!("panglot-worker: {error:#}"));
             code_of(&error)
         }
     };
@@ -208,10 +209,10 @@ fn start(command: Command) -> Result<i32> {
             if code == exit::PEER {
                 comm.fail(code, &text);
             }
-            eprintln!(
+            say(format_args!(
                 "panglot-worker: rank {} of {} on {}: {text}",
                 place.rank, place.world, place.node
-            );
+            ));
             tracing::info!("ends with code {code}: {text}");
             if code != exit::PEER {
                 comm.fail(code, &text);

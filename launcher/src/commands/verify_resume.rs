@@ -70,9 +70,9 @@ fn ends_well(code: i32, what: &'static str) -> Result<()> {
     Err(Failed { what, code }.into())
 }
 
-/// By a signal, as mpirun or a shell tells it.
+/// By a signal, as mpirun or a shell tells it, or another rank that found it gone a moment before its own.
 fn killed_itself(code: i32) -> bool {
-    code == 137 || code == 9
+    [137, 9, exit::PEER].contains(&code)
 }
 
 /// A plain value of a line of `metrics.jsonl`, as it is spelled: a reader of numbers might round two to one.
