@@ -150,7 +150,7 @@ fn secret() -> Option<(&'static str, String)> {
 }
 
 /// What a worker's libraries read when they start.
-fn variables(threads: Option<usize>) -> Vec<(&'static str, String)> {
+pub fn variables(threads: Option<usize>) -> Vec<(&'static str, String)> {
     let threads = threads
         .into_iter()
         .flat_map(|n| ["OMP_NUM_THREADS", "RAYON_NUM_THREADS"].map(|name| (name, n.to_string())));

@@ -1,9 +1,10 @@
-//! AdamW over flat slices: one pass, threaded and vectorised by the compiler on the CPU, one kernel on a GPU (`adamw.cu`).
+//! AdamW over flat slices: one pass, threaded and in the processor's widest vectors on the CPU, one kernel on a GPU (`adamw.cu`).
 //! Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; bias correction as in
 //! Kingma and Ba 2015.
 
 use std::ops::Range;
 
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
@@ -147,8 +148,8 @@ impl AdamW {
     }
 }
 
-/// [`update`] on the CPU's memory: one pass, threaded, vectorised by the compiler. All slices are equally long.
-pub fn update_slices(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+/// [`update`] on the CPU's memory: one pass, threaded and vectorised. All slices are equally long.
+fn update_slices(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
     let constants = how.constants();
     let chunks = theta
         .par_chunks_mut(CHUNK)
@@ -160,21 +161,39 @@ pub fn update_slices(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32
 }
 
 fn update_chunk(constants: &Constants, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-    let &Constants {
-        decay,
-        step_size,
-        v_correction,
-        beta1,
-        beta2,
-        epsilon,
-        scale,
-    } = constants;
-    for (((theta, m), v), g) in theta.iter_mut().zip(m).zip(v).zip(g) {
-        let g = g * scale;
-        *m = beta1 * *m + (1.0 - beta1) * g;
-        *v = beta2 * *v + (1.0 - beta2) * g * g;
-        let denominator = v.sqrt() * v_correction + epsilon;
-        *theta = *theta * decay - step_size * *m / denominator;
+    let slices = (theta, m, v, g);
+    Arch::new().dispatch(Chunk { constants, slices });
+}
+
+/// θ, m, v and g of a chunk. Its loop is compiled for several kinds of vectors, of which the processor's widest are used; no
+/// product is fused with a sum, so the bits are the same with all.
+struct Chunk<'a> {
+    constants: &'a Constants,
+    slices: (&'a mut [f32], &'a mut [f32], &'a mut [f32], &'a [f32]),
+}
+
+impl WithSimd for Chunk<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let &Constants {
+            decay,
+            step_size,
+            v_correction,
+            beta1,
+            beta2,
+            epsilon,
+            scale,
+        } = self.constants;
+        let (theta, m, v, g) = self.slices;
+        for (((theta, m), v), g) in theta.iter_mut().zip(m).zip(v).zip(g) {
+            let g = g * scale;
+            *m = beta1 * *m + (1.0 - beta1) * g;
+            *v = beta2 * *v + (1.0 - beta2) * g * g;
+            let denominator = v.sqrt() * v_correction + epsilon;
+            *theta = *theta * decay - step_size * *m / denominator;
+        }
     }
 }
 

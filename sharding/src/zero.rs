@@ -485,7 +485,7 @@ impl Zero {
         Some(shaped(grads, &self.layout.buckets[bucket], param))
     }
 
-    /// The views of parameter `param` of bucket `bucket`. Stages 0 and 1, where both are always there.
+    /// The views of parameter `param` of bucket `bucket`. Stages 0 and 1, where both are always there but of what is kept as rows.
     pub fn trained(&self, bucket: usize, param: usize) -> Trained {
         let present = "whole parameters and gradients are kept in stages 0 and 1";
         Trained {
@@ -984,7 +984,8 @@ impl Zero {
         Ok(())
     }
 
-    /// Waits until all that was published has arrived. For whoever reads the model outside of a step; all ranks call it.
+    /// Waits until all that was published has arrived. For whoever reads the model outside of a step, after [`Zero::make_whole`] where
+    /// steps read rows; all ranks call it.
     pub fn arrived(&mut self, comm: &dyn Comm) -> Result<()> {
         self.start_publishing(comm)?;
         self.buckets.iter_mut().try_for_each(|state| state.values.wait())

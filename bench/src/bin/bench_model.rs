@@ -11,8 +11,10 @@ use anyhow::{Result, ensure};
 use bench::training::{BODY, LINEARS, PIECES, Panglot, Side, Sides, WIDTH, grow};
 use bench::{Entry, Report, Results, number, peer, report, run};
 use clap::{Parser, Subcommand};
+use launcher::worker::variables;
 use serde_json::json;
 use sharding::adamw::{self, AdamW};
+use tch::{Device, Kind, Tensor};
 
 /// MaLA-500's.
 const GROWN_PIECES: usize = 260_164;
@@ -244,7 +246,10 @@ impl Bench {
         let (threads, parameters, updates) = (self.threads.to_string(), PARAMETERS.to_string(), UPDATES.to_string());
         for _ in 0..self.arguments.rounds {
             let update = ["adamw", &parameters, &updates];
-            ours.add(Side::of(&run(Command::new(std::env::current_exe()?).args(update))?));
+            // With what `panglot` gives its workers.
+            let mut worker = Command::new(std::env::current_exe()?);
+            worker.args(update).envs(variables(Some(self.threads)));
+            ours.add(Side::of(&run(&mut worker)?));
             let update = ["adamw", &threads, &parameters, &updates];
             peers.add(Side::of(&self.peer("torch_floor.py", &update)?));
         }
@@ -267,13 +272,10 @@ impl Bench {
 }
 
 fn update_alone(parameters: usize, updates: usize) -> Result<Report> {
-    let values = |seed: usize| -> Vec<f32> {
-        (0..parameters)
-            .map(|i| ((i + seed) % 997) as f32 / 500.0 - 1.0)
-            .collect()
-    };
-    let (mut theta, g) = (values(0), values(3));
-    let (mut m, mut v) = (vec![0f32; parameters], vec![0f32; parameters]);
+    // As a run has them: memory that begins on a cache line.
+    let size = [parameters as i64];
+    let [mut theta, g] = [(); 2].map(|()| Tensor::randn(size, (Kind::Float, Device::Cpu)));
+    let [mut m, mut v] = [(); 2].map(|()| Tensor::zeros(size, (Kind::Float, Device::Cpu)));
     let mut seconds = Vec::new();
     for update in 0..=updates {
         let how = AdamW {
@@ -286,7 +288,7 @@ fn update_alone(parameters: usize, updates: usize) -> Result<Report> {
             gradient_scale: 1.0,
         };
         let started = Instant::now();
-        adamw::update_slices(&how, &mut theta, &mut m, &mut v, &g);
+        adamw::update(&how, &mut theta, &mut m, &mut v, &g, 0..parameters);
         seconds.push(started.elapsed().as_secs_f64());
     }
     // The first one touches the moments' memory for the first time.

@@ -43,6 +43,9 @@ pub fn run(app: &App, plan: &Plan, steps: u64) -> Result<()> {
         "the run that kills itself after {} steps ended with code {code} instead; see above",
         steps + 1
     );
+    let saved = resumed.folders.run.join(FOLDER).join(step_name(steps));
+    verify(&saved)
+        .with_context(|| format!("the run that kills itself has not come to step {steps}; nothing would be resumed"))?;
     ends_well(train(app, &resumed, &mut |_| None)?.code, "the resumed run")?;
     compare(&whole.folders.run, &resumed.folders.run, steps).map_err(|what| Differs {
         what: format!("{what:#}"),

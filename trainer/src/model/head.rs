@@ -17,8 +17,8 @@ pub struct Head {
     pub pieces: i64,
     /// Of the matrix, which is not always here.
     pub rows: i64,
-    /// On CPUs, where the logits of one chunk lie after the other, step after step. Freed, a hole of this size is soon too small for what
-    /// comes next by the few bytes of a small tensor, and the heap grows by another.
+    /// On CPUs, where the logits of one chunk lie after the other, step after step. In a worker's heap, which maps nothing apart, what
+    /// is freed of this size is soon too small for the next by the few bytes of a small tensor, and the heap grows by another.
     pub room: Option<Tensor>,
 }
 
