@@ -977,8 +977,9 @@ impl Zero {
             match (&mut state.values.full, mine) {
                 (Some(full), Some(mine)) => state.values.arriving = Some(comm.all_gather(&mine, full)?),
                 (Some(full), None) if !shares => full.f_copy_(&state.slice.theta)?,
+                (None, Some(_)) => unreachable!("slices are put together before stage 3"),
                 // The same memory, or none: rows are read of the master weights.
-                _ => {}
+                (_, None) => {}
             }
         }
         Ok(())
@@ -1020,8 +1021,10 @@ impl Zero {
             truth: 0,
         };
         for (bucket, state) in self.layout.buckets.iter().zip(&self.buckets) {
-            // A matrix that steps read rows of is held once.
-            let Some(full) = &state.values.full else { continue };
+            let Some(full) = &state.values.full else {
+                assert_eq!(n_slices, 1, "only one rank reads rows of a matrix that it holds once");
+                continue;
+            };
             for (slice, copy) in mine.copies.iter_mut().enumerate() {
                 let range = slice * bucket.slice_len..(slice + 1) * bucket.slice_len;
                 *copy = digest::mix(*copy, digest::of(&view(full, range)));
