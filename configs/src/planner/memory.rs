@@ -23,13 +23,19 @@ const CHUNK_BYTES: usize = 256 << 20;
 /// On a GPU, whose GEMMs want more rows: 2,000 of 260,164 pieces in bf16.
 const GPU_CHUNK_BYTES: usize = 1 << 30;
 
-/// Rows of the head's equal chunks over `n` positions: each has a logit of `width` bytes for each row of the matrix, padding too.
-pub fn head_chunk(n: usize, matrix_rows: usize, width: usize, device: Device) -> usize {
+/// Positions of a chunk of the head's at most, where a micro-batch has `n`: each has a logit of `width` bytes for each row of the
+/// matrix, padding too.
+pub fn most_in_chunk(n: usize, matrix_rows: usize, width: usize, device: Device) -> usize {
     let bytes = match device {
         Device::Cpu => CHUNK_BYTES,
         Device::Cuda => GPU_CHUNK_BYTES,
     };
-    let most = (bytes / (width * matrix_rows)).max(1);
+    (bytes / (width * matrix_rows)).min(n).max(1)
+}
+
+/// Positions of the head's equal chunks over `n` with a known target, none of more than `most`. Fewer known ones may make larger
+/// chunks: of at most 512, 516 are two of 258 and 512 are one.
+pub fn equal_chunk(n: usize, most: usize) -> usize {
     n.div_ceil(n.div_ceil(most).max(1)).max(1)
 }
 
@@ -365,10 +371,13 @@ impl Activations {
         self.kept(Recompute::None) + self.x() + cast + mlp.max(attention).max(inputs).max(masks)
     }
 
-    /// The head's chunk of logits.
+    fn most_in_chunk(&self) -> usize {
+        most_in_chunk(self.n, self.sizes.rows, self.width, self.device)
+    }
+
+    /// The head's chunk of logits at most: how many targets a micro-batch knows is its text's.
     pub fn head_chunk(&self) -> u64 {
-        let rows = head_chunk(self.n, self.sizes.rows, self.width, self.device);
-        (rows * self.sizes.rows * self.width) as u64
+        (self.most_in_chunk() * self.sizes.rows * self.width) as u64
     }
 
     /// The same where its memory stays when the head is done: on CPUs.
@@ -381,7 +390,7 @@ impl Activations {
 
     /// What the head has in hand at most beside other layers' activations and what stays: its input counted, and the chunk.
     fn head(&self) -> u64 {
-        let rows = head_chunk(self.n, self.sizes.rows, self.width, self.device);
+        let rows = self.most_in_chunk();
         let hidden = self.sizes.hidden;
         // x, the positions with a target of it, normed; d of it chunk by chunk, with a chunk's before and after scaling.
         let chunks = 2 * self.x() + self.of_width(2 * hidden) + (2 * rows * hidden * self.width) as u64;
@@ -657,6 +666,18 @@ mod tests {
         // Embedding and head, 32,000 × 4,096 each, are the largest: an eighth of either comes down in f32 and goes up in bf16.
         assert_eq!(offloaded.host - gpu.optimizer, 32_000 * 4096 / 8 * 6);
         assert_eq!(of(Device::Cuda, true, true).host, offloaded.host + gpu.optimizer);
+    }
+
+    #[test]
+    fn however_few_targets_are_known_no_chunk_is_larger_than_counted() {
+        let of_pieces = |n| most_in_chunk(n, 260_164, 2, Device::Cpu);
+        assert_eq!(of_pieces(8192), 515);
+        let most = of_pieces(516);
+        assert_eq!((equal_chunk(516, most), equal_chunk(512, most)), (258, 512));
+        for n in 1..1200 {
+            let most = of_pieces(n);
+            assert!((0..=n).all(|known| equal_chunk(known, most) <= most && most <= n));
+        }
     }
 
     #[test]

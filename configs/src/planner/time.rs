@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::hardware::Hardware;
-use super::memory::{Division, head_chunk, slice_len};
+use super::memory::{Division, most_in_chunk, slice_len};
 use super::sizes::{Buckets, Sizes, has_lora};
 use super::traffic::{FEW_ROWS, Traffic};
 use crate::plan::{FrozenPrecision, Mix, Recompute, Residual, Train};
@@ -155,8 +155,8 @@ fn head(sizes: &Sizes, train: &Train, n: f64) -> Work {
     let (hidden, pieces, width) = (sizes.hidden as f64, sizes.pieces as f64, train.precision.bytes() as f64);
     let product = 2.0 * n * hidden * pieces;
     let trains = sizes.head_trains(&train.full);
-    let rows = head_chunk(n as usize, sizes.rows, train.precision.bytes(), train.device);
-    let chunks = (n / rows as f64).ceil();
+    let most = most_in_chunk(n as usize, sizes.rows, train.precision.bytes(), train.device);
+    let chunks = (n / most as f64).ceil();
     // Cross-entropy reads logits twice and writes them once; each chunk adds to d_weight's f32 sums.
     let sums = if trains { chunks * 8.0 * pieces * hidden } else { 0.0 };
     Work {

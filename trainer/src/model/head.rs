@@ -1,7 +1,7 @@
 //! The last stage: final norm, vocabulary matrix and cross-entropy, chunk by chunk. Whole logits never exist.
 //! Axes: n target positions, v vocabulary, d dim.
 
-use configs::planner::memory::head_chunk;
+use configs::planner::memory::{equal_chunk, most_in_chunk};
 use tch::{Device, Kind, Tensor};
 
 use super::Weight;
@@ -52,9 +52,10 @@ impl Head {
         let normed_nd = self.norm.forward(&unnormed_nd);
         let mut nll_n = Vec::new();
         let mut d_normed = Vec::new();
-        for (start, length) in self.chunks(targets_n.numel(), &weight.value) {
+        let most = most_positions(targets_bt.numel(), &weight.value);
+        for (start, length) in chunks(targets_n.numel(), most) {
             let h_nd = normed_nd.narrow(0, start, length);
-            let mut logits_nv = self.logits(&h_nd, &weight.value);
+            let mut logits_nv = self.logits(&h_nd, &weight.value, most);
             let targets_n = targets_n.narrow(0, start, length);
             nll_n.push(cross_entropy(&mut logits_nv, self.pieces, &targets_n));
 
@@ -74,16 +75,17 @@ impl Head {
         }
     }
 
-    /// A chunk's logits [n, rows]. With the matrix's padding: rows that begin at multiples of 128 bytes are what GPUs' GEMMs are quick
-    /// with.
-    fn logits(&mut self, h_nd: &Tensor, weight: &Tensor) -> Tensor {
+    /// A chunk's logits [n, rows]; no chunk has more than `most` positions. With the matrix's padding: rows that begin at
+    /// multiples of 128 bytes are what GPUs' GEMMs are quick with.
+    fn logits(&mut self, h_nd: &Tensor, weight: &Tensor, most: usize) -> Tensor {
         if weight.device() != Device::Cpu {
             return h_nd.matmul(&weight.tr());
         }
-        let n = h_nd.size()[0];
-        let fits = |room: &Tensor| room.kind() == weight.kind() && room.size()[0] >= n;
+        let (n, most) = (h_nd.size()[0], most as i64);
+        let fits = |room: &Tensor| room.kind() == weight.kind() && room.size()[0] >= most;
         let room = self.room.take().filter(fits);
-        let room = room.unwrap_or_else(|| Tensor::empty([n, weight.size()[0]], (weight.kind(), Device::Cpu)));
+        // What no chunk fills of it is never touched and takes no memory.
+        let room = room.unwrap_or_else(|| Tensor::empty([most, weight.size()[0]], (weight.kind(), Device::Cpu)));
         let logits_nv = h_nd.matmul_out(&room.narrow(0, 0, n), &weight.tr());
         self.room = Some(room);
         logits_nv
@@ -96,7 +98,8 @@ impl Head {
         let targets_n = targets_bt.view([-1]).index_select(0, &positions);
         let unnormed_nd = hidden_btd.view([-1, dim]).index_select(0, &positions);
         let normed_nd = self.norm.forward(&unnormed_nd);
-        let chunks = self.chunks(targets_n.numel(), &weight.value).map(|(start, length)| {
+        let most = most_positions(targets_bt.numel(), &weight.value);
+        let chunks = chunks(targets_n.numel(), most).map(|(start, length)| {
             let logits_nv = normed_nd.narrow(0, start, length).matmul(&weight.value.tr());
             let targets_n = targets_n.narrow(0, start, length);
             nll(&logits_nv, self.pieces, &targets_n).to_kind(Kind::Float)
@@ -117,20 +120,22 @@ impl Head {
             .matmul(&weight.value.narrow(0, 0, self.pieces).tr())
             .to_kind(Kind::Float)
     }
+}
 
-    /// (start, length) of equal chunks over `n` positions.
-    fn chunks(&self, n: usize, weight: &Tensor) -> impl Iterator<Item = (i64, i64)> + use<> {
-        let device = if weight.device() == Device::Cpu {
-            configs::Device::Cpu
-        } else {
-            configs::Device::Cuda
-        };
-        let rows = weight.size()[0] as usize;
-        let length = head_chunk(n, rows, weight.kind().elt_size_in_bytes(), device);
-        (0..n)
-            .step_by(length)
-            .map(move |start| (start as i64, length.min(n - start) as i64))
-    }
+/// Positions of a chunk at most, in a micro-batch of `n`.
+fn most_positions(n: usize, weight: &Tensor) -> usize {
+    let device = match weight.device() {
+        Device::Cpu => configs::Device::Cpu,
+        _ => configs::Device::Cuda,
+    };
+    most_in_chunk(n, weight.size()[0] as usize, weight.kind().elt_size_in_bytes(), device)
+}
+
+/// (start, length) of equal chunks over `n` positions.
+fn chunks(n: usize, most: usize) -> impl Iterator<Item = (i64, i64)> {
+    let length = equal_chunk(n, most);
+    let starts = (0..n).step_by(length);
+    starts.map(move |start| (start as i64, length.min(n - start) as i64))
 }
 
 fn known_positions(targets_bt: &Tensor) -> Tensor {
