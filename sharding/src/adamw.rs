@@ -4,12 +4,12 @@
 
 use std::ops::Range;
 
-use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use crate::cuda::kernels::{Argument, Launch, Source};
 use crate::memory::{f32s, f32s_mut};
+use crate::vectorized;
 
 /// What one update of one parameter group needs.
 #[derive(Clone, Copy, Debug)]
@@ -75,12 +75,8 @@ pub fn update_rows(
     chunks.enumerate().for_each_init(
         || vec![0.0; CHUNK],
         |room, (index, ((theta, m), v))| {
-            let start = range.start + index * CHUNK;
             let room = &mut room[..theta.len()];
-            room.fill(0.0);
-            for (here, values) in g.within(start..start + room.len()) {
-                room[here.start - start..here.end - start].copy_from_slice(values);
-            }
+            g.with_zeros(range.start + index * CHUNK, room);
             update_chunk(&constants, theta, m, v, room);
         },
     );
@@ -102,15 +98,29 @@ impl RowGradient<'_> {
             })
     }
 
+    /// Fills `room` with the gradient from element `start` of the matrix on.
+    fn with_zeros(&self, start: usize, room: &mut [f32]) {
+        room.fill(0.0);
+        for (here, values) in self.within(start..start + room.len()) {
+            room[here.start - start..here.end - start].copy_from_slice(values);
+        }
+    }
+
     /// To the bit [`sum_of_squares`] of the gradient with all its zeros.
     pub fn sum_of_squares(&self) -> f64 {
-        let end = self.numbers.last().map_or(0, |row| (*row as usize + 1) * self.width);
-        let of_chunk = |chunk: usize| -> f64 {
-            let elements = self.within(chunk * CHUNK..(chunk + 1) * CHUNK).flat_map(|(_, x)| x);
-            elements.map(|&x| f64::from(x) * f64::from(x)).sum()
+        let of_row = |row: &i64| {
+            let start = *row as usize * self.width;
+            start / CHUNK..(start + self.width).div_ceil(CHUNK)
         };
-        let partial: Vec<f64> = (0..end.div_ceil(CHUNK)).into_par_iter().map(of_chunk).collect();
-        partial.iter().sum()
+        // Chunks without a row would add 0.
+        let mut chunks: Vec<usize> = self.numbers.iter().flat_map(of_row).collect();
+        chunks.dedup();
+        let of_chunk = |room: &mut Vec<f32>, chunk: usize| {
+            self.with_zeros(chunk * CHUNK, room);
+            squares_of_chunk(room)
+        };
+        let partial = chunks.into_par_iter().map_init(|| vec![0.0; CHUNK], of_chunk);
+        partial.collect::<Vec<f64>>().iter().sum()
     }
 }
 
@@ -160,23 +170,8 @@ fn update_slices(how: &AdamW, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g
         .for_each(|(((theta, m), v), g)| update_chunk(&constants, theta, m, v, g));
 }
 
-fn update_chunk(constants: &Constants, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-    let slices = (theta, m, v, g);
-    Arch::new().dispatch(Chunk { constants, slices });
-}
-
-/// θ, m, v and g of a chunk. Its loop is compiled for several kinds of vectors, of which the processor's widest are used; no
-/// product is fused with a sum, so the bits are the same with all.
-struct Chunk<'a> {
-    constants: &'a Constants,
-    slices: (&'a mut [f32], &'a mut [f32], &'a mut [f32], &'a [f32]),
-}
-
-impl WithSimd for Chunk<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+vectorized! {
+    fn update_chunk(constants: &Constants, theta: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) -> () {
         let &Constants {
             decay,
             step_size,
@@ -185,8 +180,7 @@ impl WithSimd for Chunk<'_> {
             beta2,
             epsilon,
             scale,
-        } = self.constants;
-        let (theta, m, v, g) = self.slices;
+        } = constants;
         for (((theta, m), v), g) in theta.iter_mut().zip(m).zip(v).zip(g) {
             let g = g * scale;
             *m = beta1 * *m + (1.0 - beta1) * g;
@@ -197,12 +191,28 @@ impl WithSimd for Chunk<'_> {
     }
 }
 
+/// A chunk's squares are added in so many sums, whatever vectors the processor has: the bits are the same on all.
+const LANES: usize = 16;
+
+vectorized! {
+    fn squares_of_chunk(g: &[f32]) -> f64 {
+        let mut sums = [0.0; LANES];
+        let (whole, rest) = g.as_chunks::<LANES>();
+        for elements in whole {
+            for (sum, x) in sums.iter_mut().zip(elements) {
+                *sum += f64::from(*x) * f64::from(*x);
+            }
+        }
+        for (sum, x) in sums.iter_mut().zip(rest) {
+            *sum += f64::from(*x) * f64::from(*x);
+        }
+        sums.iter().sum()
+    }
+}
+
 fn sum_on_cpu(g: &[f32]) -> f64 {
     // Chunks are summed in order, so that the result does not depend on which thread was first.
-    let partial: Vec<f64> = g
-        .par_chunks(CHUNK)
-        .map(|chunk| chunk.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
-        .collect();
+    let partial: Vec<f64> = g.par_chunks(CHUNK).map(squares_of_chunk).collect();
     partial.iter().sum()
 }
 

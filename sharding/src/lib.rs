@@ -12,6 +12,7 @@ mod mpi;
 mod rows;
 mod solo;
 pub mod staged;
+mod vectors;
 pub mod zero;
 
 pub use comm::{Comm, Mark, Pending, Reduce, Sent, Wire};

@@ -1,5 +1,5 @@
 //! How long a step takes: the work of each of the model's stages by a device's rates, and a walk through the step with one line
-//! of collectives beside it, in the order in which `trainer/src/step.rs` and `sharding/src/zero.rs` start and await them.
+//! of collectives beside it, in the order in which `trainer/src/step.rs` and `sharding/src/zero/mod.rs` start and await them.
 
 use serde::Serialize;
 

@@ -10,12 +10,12 @@ use tch::{Device, Kind, Tensor};
 use super::attention::softmax;
 use super::gemm::{Into, Matrix, product};
 use super::kernels::cpu::{Element, by_kind, dot, exp, largest, sum};
-use super::kernels::vectors::vectorized;
 use super::layer::{Layer, Qkv};
 use super::linear::Linear;
 use super::mlp::{Mlp, Wide};
 use super::{Model, thin};
 use crate::model::kernels::rotate;
+use sharding::vectorized;
 
 /// Keys and values of positions that were read, one a slot, in every layer.
 pub struct Cache {
@@ -296,7 +296,7 @@ struct Part<'a> {
 
 vectorized! {
     /// The last position: it sees all keys. Read once, in order, for all the heads that share them.
-    fn of_one<E>(part: &Part<'_>, k: &[E], v: &[E], room: &mut Room) -> () {
+    fn of_one<E: Element>(part: &Part<'_>, k: &[E], v: &[E], room: &mut Room) -> () {
         let Part { groups, group, dim, keys, spans } = *part;
         let Room { q, scores, out, .. } = room;
         let row_of = |slot: usize| (slot * groups + group) * dim..(slot * groups + group + 1) * dim;

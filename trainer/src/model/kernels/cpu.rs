@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use sharding::memory;
 use tch::{Kind, Tensor};
 
-use super::vectors::vectorized;
 use crate::random;
+use sharding::vectorized;
 
 /// Partial sums kept side by side: the widest vectors hold as many f32.
 pub(in crate::model) const LANES: usize = 16;
@@ -144,7 +144,7 @@ pub fn cross_entropy(logits_nv: &mut Tensor, pieces: i64, target_n: &Tensor) -> 
 
 vectorized! {
     /// `powers` has room for as many values.
-    fn cross_entropy_of_row<E>(row: &mut [E], target: usize, powers: &mut [f32]) -> f64 {
+    fn cross_entropy_of_row<E: Element>(row: &mut [E], target: usize, powers: &mut [f32]) -> f64 {
         let (most, at) = (largest(row), row[target].widen());
         let mut total = 0.0;
         for (row, powers) in row.chunks(BLOCK).zip(powers.chunks_mut(BLOCK)) {
@@ -170,7 +170,7 @@ pub fn nll(logits_nv: &Tensor, pieces: i64, target_n: &Tensor) -> Tensor {
 }
 
 vectorized! {
-    fn nll_of_row<E>(row: &[E], target: usize) -> f64 {
+    fn nll_of_row<E: Element>(row: &[E], target: usize) -> f64 {
         log_sum_exp(row) - f64::from(row[target].widen())
     }
 }
@@ -217,7 +217,7 @@ pub fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, epsilon: f64) -> Tensor {
 }
 
 vectorized! {
-    fn rms_norm_of_row<X, E>(y: &mut [E], x: &[X], weight: &[E], epsilon: f64) -> () {
+    fn rms_norm_of_row<X: Element, E: Element>(y: &mut [E], x: &[X], weight: &[E], epsilon: f64) -> () {
         let r = inverse_rms(x, epsilon);
         for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
             *y = E::round(E::round(x.widen() * r).widen() * w.widen());
@@ -242,7 +242,7 @@ pub fn rms_norm_backward(
 }
 
 vectorized! {
-    fn rms_norm_backward_of_row<X, E>(
+    fn rms_norm_backward_of_row<X: Element, E: Element>(
         d_x: &mut [X],
         x: &[X],
         d_y: &[E],
@@ -333,7 +333,7 @@ pub fn layer_norm(x_nd: &Tensor, weight_d: &Tensor, bias_d: &Tensor, epsilon: f6
 }
 
 vectorized! {
-    fn layer_norm_of_row<X, E>(y: &mut [E], x: &[X], weight: &[E], bias: &[E], epsilon: f64) -> () {
+    fn layer_norm_of_row<X: Element, E: Element>(y: &mut [E], x: &[X], weight: &[E], bias: &[E], epsilon: f64) -> () {
         let (mean, r) = moments(x, epsilon);
         for (((y, x), w), b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
             *y = E::round((x.widen() - mean) * r * w.widen() + b.widen());
@@ -365,7 +365,7 @@ pub fn layer_norm_backward(
 }
 
 vectorized! {
-    fn layer_norm_backward_of_row<X, E>(
+    fn layer_norm_backward_of_row<X: Element, E: Element>(
         d_x: &mut [X],
         x: &[X],
         d_y: &[E],
@@ -420,7 +420,7 @@ pub fn swiglu(gate_nf: &Tensor, up_nf: &Tensor) -> Tensor {
 }
 
 vectorized! {
-    fn swiglu_of<E>(y: &mut [E], gate: &[E], up: &[E]) -> () {
+    fn swiglu_of<E: Element>(y: &mut [E], gate: &[E], up: &[E]) -> () {
         for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
             *y = E::round(gate.widen() * sigmoid(gate.widen()) * up.widen());
         }
@@ -445,7 +445,7 @@ pub fn swiglu_backward(gate_nf: &Tensor, up_nf: &Tensor, d_y_nf: &Tensor) -> (Te
 }
 
 vectorized! {
-    fn swiglu_backward_of<E>(d_gate: &mut [E], d_up: &mut [E], gate: &[E], up: &[E], d_y: &[E]) -> () {
+    fn swiglu_backward_of<E: Element>(d_gate: &mut [E], d_up: &mut [E], gate: &[E], up: &[E], d_y: &[E]) -> () {
         let outputs = d_gate.iter_mut().zip(d_up);
         for (((outputs, gate), up), d_y) in outputs.zip(gate).zip(up).zip(d_y) {
             let (gate, up, d_y) = (gate.widen(), up.widen(), d_y.widen());
@@ -473,7 +473,7 @@ pub fn gelu(x_nf: &Tensor, form: Gelu) -> Tensor {
 }
 
 vectorized! {
-    fn gelu_of<E>(y: &mut [E], x: &[E]) -> () {
+    fn gelu_of<E: Element>(y: &mut [E], x: &[E]) -> () {
         for (y, x) in y.iter_mut().zip(x) {
             let x = x.widen();
             *y = E::round(x * sigmoid(x * (TWICE_ROOT + CUBIC * x * x)));
@@ -500,7 +500,7 @@ pub fn gelu_backward(x_nf: &Tensor, form: Gelu, d_y_nf: &Tensor) -> Tensor {
 }
 
 vectorized! {
-    fn gelu_backward_of<E>(d_x: &mut [E], x: &[E], d_y: &[E]) -> () {
+    fn gelu_backward_of<E: Element>(d_x: &mut [E], x: &[E], d_y: &[E]) -> () {
         for ((d_x, x), d_y) in d_x.iter_mut().zip(x).zip(d_y) {
             let (x, d_y) = (x.widen(), d_y.widen());
             let s = sigmoid(x * (TWICE_ROOT + CUBIC * x * x));
@@ -533,7 +533,7 @@ pub fn rotate(x_bthd: &mut Tensor, cos_th: &Tensor, sin_th: &Tensor, direction: 
 }
 
 vectorized! {
-    fn rotate_heads<E>(x_hd: &mut [E], cos: &[f32], sin: &[f32], direction: f32) -> () {
+    fn rotate_heads<E: Element>(x_hd: &mut [E], cos: &[f32], sin: &[f32], direction: f32) -> () {
         for head in x_hd.chunks_exact_mut(2 * cos.len()) {
             let (first, second) = head.split_at_mut(cos.len());
             for (((first, second), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {

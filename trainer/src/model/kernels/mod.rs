@@ -3,7 +3,6 @@
 
 pub(super) mod cpu;
 mod cuda;
-pub(super) mod vectors;
 
 use configs::Gelu;
 use tch::{Device, Kind, Tensor};

@@ -17,7 +17,7 @@ use tch::{Kind, Tensor};
 use super::Stretch;
 use crate::model::gemm::pairs::{self, Right};
 use crate::model::kernels::cpu::{Element, LANES, by_kind, dot, exp, largest, sum};
-use crate::model::kernels::vectors::vectorized;
+use sharding::vectorized;
 
 /// Queries of a block. More make larger products and more of them in vain.
 const QUERIES: usize = 64;
@@ -97,7 +97,7 @@ pub struct Grads {
 
 vectorized! {
     /// Row `t` of d_k or d_v, summed over heads.
-    fn round_sum<E>(sum: &mut [E], heads: &[(Vec<E>, Grads)], which: fn(&Grads) -> &[f32], t: usize) -> () {
+    fn round_sum<E: Element>(sum: &mut [E], heads: &[(Vec<E>, Grads)], which: fn(&Grads) -> &[f32], t: usize) -> () {
         for (index, sum) in sum.chunks_mut(LANES).enumerate() {
             let mut lanes = [0f32; LANES];
             for (_, grads) in heads {
@@ -110,7 +110,7 @@ vectorized! {
 }
 
 vectorized! {
-    fn round_row<E>(rounded: &mut [E], row: &[f32]) -> () {
+    fn round_row<E: Element>(rounded: &mut [E], row: &[f32]) -> () {
         rounded.iter_mut().zip(row).for_each(|(to, x)| *to = E::round(*x));
     }
 }
@@ -266,7 +266,7 @@ vectorized! {
 
 vectorized! {
     /// The scores of one query become its probabilities `p`, and d_p becomes d_scores; 0 from key `seen` on.
-    fn softmax_backward<E>(p: &mut [f32], d: &mut [f32], seen: usize, out: &[E], d_out: &[E], logsumexp: f32) -> () {
+    fn softmax_backward<E: Element>(p: &mut [f32], d: &mut [f32], seen: usize, out: &[E], d_out: &[E], logsumexp: f32) -> () {
         let row_sum = dot(out, d_out);
         for (p, d) in p[..seen].iter_mut().zip(&mut d[..seen]) {
             *p = exp(*p - logsumexp);

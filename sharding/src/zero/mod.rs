@@ -15,16 +15,19 @@
 //! micro-batch: kept until the last one, it would be as large as in stage 1. From stage 3 on so do the parameters; frozen
 //! weights can be divided in the same way whatever the stage.
 
+mod embedding;
+mod inspect;
+mod register;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::adamw::{self, AdamW, RowGradient};
-use crate::digest::{self, Digests, damaged};
-use crate::layout::{Bucket, most_gradients, slice_len};
-use crate::rows::{self, RowPlan, Rows, When};
-use crate::{BucketSpec, Comm, Error, Layout, Mark, ParamSpec, Pending, Result, Wire};
+use self::embedding::Embedding;
+use crate::adamw::{self, AdamW};
+use crate::layout::{Bucket, slice_len};
+use crate::{Comm, Layout, Mark, Pending, Result, Wire, rows};
 
 /// How much of the training state is sharded; each stage shards what the one before does as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -124,31 +127,6 @@ struct Frozen {
     values: Values,
 }
 
-/// A trained matrix of which a step's first stage reads, and gives a gradient to, the rows that its ids name.
-struct Embedding {
-    bucket: usize,
-    /// The last stage reads it too and gives every row a gradient. Its part is reduced when that stage is left, behind
-    /// the whole backward; the first stage's rows follow.
-    tied: bool,
-    /// How the rows travel in each reduction of this step still to come.
-    plans: VecDeque<Option<RowPlan>>,
-    /// What the first stage reads instead of the whole matrix: in the first micro-batch, while that is on its way; always, where there
-    /// is none.
-    early: Option<Rows>,
-    /// The gradient of the rows that follow, or of `only`, while the first stage adds to it.
-    late: Option<Rows>,
-    /// The whole gradient ([`Zero::keep_as_rows`]).
-    only: Option<Rows>,
-}
-
-impl Embedding {
-    /// See [`Zero::only_rows`].
-    fn gradient_of(&self, bucket: usize) -> Option<RowGradient<'_>> {
-        let rows = self.only.as_ref().filter(|_| self.bucket == bucket);
-        rows.map(Rows::gradient)
-    }
-}
-
 /// Where a weight lies: flat bucket, and parameter in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flat {
@@ -223,176 +201,6 @@ pub struct Zero {
 }
 
 impl Zero {
-    /// Allocates what `specs` train. `initial(bucket, param)` gives each parameter's f32 value and must be the same on all
-    /// ranks; a bucket lies on the device of its first. `kind` is the compute precision.
-    ///
-    /// # Errors
-    /// When a rank registers other parameters than rank 0.
-    pub fn new(
-        comm: &dyn Comm,
-        stage: Stage,
-        specs: &[BucketSpec],
-        kind: Kind,
-        mut initial: impl FnMut(usize, usize) -> Tensor,
-    ) -> Result<Zero> {
-        let mut zero = Zero::empty(comm, stage, kind);
-        for (b, spec) in specs.iter().enumerate() {
-            zero.train(spec.clone(), (0..spec.params.len()).map(|p| initial(b, p)).collect())?;
-        }
-        zero.check_ranks_agree(comm)?;
-        Ok(zero)
-    }
-
-    /// Nothing yet, to be filled a stage of the model at a time, so that no more than one is whole where each rank keeps a
-    /// slice: [`Zero::train`] and [`Zero::shard_frozen`], the same on all ranks; [`Zero::check_ranks_agree`] comes last.
-    pub fn empty(comm: &dyn Comm, stage: Stage, kind: Kind) -> Zero {
-        let (n_slices, my_slice) = match stage {
-            Stage::Replicated => (1, 0),
-            _ => (comm.world(), comm.rank()),
-        };
-        Zero {
-            stage,
-            kind,
-            wire: Wire::F32,
-            places: BTreeMap::new(),
-            ranks: (comm.rank(), comm.world()),
-            my_slice,
-            offload: false,
-            buckets: Vec::new(),
-            frozen: Vec::new(),
-            stages: Vec::new(),
-            reducing: VecDeque::new(),
-            gradient_budget: 0,
-            layout: Layout::new(&[], n_slices),
-            unpublished: false,
-            embedding: None,
-            kept_as_rows: None,
-            updates: 0,
-        }
-    }
-
-    /// Of `matrix`, to be added, only the first stage reads and gives a gradient to some rows. On one rank, with the CPU, its gradient
-    /// is kept as those, and where its master weights are not the model's own, steps read rows made from them: of 260,164 pieces a step
-    /// names a few thousand. [`Zero::make_whole`] is for whoever reads it outside of a step.
-    pub fn keep_as_rows(&mut self, matrix: &str) {
-        if self.ranks.1 == 1 && self.stage < Stage::Gradients {
-            self.kept_as_rows = Some(matrix.to_owned());
-        }
-    }
-
-    /// Optimizer state of what is added from now on lies in the host's memory, and is updated there, wherever gradients and
-    /// parameters lie.
-    pub fn offload_optimizer(&mut self) {
-        self.offload = true;
-    }
-
-    /// Adds a bucket that trains, from its parameters' f32 values.
-    pub fn train(&mut self, spec: BucketSpec, values: Vec<Tensor>) -> Result<()> {
-        let bucket = Bucket::new(spec, self.layout.n_slices);
-        let device = values.first().map_or(Device::Cpu, Tensor::device);
-        let host = if self.offload { Device::Cpu } else { device };
-        let zeros = |len: usize, kind, device| Tensor::f_zeros([len as i64], (kind, device));
-        let as_rows = match &bucket.params[..] {
-            [matrix] => device == Device::Cpu && self.kept_as_rows.as_ref() == Some(&matrix.name),
-            _ => false,
-        };
-        let theta = slice_of(&bucket, self.my_slice, &values, Kind::Float, host)?;
-        let full = if self.stage == Stage::Parameters {
-            None
-        } else if self.shares(device) {
-            Some(theta.shallow_clone())
-        } else if as_rows {
-            None
-        } else {
-            let whole = zeros(bucket.padded, self.kind, device)?;
-            for (range, value) in bucket.ranges.iter().zip(&values) {
-                view(&whole, range.clone()).f_copy_(&value.reshape([-1]))?;
-            }
-            Some(whole)
-        };
-        let grads = if self.stage < Stage::Gradients && !as_rows {
-            Some(zeros(bucket.padded, Kind::Float, device)?)
-        } else {
-            None
-        };
-        let grads_slice = match &grads {
-            Some(grads) if self.layout.n_slices == 1 => grads.shallow_clone(),
-            _ => zeros(if as_rows { 0 } else { bucket.slice_len }, Kind::Float, device)?,
-        };
-        let index = self.buckets.len();
-        for (p, param) in bucket.params.iter().enumerate() {
-            self.places.insert(param.name.clone(), (Flat::Trained(index), p));
-        }
-        self.buckets.push(BucketState {
-            device,
-            values: Values { full, arriving: None },
-            grads,
-            grads_slice,
-            reducing: None,
-            incoming: None,
-            rows: None,
-            rows_follow: false,
-            reduced: false,
-            slice: Slice {
-                theta,
-                m: zeros(bucket.slice_len, Kind::Float, host)?,
-                v: zeros(bucket.slice_len, Kind::Float, host)?,
-            },
-        });
-        self.gradient_budget += bucket.padded;
-        self.layout.buckets.push(bucket);
-        Ok(())
-    }
-
-    /// Takes a stage's frozen weights away and keeps this rank's slice of them.
-    pub fn shard_frozen<W: Held>(&mut self, stage_name: &str, weights: Vec<&mut W>) -> Result<()> {
-        let (rank, world) = self.ranks;
-        let mut weights: Vec<_> = weights
-            .into_iter()
-            .filter(|weight| !self.places.contains_key(weight.name()))
-            .collect();
-        if weights.is_empty() || world == 1 {
-            return Ok(());
-        }
-        let values: Vec<Tensor> = weights
-            .iter_mut()
-            .map(|weight| weight.value().shallow_clone())
-            .collect();
-        let (kind, device) = (values[0].kind(), values[0].device());
-        let params = weights.iter().zip(&values).map(|(weight, value)| ParamSpec {
-            name: weight.name().to_owned(),
-            shape: value.size(),
-            group: 0,
-        });
-        let spec = BucketSpec {
-            name: stage_name.to_owned(),
-            params: params.collect(),
-        };
-        let bucket = Bucket::new(spec, world);
-        let slice = slice_of(&bucket, rank, &values, kind, device)?;
-        let index = self.frozen.len();
-        for (p, weight) in weights.into_iter().enumerate() {
-            self.places.insert(weight.name().to_owned(), (Flat::Frozen(index), p));
-            *weight.value() = Tensor::new();
-        }
-        self.frozen.push(Frozen {
-            bucket,
-            slice,
-            values: Values::default(),
-        });
-        Ok(())
-    }
-
-    /// # Errors
-    /// When a rank trains other parameters than rank 0, or divides other frozen ones: the lines in which they differ, of both.
-    pub fn check_ranks_agree(&self, comm: &dyn Comm) -> Result<()> {
-        let frozen = self.frozen.iter().map(|frozen| frozen.bucket.describe());
-        let frozen: String = frozen.collect();
-        let frozen = frozen.lines().map(|line| format!("frozen {line}\n"));
-        let description = self.layout.describe() + &frozen.collect::<String>();
-        check_ranks_agree(comm, &description)
-    }
-
     /// Whether master weights are the model's own: whole, of its precision and place, and with no other rank's to compare
     /// with.
     fn shares(&self, device: Device) -> bool {
@@ -402,25 +210,6 @@ impl Zero {
     /// Gradients travel in this precision from now on.
     pub fn reduce_in(&mut self, wire: Wire) {
         self.wire = wire;
-    }
-
-    /// Tells which weights each of the model's stages reads, in forward order, by name. A weight may be read by several.
-    pub fn schedule(&mut self, stages: &[Vec<String>]) {
-        self.stages = stages
-            .iter()
-            .map(|names| {
-                let mut flats: Vec<Flat> = Vec::new();
-                for (flat, _) in names.iter().filter_map(|name| self.places.get(name)) {
-                    if !flats.contains(flat) {
-                        flats.push(*flat);
-                    }
-                }
-                flats
-            })
-            .collect();
-        let trained: Vec<Vec<usize>> = self.stages.iter().map(|flats| trained(flats).collect()).collect();
-        let sizes: Vec<usize> = self.layout.buckets.iter().map(|bucket| bucket.padded).collect();
-        self.gradient_budget = most_gradients(&trained, &sizes);
     }
 
     pub fn layout(&self) -> &Layout {
@@ -464,7 +253,7 @@ impl Zero {
 
     fn value(&self, flat: Flat, param: usize) -> Option<Tensor> {
         if let (Flat::Trained(bucket), Some(embedding)) = (flat, &self.embedding)
-            && let (true, Some(rows)) = (embedding.bucket == bucket, &embedding.early)
+            && let Some(rows) = embedding.early_of(bucket)
         {
             return Some(rows.values.shallow_clone());
         }
@@ -476,9 +265,7 @@ impl Zero {
     }
 
     fn gradient(&self, bucket: usize, param: usize) -> Option<Tensor> {
-        if let Some(embedding) = &self.embedding
-            && let (true, Some(rows)) = (embedding.bucket == bucket, &embedding.late)
-        {
+        if let Some(rows) = self.embedding.as_ref().and_then(|embedding| embedding.late_of(bucket)) {
             return Some(rows.values.shallow_clone());
         }
         let grads = self.buckets[bucket].grads.as_ref()?;
@@ -504,101 +291,6 @@ impl Zero {
         }
     }
 
-    /// Called by all ranks before a step. `ids` are the micro-batches' rows of `matrix`, which the model's first stage reads:
-    /// whatever of it can, travels as rows, by counts that all ranks share. The gradient does where that is fewer bytes; where
-    /// the head is tied to the matrix and gives every row a gradient, the rows follow the head's part, which then need not
-    /// wait for them. And if the first stage would have to wait for the whole matrix, its rows are fetched ahead.
-    pub fn begin_step(&mut self, comm: &dyn Comm, matrix: &str, ids: &[&Tensor]) -> Result<()> {
-        self.embedding = self.row_matrix(comm, matrix);
-        let Some(mut embedding) = self.embedding.take() else {
-            return self.start_publishing(comm);
-        };
-        if comm.world() == 1 {
-            let wanted = rows::unique(ids);
-            embedding.early = self.read_rows(embedding.bucket, &wanted)?;
-            embedding.only = Some(Rows::zeros(&self.layout.buckets[embedding.bucket], wanted)?);
-            self.embedding = Some(embedding);
-            return self.start_publishing(comm);
-        }
-        let (index, state) = (embedding.bucket, &self.buckets[embedding.bucket]);
-        let bucket = &self.layout.buckets[index];
-        if let (true, Some(first)) = (self.unpublished && self.layout.n_slices > 1, ids.first()) {
-            let wanted = rows::unique(&[first]);
-            embedding.early = rows::fetch(comm, bucket, &state.slice.theta, self.kind, wanted)?;
-        }
-        let each_apart = self.stage >= Stage::Gradients;
-        let rows = match (each_apart, embedding.tied) {
-            (true, _) => ids.chunks(1).map(rows::unique).collect(),
-            (false, false) => vec![rows::unique(ids)],
-            // Micro-batches before the last one add to the part that goes first.
-            (false, true) => vec![rows::unique(&ids[ids.len().saturating_sub(1)..])],
-        };
-        let when = match embedding.tied {
-            true => When::Behind,
-            false => When::Instead(self.wire),
-        };
-        // With one slice, all ranks' rows would go to all.
-        if embedding.tied || self.layout.n_slices > 1 {
-            embedding.plans = rows::plan(comm, bucket, when, rows)?.into();
-        }
-        self.embedding = Some(embedding);
-        self.start_publishing(comm)
-    }
-
-    /// As [`Zero::begin_step`], where the first stage reads `matrix` forward and no step is made of it.
-    pub fn begin_reading(&mut self, comm: &dyn Comm, matrix: &str, ids: &Tensor) -> Result<()> {
-        if comm.world() == 1
-            && let Some(mut embedding) = self.row_matrix(comm, matrix)
-            && let Some(rows) = self.read_rows(embedding.bucket, &rows::unique(&[ids]))?
-        {
-            embedding.early = Some(rows);
-            self.embedding = Some(embedding);
-        }
-        Ok(())
-    }
-
-    /// Of a matrix of which there is no copy in the compute precision these rows; `None` where there is one.
-    fn read_rows(&self, bucket: usize, wanted: &[i64]) -> Result<Option<Rows>> {
-        let state = &self.buckets[bucket];
-        let read = || Rows::read(&self.layout.buckets[bucket], &state.slice.theta, self.kind, wanted);
-        state.values.full.is_none().then(read).transpose()
-    }
-
-    /// The matrix that the first stage reads, where it can travel as rows.
-    fn row_matrix(&self, comm: &dyn Comm, matrix: &str) -> Option<Embedding> {
-        let (Flat::Trained(index), _) = *self.places.get(matrix)? else {
-            return None;
-        };
-        let reads = |stage: &&Vec<Flat>| stage.contains(&Flat::Trained(index));
-        let readers = self.stages.iter().filter(reads).count();
-        let tied = readers == 2 && self.stages.last().is_some_and(|last| reads(&last));
-        let first = self.stages.first().is_some_and(|first| reads(&first));
-        let alone = self.layout.buckets[index].params.len() == 1 && self.buckets[index].device == Device::Cpu;
-        let pays = comm.world() > 1 || self.kept_as_rows.as_deref() == Some(matrix);
-        (pays && first && alone && (readers == 1 || tied)).then(|| Embedding {
-            bucket: index,
-            tied,
-            plans: VecDeque::new(),
-            early: None,
-            late: None,
-            only: None,
-        })
-    }
-
-    /// `ids`, as the first stage is to use them now: where it has some of the matrix's rows only, their places among them.
-    pub fn embedding_ids(&self, ids: &Tensor) -> Tensor {
-        let rows = self.embedding.as_ref();
-        let rows = rows.and_then(|embedding| embedding.early.as_ref().or(embedding.late.as_ref()));
-        rows.map_or_else(|| ids.shallow_clone(), |rows| rows.places(ids))
-    }
-
-    /// Whether the rows of this bucket's gradient follow the rest of it in the next reduction.
-    fn rows_follow(&self, bucket: usize) -> bool {
-        self.embedding.as_ref().is_some_and(|embedding| {
-            embedding.bucket == bucket && embedding.tied && matches!(embedding.plans.front(), Some(Some(_)))
-        })
-    }
-
     /// Called before a model's stage runs: its parameters are there on return, those of the next stage on their way. In
     /// backward its gradients are there as well.
     pub fn enter<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
@@ -621,11 +313,8 @@ impl Zero {
             }
         }
         let mut rebind = self.comes_and_goes() || early.is_some();
-        if let Some(embedding) = self.embedding.as_mut().filter(|_| stage == 0 && pass.is_backward())
-            && let Some(rows) = embedding.only.take()
-        {
-            embedding.late = Some(rows);
-            rebind = true;
+        if let Some(embedding) = self.embedding.as_mut().filter(|_| stage == 0 && pass.is_backward()) {
+            rebind |= embedding.open_only();
         }
         if pass.is_backward() {
             let buckets: Vec<usize> = trained(&self.stages[stage]).collect();
@@ -646,32 +335,13 @@ impl Zero {
         Ok(())
     }
 
-    /// The bucket of which the first stage has some rows early.
-    fn early_bucket(&self) -> Option<usize> {
-        let embedding = self.embedding.as_ref()?;
-        embedding.early.as_ref().map(|_| embedding.bucket)
-    }
-
-    fn open_late_rows(&mut self, bucket: usize) -> Result<()> {
-        let embedding = self.embedding.as_mut().expect("its rows follow");
-        let Some(Some(plan)) = embedding.plans.front() else {
-            unreachable!("its rows follow");
-        };
-        embedding.late = Some(Rows::zeros(&self.layout.buckets[bucket], plan.rows().to_vec())?);
-        Ok(())
-    }
-
     /// Called after a model's stage ran: what it alone read goes. In backward its gradient is complete but for the
     /// micro-batches to come: after the step's last one its reduction over ranks starts now; from stage 2 on after each.
     pub fn leave<W: Held>(&mut self, comm: &dyn Comm, stage: usize, pass: Pass, weights: Vec<&mut W>) -> Result<()> {
         let keeps_slices = self.stage >= Stage::Gradients;
         let mut rebind = keeps_slices || self.comes_and_goes();
-        if comm.world() == 1
-            && let Some(embedding) = &mut self.embedding
-            && let Some(rows) = embedding.late.take()
-        {
-            embedding.only = Some(rows);
-            rebind = true;
+        if let Some(embedding) = self.embedding.as_mut().filter(|_| comm.world() == 1) {
+            rebind |= embedding.close_only();
         }
         if matches!(pass, Pass::Backward { last } if last || keeps_slices) {
             // Backward goes down: a bucket is complete at the lowest stage that reads it, but for rows that follow.
@@ -683,11 +353,10 @@ impl Zero {
             let complete = |bucket: &usize| !below(*bucket) || self.rows_follow(*bucket);
             let complete: Vec<usize> = trained(&self.stages[stage]).filter(complete).collect();
             for bucket in complete {
-                match self.embedding.as_mut().and_then(|embedding| embedding.late.take()) {
-                    Some(rows) => {
-                        self.reduce_late_rows(comm, bucket, &rows)?;
-                        rebind = true;
-                    }
+                let late = self.embedding.as_mut().and_then(Embedding::take_late);
+                rebind |= late.is_some();
+                match late {
+                    Some((plan, rows)) => self.reduce_late_rows(comm, bucket, &plan, &rows)?,
                     None => self.reduce(comm, bucket)?,
                 }
             }
@@ -699,10 +368,8 @@ impl Zero {
                 *self.values_mut(flat) = Values::default();
             }
         }
-        if let Some(embedding) = &mut self.embedding
-            && self.buckets[embedding.bucket].values.full.is_some()
-        {
-            rebind |= embedding.early.take().is_some();
+        if let Some(embedding) = &mut self.embedding {
+            rebind |= embedding.drop_early(&self.buckets);
         }
         if rebind {
             self.bind(weights);
@@ -720,14 +387,10 @@ impl Zero {
             self.buckets[bucket].reduced = true;
             return Ok(());
         }
-        let rows = match &mut self.embedding {
-            Some(embedding) if embedding.bucket == bucket && !embedding.tied => embedding.plans.pop_front().flatten(),
-            // None of them are few enough to follow.
-            Some(embedding) if embedding.bucket == bucket && embedding.plans.front() == Some(&None) => {
-                embedding.plans.pop_front().flatten()
-            }
-            _ => None,
-        };
+        let rows = self
+            .embedding
+            .as_mut()
+            .and_then(|embedding| embedding.next_plan(bucket));
         let state = &mut self.buckets[bucket];
         assert!(
             state.reducing.is_none() && state.rows.is_none(),
@@ -761,22 +424,6 @@ impl Zero {
                 pending
             }
         });
-        self.sent(comm, bucket)
-    }
-
-    /// The bucket's whole gradient, where it is kept as rows.
-    fn only_rows(&self, bucket: usize) -> Option<RowGradient<'_>> {
-        self.embedding.as_ref()?.gradient_of(bucket)
-    }
-
-    /// Starts sending the rows that follow the rest of a bucket's gradient.
-    fn reduce_late_rows(&mut self, comm: &dyn Comm, bucket: usize, late: &Rows) -> Result<()> {
-        let embedding = self.embedding.as_mut().expect("its rows follow");
-        let plan = embedding.plans.pop_front().flatten().expect("its rows follow");
-        let state = &mut self.buckets[bucket];
-        let place = &self.layout.buckets[bucket];
-        state.rows = Some(rows::start(comm, place, &plan, &late.values, true, self.wire)?);
-        state.rows_follow = true;
         self.sent(comm, bucket)
     }
 
@@ -1005,114 +652,6 @@ impl Zero {
         Ok(())
     }
 
-    /// Compares what the ranks should hold alike: the ranks whose memory is damaged, each with what is wrong. Called between
-    /// [`Zero::finish`] and [`Zero::update`]: there the parameters are what the step was made with, and the master weights what
-    /// they were published from; the next publication would write over what is wrong. From stage 3 on nothing is held alike, and
-    /// nothing is found.
-    pub fn damaged_ranks(&mut self, comm: &dyn Comm) -> Result<Vec<(usize, &'static str)>> {
-        assert!(!self.unpublished, "compared before the update");
-        self.arrived(comm)?;
-        if self.stage == Stage::Parameters {
-            return Ok(Vec::new());
-        }
-        let n_slices = self.layout.n_slices;
-        let mut mine = Digests {
-            copies: vec![0; n_slices],
-            truth: 0,
-        };
-        for (bucket, state) in self.layout.buckets.iter().zip(&self.buckets) {
-            let Some(full) = &state.values.full else {
-                assert_eq!(n_slices, 1, "only one rank reads rows of a matrix that it holds once");
-                continue;
-            };
-            for (slice, copy) in mine.copies.iter_mut().enumerate() {
-                let range = slice * bucket.slice_len..(slice + 1) * bucket.slice_len;
-                *copy = digest::mix(*copy, digest::of(&view(full, range)));
-            }
-            let published = state.slice.theta.f_to_kind(full.kind())?;
-            mine.truth = digest::mix(mine.truth, digest::of(&published));
-        }
-        let words = mine.copies.iter().chain([&mine.truth]);
-        let words: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
-        let all = comm.all_gather_bytes(&words)?;
-        let read = |words: &Vec<u8>| {
-            let mut copies: Vec<u64> = words
-                .chunks_exact(8)
-                .map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")))
-                .collect();
-            let truth = copies.pop().expect("the truth stands last");
-            Digests { copies, truth }
-        };
-        Ok(damaged(&all.iter().map(read).collect::<Vec<_>>()))
-    }
-
-    /// The least bytes that a rank sends in a step of so many micro-batches with whole gradients: what `Comm::sent` grows by,
-    /// but for padding, a few numbers, and rows where they are fewer.
-    pub fn least_bytes(&self, comm: &dyn Comm, micro_batches: usize) -> u64 {
-        let world = comm.world();
-        let wire = self.wire.bytes();
-        let width = self.kind.elt_size_in_bytes();
-        // How often a micro-batch gathers a bucket: before forward and before backward, but the head's are one pass and the
-        // embedding's backward reads nothing.
-        let gathers = |flat: Flat| {
-            let last = self.stages.len().saturating_sub(1);
-            let visits = self
-                .stages
-                .iter()
-                .enumerate()
-                .filter(|(_, flats)| flats.contains(&flat));
-            visits
-                .map(|(stage, _)| if stage == 0 || stage == last { 1 } else { 2 })
-                .sum::<usize>()
-        };
-        let trained = self.layout.buckets.iter().enumerate().map(|(index, bucket)| {
-            let each = match self.stage {
-                Stage::Replicated => 2 * wire,
-                Stage::OptimizerState => wire + width,
-                Stage::Gradients => micro_batches * wire + width,
-                Stage::Parameters => micro_batches * (wire + gathers(Flat::Trained(index)) * width),
-            };
-            bucket.numel * each
-        });
-        let frozen = self
-            .frozen
-            .iter()
-            .enumerate()
-            .map(|(index, frozen)| frozen.bucket.numel * micro_batches * gathers(Flat::Frozen(index)) * width);
-        (trained.chain(frozen).sum::<usize>() * (world - 1) / world) as u64
-    }
-
-    /// Bytes of what this rank holds now: parameters in the compute precision (frozen ones too where they are divided),
-    /// gradients, optimizer state. `configs::memory` counts the same beforehand.
-    pub fn held_bytes(&self) -> [u64; 3] {
-        let bytes = |tensor: &Tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
-        let whole = |values: &Values| values.full.as_ref().map_or(0, bytes);
-        let (mut parameters, mut gradients, mut optimizer) = (0, 0, 0);
-        for state in &self.buckets {
-            parameters += if self.shares(state.device) {
-                0
-            } else {
-                whole(&state.values)
-            };
-            let own_slice = self.layout.n_slices > 1 || self.stage >= Stage::Gradients;
-            gradients += state.grads.as_ref().map_or(0, bytes);
-            gradients += if own_slice { bytes(&state.grads_slice) } else { 0 };
-            gradients += state.incoming.as_ref().map_or(0, bytes);
-            optimizer += bytes(&state.slice.theta) + bytes(&state.slice.m) + bytes(&state.slice.v);
-        }
-        let of_rows = |rows: Option<&Rows>| rows.map_or(0, |rows| bytes(&rows.values));
-        if let Some(embedding) = &self.embedding {
-            parameters += of_rows(embedding.early.as_ref());
-            gradients += of_rows(embedding.only.as_ref());
-        }
-        parameters += self
-            .frozen
-            .iter()
-            .map(|frozen| bytes(&frozen.slice) + whole(&frozen.values))
-            .sum::<u64>();
-        [parameters, gradients, optimizer]
-    }
-
     /// This rank's slice of `bucket` and where it lies in the unpadded bucket.
     pub fn slice(&self, bucket: usize) -> (Range<usize>, &Slice) {
         (
@@ -1152,67 +691,13 @@ fn shaped(flat: &Tensor, bucket: &Bucket, param: usize) -> Tensor {
     view(flat, bucket.ranges[param].clone()).view(bucket.params[param].shape.as_slice())
 }
 
-/// Slice `index` of the bucket that `values` fill, padded with zeros.
-fn slice_of(bucket: &Bucket, index: usize, values: &[Tensor], kind: Kind, device: Device) -> Result<Tensor> {
-    let slice = Tensor::f_zeros([bucket.slice_len as i64], (kind, device))?;
-    let mine = bucket.slice(index);
-    for ((range, param), value) in bucket.ranges.iter().zip(&bucket.params).zip(values) {
-        assert_eq!(
-            value.size(),
-            param.shape,
-            "{}: the value has the registered shape",
-            param.name
-        );
-        let (start, end) = (range.start.max(mine.start), range.end.min(mine.end));
-        if start < end {
-            let part = view(&value.reshape([-1]), start - range.start..end - range.start);
-            view(&slice, start - mine.start..end - mine.start).f_copy_(&part)?;
-        }
-    }
-    Ok(slice)
-}
-
-/// # Errors
-/// When a rank describes other parameters than rank 0: the lines in which they differ, of both.
-fn check_ranks_agree(comm: &dyn Comm, description: &str) -> Result<()> {
-    let mine = blake3::hash(description.as_bytes());
-    let all = comm.all_gather_bytes(mine.as_bytes())?;
-    let ranks: Vec<usize> = (0..all.len()).filter(|&rank| all[rank] != all[0]).collect();
-    let Some(&first) = ranks.first() else {
-        return Ok(());
-    };
-    let texts = comm.all_gather_texts(description.as_bytes())?;
-    let text = |rank: usize| String::from_utf8_lossy(&texts[rank]);
-    let only = |a: &str, b: &str| -> String {
-        let known: std::collections::BTreeSet<&str> = b.lines().collect();
-        let lines: Vec<&str> = a.lines().filter(|line| !known.contains(line)).collect();
-        let shown = lines.iter().take(LINES_SHOWN).map(|line| format!("\n    {line}"));
-        let more = match lines.len().saturating_sub(LINES_SHOWN) {
-            0 => String::new(),
-            more => format!("\n    and {more} more"),
-        };
-        match lines.is_empty() {
-            true => "\n    nothing that the other lacks".to_owned(),
-            false => shown.collect::<String>() + &more,
-        }
-    };
-    Err(Error::LayoutMismatch {
-        ranks,
-        first,
-        rank_0_only: only(&text(0), &text(first)),
-        first_only: only(&text(first), &text(0)),
-    })
-}
-
-const LINES_SHOWN: usize = 12;
-
 /// Reductions under way at a time, where each holds copies of a whole gradient.
 const MOST_COPIED: usize = 2;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ParamSpec;
+    use crate::{BucketSpec, ParamSpec};
 
     fn specs() -> Vec<BucketSpec> {
         let param = |name: &str, shape: &[i64], group| ParamSpec {

@@ -1,19 +1,21 @@
 //! Functions over slices that use the widest vectors of the processor they run on.
 
-/// Defines a function whose body is compiled for several kinds of vectors, of which the processor's widest are used.
+/// Defines a function whose body is compiled for several kinds of vectors, of which the processor's widest are used. No product is
+/// fused with a sum, so the bits are the same with all.
 ///
 /// A closure given to `pulp` does not do: the compiler may leave a large one out of line, and then compiles it for the least
 /// processor of all. A method that must be inlined is compiled for each.
+#[macro_export]
 macro_rules! vectorized {
     (
         $(#[$meta:meta])*
-        $vis:vis fn $name:ident $(<$($kind:ident),+>)? ($($argument:ident: $type:ty),* $(,)?) -> $result:ty $body:block
+        $vis:vis fn $name:ident $(<$($kind:ident: $bound:path),+>)? ($($argument:ident: $type:ty),* $(,)?) -> $result:ty $body:block
     ) => {
         $(#[$meta])*
-        $vis fn $name $(<$($kind: $crate::model::kernels::cpu::Element),+>)? ($($argument: $type),*) -> $result {
+        $vis fn $name $(<$($kind: $bound),+>)? ($($argument: $type),*) -> $result {
             struct Task<T>(T);
 
-            impl $(<$($kind: $crate::model::kernels::cpu::Element),+>)? pulp::WithSimd for Task<($($type,)*)> {
+            impl $(<$($kind: $bound),+>)? pulp::WithSimd for Task<($($type,)*)> {
                 type Output = $result;
 
                 #[inline(always)]
@@ -27,4 +29,3 @@ macro_rules! vectorized {
         }
     };
 }
-pub(in crate::model) use vectorized;
