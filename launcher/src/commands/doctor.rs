@@ -166,7 +166,15 @@ fn print(
         lines.extend(gpus.iter().map(|OnGpu { rank, host, gpu }| {
             format!("rank {rank} on {host} has GPU {} ({}, {})", gpu.number, gpu.name, gpu.uuid)
         }));
-        for size in measured.iter().flat_map(|measured| &measured.sizes) {
+        if place.world == 1 {
+            lines.push(
+                "one rank alone: no links and no all-reduces; start `panglot doctor` by srun or mpirun as the run's ranks, to see them"
+                    .to_owned(),
+            );
+        }
+        // A rank alone is timed with nothing to send: no pace of anything.
+        let between_ranks = measured.iter().filter(|_| place.world > 1);
+        for size in between_ranks.flat_map(|measured| &measured.sizes) {
             let late = if size.worst_seconds > 4.0 * size.seconds { ", the worst " } else { "" };
             let worst = if late.is_empty() { String::new() } else { milliseconds(size.worst_seconds) };
             lines.push(format!(
