@@ -1,5 +1,7 @@
 //! The number of ranks, and how training is divided among them, changes nothing but the order of sums.
 
+use std::process::Command;
+
 use whole_program_tests::{Run, panglot, prepared, succeed, text};
 
 fn run(ranks: u32, overrides: &[&str]) -> Run {
@@ -123,21 +125,45 @@ fn dropout_depends_on_rows_and_not_on_ranks_or_recomputation() {
     assert!((one[5] - losses(1, &[])[5]).abs() > 1e-6, "dropout does something");
 }
 
-#[test]
-fn an_outlier_is_skipped_and_said() {
-    let run = Run::new();
-    // On one batch again and again, with a rate that rises from nothing, the norm is 0.9 ± 0.04 for eight steps; the
-    // thirteenth step's is 1.56, sixteen deviations above.
-    let overrides = [
-        "train.steps=14",
+/// On one batch again and again, with a rate that rises from nothing, the norm is 0.9 ± 0.04 for eight steps; the thirteenth
+/// step's is 1.56, sixteen deviations above. That is skipped, so the next one's is the same: now √7 deviations above seven as before
+/// and itself.
+fn with_an_outlier(run: &Run, guard: &str) -> Command {
+    let mut command = run.train(&[
+        "train.steps=16",
         "debug.overfit_one_batch=true",
         "optimizer.warmup_steps=12",
         "optimizer.lr_lora=0.01",
         "optimizer.lr_embeddings=0.01",
-        "train.guard={window: 8, norm_sigmas: 4, skips_in_a_row: 12}",
-    ];
-    let mut command = run.train(&overrides);
+        guard,
+    ]);
     command.args(["-n", "2"]);
+    command
+}
+
+#[test]
+fn skips_in_a_row_end_the_run() {
+    let run = Run::new();
+    let mut command = with_an_outlier(&run, "train.guard={window: 8, norm_sigmas: 2, skips_in_a_row: 2}");
+    let output = command.output().expect("the program starts");
+    let said = text(&output);
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("2 steps in a row were skipped, the last "), "{said}");
+    assert!(said.contains("lower the learning rates"), "{said}");
+    let skipped: Vec<bool> = run.metrics().iter().map(|line| line["skipped"] == true).collect();
+    assert!(skipped.len() > 3 && skipped.len() < 16, "{skipped:?}");
+    let in_a_row = skipped.windows(2).position(|pair| pair == [true, true]);
+    assert_eq!(
+        in_a_row,
+        Some(skipped.len() - 2),
+        "it ends with the second, and not before: {skipped:?}"
+    );
+}
+
+#[test]
+fn an_outlier_is_skipped_and_said() {
+    let run = Run::new();
+    let command = with_an_outlier(&run, "train.guard={window: 8, norm_sigmas: 4, skips_in_a_row: 12}");
     let said = text(&succeed(command));
     let metrics = run.metrics();
     let skipped: Vec<_> = metrics.iter().filter(|line| line["skipped"] == true).collect();

@@ -62,6 +62,23 @@ fn the_recipes_plans_are_those_that_were_read() {
 }
 
 #[test]
+fn the_page_on_scaling_shows_what_was_measured() {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let page = std::fs::read_to_string(repository.join("docs/scaling.md")).expect("the page on scaling");
+    let results = std::fs::read_to_string(repository.join("bench/results/model.json")).expect("the bench's results");
+    let results: Vec<Value> = serde_json::from_str(&results).expect("JSON");
+    for case in results.iter().filter(|case| case["unit"] == "tokens/s") {
+        let name = case["name"].as_str().expect("a name");
+        let line = page.lines().find(|line| line.starts_with(&format!("| `{name}` |")));
+        let measured = format!("| {:.0} |", case["ours"].as_f64().expect("a figure"));
+        assert!(
+            line.is_some_and(|line| line.ends_with(&measured)),
+            "docs/scaling.md, {name}: {line:?}, but the results have {measured}"
+        );
+    }
+}
+
+#[test]
 fn places_and_hardware_are_asked_for_by_name() {
     let of = |more: &[&str]| json(&[&["configs/mala500-7b.yaml", NOWHERE], more].concat());
     let forecast = |plan: &Value| plan["derived"]["forecast"].clone();

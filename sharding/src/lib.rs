@@ -17,6 +17,9 @@ pub mod zero;
 
 pub use comm::{Comm, Mark, Pending, Reduce, Sent, Wire};
 pub use layout::{BucketSpec, Layout, ParamSpec};
+/// What [`vectorized!`] expands to names it.
+#[doc(hidden)]
+pub use pulp;
 pub use zero::{Held, Pass, Stage, Zero};
 
 /// What can go wrong between ranks.

@@ -15,17 +15,17 @@ macro_rules! vectorized {
         $vis fn $name $(<$($kind: $bound),+>)? ($($argument: $type),*) -> $result {
             struct Task<T>(T);
 
-            impl $(<$($kind: $bound),+>)? pulp::WithSimd for Task<($($type,)*)> {
+            impl $(<$($kind: $bound),+>)? $crate::pulp::WithSimd for Task<($($type,)*)> {
                 type Output = $result;
 
                 #[inline(always)]
-                fn with_simd<S: pulp::Simd>(self, _: S) -> $result {
+                fn with_simd<S: $crate::pulp::Simd>(self, _: S) -> $result {
                     let ($($argument,)*) = self.0;
                     $body
                 }
             }
 
-            pulp::Arch::new().dispatch(Task(($($argument,)*)))
+            $crate::pulp::Arch::new().dispatch(Task(($($argument,)*)))
         }
     };
 }

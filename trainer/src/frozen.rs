@@ -11,6 +11,8 @@ use crate::model::Model;
 pub struct Frozen {
     /// By stage of the model; those without frozen weights have the digest of nothing.
     loaded: Vec<u64>,
+    /// By stage: the step in which it was last found to be what was loaded, if it was looked at since.
+    sound: Vec<Option<u64>>,
     /// To be looked at next.
     stage: usize,
 }
@@ -35,15 +37,31 @@ impl Frozen {
                 different.join(", ")
             );
         }
-        Ok(Frozen { loaded, stage: 0 })
+        Ok(Frozen {
+            sound: vec![None; loaded.len()],
+            loaded,
+            stage: 0,
+        })
     }
 
-    /// Looks at the next stage: the ranks where it is not any more what was loaded. All ranks call it.
-    pub fn damaged_ranks(&mut self, model: &mut Model, comm: &dyn Comm) -> Result<Vec<usize>> {
-        let differs = digest_of(&model.frozen()[self.stage]) != self.loaded[self.stage];
-        self.stage = (self.stage + 1) % self.loaded.len();
+    /// Looks at the next stage: the ranks where it is not any more what was loaded, and the step in which it last was, if that was
+    /// seen. All ranks call it.
+    pub fn damaged_ranks(
+        &mut self,
+        model: &mut Model,
+        comm: &dyn Comm,
+        step: u64,
+    ) -> Result<(Vec<usize>, Option<u64>)> {
+        let stage = self.stage;
+        self.stage = (stage + 1) % self.loaded.len();
+        let differs = digest_of(&model.frozen()[stage]) != self.loaded[stage];
         let all = comm.all_gather_bytes(&[u8::from(differs)])?;
-        Ok((0..all.len()).filter(|rank| all[*rank] == [1]).collect())
+        let damaged: Vec<usize> = (0..all.len()).filter(|rank| all[*rank] == [1]).collect();
+        let sound = self.sound[stage];
+        if damaged.is_empty() {
+            self.sound[stage] = Some(step);
+        }
+        Ok((damaged, sound))
     }
 }
 

@@ -31,6 +31,19 @@ pub struct Trainer<'a> {
     pub guard: Guard,
     /// Where every rank holds them whole, and ranks are compared.
     pub frozen: Option<Frozen>,
+    /// The first step since the weights were loaded, once there was one.
+    first: Option<u64>,
+    /// The step in which ranks were last found to hold alike what trains.
+    alike: Option<u64>,
+}
+
+/// What a rank no longer holds as all should.
+#[derive(Debug, PartialEq)]
+pub struct Damage {
+    pub rank: usize,
+    pub what: &'static str,
+    /// The step in which this was last known to be sound: compared, or loaded before it.
+    pub sound: u64,
 }
 
 /// What every rank knows alike after a step.
@@ -45,8 +58,8 @@ pub struct StepReport {
     pub skipped: Option<Why>,
     /// Some rank was asked to save and stop.
     pub stop: bool,
-    /// Ranks that no longer hold what all should hold alike, each with what is wrong, where that was looked at.
-    pub damaged: Vec<(usize, &'static str)>,
+    /// What ranks no longer hold alike, where that was looked at.
+    pub damaged: Vec<Damage>,
 }
 
 impl<'a> Trainer<'a> {
@@ -67,6 +80,8 @@ impl<'a> Trainer<'a> {
             step: 0,
             guard: Guard::new(plan.train.guard),
             frozen: None,
+            first: None,
+            alike: None,
         }
     }
 
@@ -85,12 +100,21 @@ impl<'a> Trainer<'a> {
     }
 
     /// What ranks no longer hold alike. Between the step's gradient and its update.
-    fn damaged(&mut self) -> Result<Vec<(usize, &'static str)>> {
+    fn damaged(&mut self, first: u64) -> Result<Vec<Damage>> {
         self.comm.at(Mark::Compare);
-        let mut found = self.zero.damaged_ranks(self.comm)?;
+        let differ = self.zero.damaged_ranks(self.comm)?.into_iter();
+        let sound = self.alike.unwrap_or(first);
+        let mut found: Vec<Damage> = differ.map(|(rank, what)| Damage { rank, what, sound }).collect();
+        if found.is_empty() {
+            self.alike = Some(self.step);
+        }
         if let Some(frozen) = &mut self.frozen {
-            let ranks = frozen.damaged_ranks(&mut self.model, self.comm)?.into_iter();
-            found.extend(ranks.map(|rank| (rank, "its frozen weights are not what it loaded")));
+            let (ranks, sound) = frozen.damaged_ranks(&mut self.model, self.comm, self.step)?;
+            found.extend(ranks.into_iter().map(|rank| Damage {
+                rank,
+                what: "its frozen weights are not what it loaded",
+                sound: sound.unwrap_or(first),
+            }));
         }
         Ok(found)
     }
@@ -106,6 +130,7 @@ impl<'a> Trainer<'a> {
     ///
     /// `stop` says that this rank was asked to save and stop; the ranks agree on it in the step's one small reduction.
     pub fn train_step(&mut self, batch: &Batch, stop: bool) -> Result<StepReport> {
+        let first = *self.first.get_or_insert(self.step);
         let n_targets = self.comm.sum(&[batch.n_targets as f64])?[0];
         // A batch without any has no gradient and no loss; dividing by one keeps them 0.
         let divisor = n_targets.max(1.0);
@@ -124,7 +149,7 @@ impl<'a> Trainer<'a> {
         let verdict = self.zero.finish(self.comm, &ride_along)?;
         let loss = verdict.sums[0] / divisor;
         let damaged = if self.compares(self.step) {
-            self.damaged()?
+            self.damaged(first)?
         } else {
             Vec::new()
         };

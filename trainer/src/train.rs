@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use configs::Plan;
 use launcher::checkpoint::identity::{Difference, Differences};
 use launcher::checkpoint::{Found, Identity};
@@ -25,7 +25,7 @@ use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Progress, Saver};
 use crate::during::During;
 use crate::planned::Watch;
-use crate::step::{StepReport, Trainer, lr_by_group};
+use crate::step::{Damage, StepReport, Trainer, lr_by_group};
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -288,15 +288,15 @@ fn check_ranks_equal(trainer: &Trainer, report: &StepReport) -> Result<()> {
     let named: Vec<String> = report
         .damaged
         .iter()
-        .map(|(rank, what)| format!("rank {rank}: {what}"))
+        .map(|Damage { rank, what, .. }| format!("rank {rank}: {what}"))
         .collect();
-    ensure!(
-        named.is_empty(),
-        "in step {} ranks differ in what they should hold alike; memory or network is at fault. {}. Take that machine out and start \
-         again; what was saved since step {}, when ranks were last compared, may be spoilt: remove it first",
-        trainer.step - 1,
-        named.join("; "),
-        (trainer.step - 1) / trainer.plan.train.check_ranks_every.max(1) * trainer.plan.train.check_ranks_every
-    );
+    if let Some(sound) = report.damaged.iter().map(|damage| damage.sound).min() {
+        bail!(
+            "in step {} ranks differ in what they should hold alike; memory or network is at fault. {}. Take that machine out and start \
+             again; what was saved after step {sound}, when this was last known to be sound, may be spoilt: remove it first",
+            trainer.step - 1,
+            named.join("; "),
+        );
+    }
     Ok(())
 }

@@ -15,7 +15,7 @@ use mpirun::{Case, memory};
 use sharding::{Comm, Pass, Stage};
 use tch::{Device, Kind, Tensor};
 use trainer::batch::{Batch, MicroBatch};
-use trainer::step::Trainer;
+use trainer::step::{Damage, Trainer};
 
 const PIECES: usize = 97;
 /// So many that those of a batch are few: rows are fetched ahead, and follow a tied head's gradient.
@@ -51,10 +51,11 @@ fn main() {
     }
 }
 
-const CASES: [Case; 11] = [
+const CASES: [Case; 12] = [
     // First: what others leave to the allocator would be taken from what this one measures.
     ("a_base_is_divided_as_it_is_read", resident_at_load),
     ("every_stage_gives_the_training_of_one_rank", same_as_one_rank),
+    ("every_stage_computes_with_the_same_bf16_weights", bf16_weights),
     ("bf16_gradients_give_nearly_the_same", bf16_gradients),
     ("a_slow_rank_changes_no_bit", slow_rank),
     ("deterministic_runs_agree_to_the_bit_on_many_threads", deterministic),
@@ -157,6 +158,29 @@ fn same_as_one_rank(comm: &dyn Comm, shared: &Path) {
                 "{}: frozen shards",
                 model.name
             );
+        }
+    }
+}
+
+/// What a step computes with is another tensor than what is updated: published late, or an older one, and stages would differ.
+fn bf16_weights(comm: &dyn Comm, shared: &Path) {
+    let alone = sharding::join(1).expect("one rank");
+    for model in &MODELS {
+        let mut plan = plan(shared, model);
+        let in_f32 = outcome(&plan, alone.as_ref(), (Stage::OptimizerState, false), 1, |_| ());
+        plan.train.precision = Precision::Bf16;
+        let one = outcome(&plan, alone.as_ref(), (Stage::OptimizerState, false), 1, |_| ());
+        assert_ne!(in_f32.losses, one.losses, "{}: something was rounded", model.name);
+        let many = Stage::ALL.map(|stage| outcome(&plan, comm, (stage, stage >= Stage::Gradients), 1, |_| ()));
+        for (step, (one, many)) in one.losses.iter().zip(&many[0].losses).enumerate() {
+            assert!(
+                (one - many).abs() < BF16_LOSS,
+                "{}, step {step}: {one} by one rank, {many} by several",
+                model.name
+            );
+        }
+        for (stage, each) in Stage::ALL.iter().zip(&many) {
+            assert_eq!(&many[0], each, "{}: bits of stage 0 and {stage:?}", model.name);
         }
     }
 }
@@ -325,7 +349,7 @@ fn flipped_bit(comm: &dyn Comm, shared: &Path) {
         }
         let found = found(&mut trainer, 1);
         assert_eq!(found.len(), 1, "{stage:?}: {found:?}");
-        assert_eq!(found[0].0, victim, "{stage:?}: {found:?}");
+        assert_eq!((found[0].rank, found[0].sound), (victim, 0), "{stage:?}: {found:?}");
     }
     let mut plan_of_lora = plan(shared, &MODELS[0]);
     plan_of_lora.train.check_ranks_every = 1;
@@ -338,13 +362,14 @@ fn flipped_bit(comm: &dyn Comm, shared: &Path) {
             *frozen = frozen.copy();
             flip(frozen);
         }
-        // Embedding, two layers, head: one a step.
+        // Embedding, two layers, head: one a step; this one has not been looked at since it was loaded.
         let found: Vec<_> = (1..5).flat_map(|step| found(&mut trainer, step)).collect();
-        assert_eq!(
-            found,
-            [(victim, "its frozen weights are not what it loaded")],
-            "{stage:?}"
-        );
+        let damage = Damage {
+            rank: victim,
+            what: "its frozen weights are not what it loaded",
+            sound: 0,
+        };
+        assert_eq!(found, [damage], "{stage:?}");
     }
 }
 

@@ -38,7 +38,7 @@ struct Arguments {
     base: PathBuf,
     #[arg(long, default_value = "bench/results/sharding.json")]
     out: PathBuf,
-    /// Measures only the cases whose names begin so: zero1, zero3, sparse, hidden, weak. The other figures stay what they are in the
+    /// Measures only the cases whose names begin so. The other figures stay what they are in the
     /// results.
     #[arg(long, default_value = "")]
     only: String,
@@ -85,7 +85,11 @@ fn main() -> Result<ExitCode> {
     ];
     let only = &bench.arguments.only;
     let wanted: Vec<_> = cases.iter().filter(|(name, _)| name.starts_with(only)).collect();
-    ensure!(!wanted.is_empty(), "--only {only} begins no case's name; see --help");
+    ensure!(
+        !wanted.is_empty(),
+        "--only {only} begins the name of no case: {}",
+        cases.map(|(name, _)| name).join(", ")
+    );
     for (_, case) in wanted {
         case(&bench, &mut results)?;
     }

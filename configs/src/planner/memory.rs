@@ -376,7 +376,7 @@ impl Activations {
     }
 
     /// The head's chunk of logits at most: how many targets a micro-batch knows is its text's.
-    pub fn head_chunk(&self) -> u64 {
+    fn head_chunk(&self) -> u64 {
         (self.most_in_chunk() * self.sizes.rows * self.width) as u64
     }
 

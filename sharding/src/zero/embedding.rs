@@ -70,9 +70,9 @@ impl Embedding {
         buckets[self.bucket].values.full.is_some() && self.early.take().is_some()
     }
 
-    /// The rows that now follow the rest of the gradient, and how they travel.
-    pub(super) fn take_late(&mut self) -> Option<(RowPlan, Rows)> {
-        let rows = self.late.take()?;
+    /// The rows that now follow the rest of this bucket's gradient, and how they travel.
+    pub(super) fn take_late(&mut self, bucket: usize) -> Option<(RowPlan, Rows)> {
+        let rows = self.late.take_if(|_| self.bucket == bucket)?;
         let plan = self.plans.pop_front().flatten();
         Some((plan.expect("its rows follow"), rows))
     }

@@ -86,14 +86,6 @@ struct Values {
     arriving: Option<Pending>,
 }
 
-impl BucketState {
-    /// The slice's master weights as the model computes with them, where it does.
-    fn published(&self, kind: Kind) -> Result<Tensor> {
-        // Cast first: it is the smaller to carry.
-        Ok(self.slice.theta.f_to_kind(kind)?.f_to_device(self.device)?)
-    }
-}
-
 impl Values {
     fn wait(&mut self) -> Result<()> {
         self.arriving.take().map_or(Ok(()), Pending::wait)
@@ -117,6 +109,14 @@ struct BucketState {
     /// `grads_slice` holds something of this step.
     reduced: bool,
     slice: Slice,
+}
+
+impl BucketState {
+    /// The slice's master weights as the model computes with them, where it does.
+    fn published(&self, kind: Kind) -> Result<Tensor> {
+        // Cast first: it is the smaller to carry.
+        Ok(self.slice.theta.f_to_kind(kind)?.f_to_device(self.device)?)
+    }
 }
 
 /// Frozen weights of a stage of which each rank keeps a slice.
@@ -353,7 +353,10 @@ impl Zero {
             let complete = |bucket: &usize| !below(*bucket) || self.rows_follow(*bucket);
             let complete: Vec<usize> = trained(&self.stages[stage]).filter(complete).collect();
             for bucket in complete {
-                let late = self.embedding.as_mut().and_then(Embedding::take_late);
+                let late = self
+                    .embedding
+                    .as_mut()
+                    .and_then(|embedding| embedding.take_late(bucket));
                 rebind |= late.is_some();
                 match late {
                     Some((plan, rows)) => self.reduce_late_rows(comm, bucket, &plan, &rows)?,
@@ -641,6 +644,10 @@ impl Zero {
 
     /// As [`Zero::arrived`], of matrices too that steps read rows of. The model is to be bound again. Before stage 3.
     pub fn make_whole(&mut self, comm: &dyn Comm) -> Result<()> {
+        assert!(
+            self.stage < Stage::Parameters,
+            "a rank that keeps only its slices of parameters has nothing to make whole"
+        );
         self.arrived(comm)?;
         // What it has of the matrix is older.
         self.embedding = None;
