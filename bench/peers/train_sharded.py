@@ -70,6 +70,10 @@ peaks = [peak_bytes()]
 if how != "alone":
     peaks = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, peak_bytes())
+    # Each rank's are of its own rows, as many targets each.
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, losses)
+    losses = [sum(of_step) / len(of_step) for of_step in zip(*of_ranks)]
     dist.barrier()
     dist.destroy_process_group()
 numel = sum(parameter.numel() for parameter in trained)

@@ -218,6 +218,17 @@ impl Sides {
     }
 }
 
+/// # Errors
+/// Where the losses of the first step say that the sides do not do the same work.
+pub fn ensure_alike(name: &str, ours: &Sides, peers: &Sides) -> Result<()> {
+    let [first, peers_first] = [ours, peers].map(|side| side.losses[0]);
+    ensure!(
+        (first - peers_first).abs() < 0.01 * first,
+        "{name}: the same rows and weights have losses of {first} and {peers_first}: the sides do not do the same work"
+    );
+    Ok(())
+}
+
 fn spawn(command: &mut Command) -> Result<Child> {
     let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
     child.with_context(|| format!("cannot run {command:?}"))

@@ -2,7 +2,7 @@
 //! which layers recompute where the plan leaves that to the planner.
 
 use anyhow::{Result, ensure};
-use configs::planner::{Budget, Division, Hardware, Memory, Sizes, Traffic, time};
+use configs::planner::{Besides, Budget, Division, Hardware, Memory, Sizes, Traffic, time};
 use configs::{Mix, Plan, Train};
 use launcher::place::Place;
 use launcher::{planned, text};
@@ -56,7 +56,7 @@ pub fn recomputation(plan: &Plan, sizes: &Sizes, comm: &dyn Comm, device: Device
         &train,
         &division(plan, comm.world(), shards),
         shards.1,
-        plan.saves_on_the_way(),
+        Besides::of(plan),
     );
     let (selective, full) = time::recomputation(sizes, &train, &hardware);
     let all = Mix {
@@ -115,7 +115,7 @@ impl Watch {
         let division = division(plan, world, shards);
         let micro_batches = train.rows_per_step / world / train.micro_rows;
         let planned = Planned {
-            memory: Budget::new(&sizes, &train, &division, shards.1, plan.saves_on_the_way()).with(&trainer.recompute),
+            memory: Budget::new(&sizes, &train, &division, shards.1, Besides::of(plan)).with(&trainer.recompute),
             traffic: Traffic::of(&sizes, &train, &division, shards.1, micro_batches),
             recompute: trainer.recompute.sentence(sizes.layers),
         };

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use configs::planner::{Block, Budget, Division, Sizes, Traffic};
+use configs::planner::{Besides, Block, Budget, Division, Sizes, Traffic};
 use configs::{FullModule, Gelu, Lora, Mix, Pieces, Plan, Precision, Recompute, Shape};
 use corpus::{Row, RowsDigest};
 use sharding::{Comm, Stage};
@@ -229,7 +229,13 @@ fn elements(comm: &dyn Comm, shared: &Path) {
                 let frozen: usize = frozen.numels.iter().sum();
                 assert_eq!(all.total - all.trainable, frozen as u64, "{what}");
 
-                let budget = Budget::new(&sizes, &plan.train, &division(&plan, comm, zero), false, false);
+                let budget = Budget::new(
+                    &sizes,
+                    &plan.train,
+                    &division(&plan, comm, zero),
+                    false,
+                    Besides::default(),
+                );
                 let planned = budget.with(&Mix::default());
                 let [parameters, gradients, optimizer] = trainer.zero.held_bytes();
                 let frozen = (frozen * precision.bytes()) as u64;
@@ -324,7 +330,14 @@ fn resident(comm: &dyn Comm, shared: &Path, (model, precision, zero, mix): Setti
     let before = Resident::now().bytes;
     let mut trainer = fresh();
     let sizes = trainer.model.sizes();
-    let planned = Budget::new(&sizes, &plan.train, &division(&plan, comm, zero), divides, false).with(&mix);
+    let planned = Budget::new(
+        &sizes,
+        &plan.train,
+        &division(&plan, comm, zero),
+        divides,
+        Besides::default(),
+    )
+    .with(&mix);
     Resident::forget_peak();
     step(&mut trainer);
     let peak = comm

@@ -7,8 +7,8 @@ use std::process::Command;
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
-use bench::training::{BODY, LINEARS, PIECES, Panglot, Side, Sides, WIDTH, grow};
+use anyhow::Result;
+use bench::training::{BODY, LINEARS, PIECES, Panglot, Side, Sides, WIDTH, ensure_alike, grow};
 use bench::{Entry, Report, Results, number, peer, report, run};
 use clap::{Parser, Subcommand};
 use launcher::worker::variables;
@@ -169,12 +169,8 @@ impl Bench {
             ours.add(self.panglot.train(&[], &overrides)?);
             peers.add(self.theirs(case, &base, &rows)?);
         }
+        ensure_alike(case.name, &ours, &peers)?;
         let [[first, last], [peers_first, peers_last]] = [ours.losses, peers.losses];
-        ensure!(
-            (first - peers_first).abs() < 0.01 * first,
-            "{}: the same rows and weights have losses of {first} and {peers_first}: the sides do not do the same work",
-            case.name
-        );
         let tokens = (case.rows * TIME) as f64;
         let floor = peak / case.flop_per_token();
         let (ours_speed, peers_speed) = (tokens / ours.seconds(), tokens / peers.seconds());

@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use bench::training::{LINEARS, Panglot, Side, Sides, grow, step_seconds};
+use bench::training::{LINEARS, Panglot, Side, Sides, ensure_alike, grow, step_seconds};
 use bench::{Entry, Report, Results, middle, number, run, script, text_of};
 use clap::{Parser, Subcommand};
 use serde_json::json;
@@ -115,10 +115,16 @@ impl Bench {
             trained = number(&report, "trained");
             peers.add(Side::of_training(&report));
         }
+        ensure_alike("zero1_vs_ddp", &ours, &peers)?;
         results.put(
             Entry::of("zero1_vs_ddp", speed(&ours), speed(&peers), "tokens/s")
                 .peer_is("DDP over gloo, transformers + PEFT, SDPA, fused AdamW, the same rows; 4 ranks of one thread on both sides")
-                .note(format!("f32, {trained} trained, {TIME} tokens a rank and step")),
+                .note(format!(
+                    "f32, {trained} trained, {TIME} tokens a rank and step; the largest rank's peak resident memory {:.0} MB, the \
+                     peer's {:.0} MB",
+                    ours.peak_bytes / 1e6,
+                    peers.peak_bytes / 1e6
+                )),
         )?;
         results.put(
             Entry::of("bytes_dense", ours.bytes_sent, least_bytes(trained, RANKS), "bytes").peer_is(
@@ -137,6 +143,7 @@ impl Bench {
             ours.add(self.panglot.train(&[], &overrides)?);
             peers.add(Side::of_training(&self.peers("fsdp", &ranks)?));
         }
+        ensure_alike("zero3_vs_fsdp", &ours, &peers)?;
         results.put(
             Entry::of("zero3_vs_fsdp", speed(&ours), speed(&peers), "tokens/s")
                 .peer_is("fully_shard of every layer and the root over gloo; otherwise as zero1_vs_ddp"),

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::checkpoint::Saving;
 use super::hardware::Hardware;
-use super::memory::{Budget, Division, Memory};
+use super::memory::{Besides, Budget, Division, Memory};
 use super::sizes::{Parameters, Sizes};
 use super::time::{self, FlopPerToken, Place, Step, StepTime};
 use super::traffic::Traffic;
@@ -97,7 +97,7 @@ impl Forecast {
             place,
             hardware: &mine,
             usable,
-            saves: plan.saves_on_the_way(),
+            besides: Besides::of(plan),
             costs,
         };
         let own = way(train.zero, train.shard_frozen);
@@ -211,13 +211,13 @@ struct Way<'a> {
     hardware: &'a Hardware,
     usable: u64,
     /// Checkpoints are written beside the steps.
-    saves: bool,
+    besides: Besides,
     costs: (f64, f64),
 }
 
 impl Way<'_> {
     fn budget(&self) -> Budget {
-        Budget::new(self.sizes, self.train, &self.division, self.shard_frozen, self.saves)
+        Budget::new(self.sizes, self.train, &self.division, self.shard_frozen, self.besides)
     }
 
     /// Where nothing is divided one rank of all writes checkpoints, and has its node's whole memory to copy them to.
@@ -236,6 +236,7 @@ impl Way<'_> {
             sizes: self.sizes,
             train: self.train,
             division: &self.division,
+            besides: self.besides,
             shard_frozen: self.shard_frozen,
             micro_batches: self.micro_batches,
             place: self.place,
@@ -346,7 +347,7 @@ mod tests {
                 &train,
                 &Division::of(1, plan.train.precision, 16),
                 false,
-                true,
+                Besides::of(&plan),
             );
             let (selective, full) = time::recomputation(&sizes(&plan), &train, &hardware);
             let cost = |mix: &Mix| mix.selective as f64 * selective + mix.full as f64 * full;

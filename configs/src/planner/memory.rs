@@ -66,6 +66,29 @@ pub struct Division {
     pub width: usize,
 }
 
+/// What a run asks for that takes memory besides.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Besides {
+    /// Checkpoints are written beside the steps ([`crate::Plan::saves_on_the_way`]).
+    pub saves: bool,
+    /// Sums are made in rank order, by the ranks themselves on GPUs too ([`crate::plan::Debug::deterministic`]).
+    pub ordered: bool,
+}
+
+impl Besides {
+    pub fn of(plan: &crate::Plan) -> Besides {
+        Besides {
+            saves: plan.saves_on_the_way(),
+            ordered: plan.debug.deterministic,
+        }
+    }
+
+    /// Whether GPU ranks exchange shares and add them up themselves. NCCL adds f32, in its own order.
+    pub fn gpus_add_up(self, train: &Train) -> bool {
+        train.device != Device::Cpu && (train.reduce != Precision::F32 || self.ordered)
+    }
+}
+
 /// Bytes on one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct StateBytes {
@@ -485,8 +508,7 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// `saves`: checkpoints are written beside the steps ([`crate::Plan::saves_on_the_way`]).
-    pub fn new(sizes: &Sizes, train: &Train, division: &Division, shard_frozen: bool, saves: bool) -> Budget {
+    pub fn new(sizes: &Sizes, train: &Train, division: &Division, shard_frozen: bool, besides: Besides) -> Budget {
         let [trained, frozen] = sizes.buckets(train.lora.as_ref(), &train.full);
         let divides = shard_frozen && division.world > 1;
         let of_trained = division.of_trained(&trained.numels, &trained.stages);
@@ -495,14 +517,16 @@ impl Budget {
         // ones', while reductions are under way. Before stage 2 those of all stages above may be, since nothing waits
         // for them.
         let staging = |moment: &Moment| -> u64 {
-            if division.world == 1 || (train.device != Device::Cpu && train.reduce == Precision::F32) {
+            let gpus_add_up = besides.gpus_add_up(train);
+            if division.world == 1 || (train.device != Device::Cpu && !gpus_add_up) {
                 return 0;
             }
-            if train.device != Device::Cpu {
-                // NCCL's ranks exchange bf16, and add it up themselves: what is sent and what is received, and before stage 1 a padded
-                // copy. So long before their sum is wanted no more than two are under way, and one that begins.
-                let (under_way, width) = match division.zero {
-                    0 => (1, 8),
+            if gpus_add_up {
+                // What is sent, if it is not the gradient itself, and what is received; before stage 1 a padded copy and the sum besides.
+                // So long before their sum is wanted no more than two are under way, and one that begins.
+                let (under_way, width) = match (division.zero, train.reduce) {
+                    (0, Precision::F32) => (1, 12),
+                    (0, _) => (1, 8),
                     _ => (3, 4),
                 };
                 let above = match moment.at {
@@ -534,7 +558,7 @@ impl Budget {
             });
         let publication = (At::Publication, division.casts(&trained.numels), 0);
         let on_gpu = train.device != Device::Cpu;
-        let snapshot = u64::from(saves) * of_trained.optimizer;
+        let snapshot = u64::from(besides.saves) * of_trained.optimizer;
         // A bucket's gradient comes down, and its parameters go up, one bucket at a time.
         let unnamed = named_rows(sizes, train, division).map_or(0, |rows| {
             let whole: usize = division.slices(&trained.numels[..1]).iter().sum();
@@ -645,6 +669,29 @@ mod tests {
     }
 
     #[test]
+    fn what_gpus_add_up_themselves_is_counted() {
+        let recipe = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("mala500-7b.yaml");
+        let plan = crate::load(&recipe, &[]).unwrap();
+        let sizes = super::super::sizes::published("llama-2-7b").unwrap();
+        let communication = |reduce, ordered| {
+            let train = Train {
+                device: Device::Cuda,
+                reduce,
+                ..plan.train.clone()
+            };
+            let besides = Besides { saves: false, ordered };
+            let budget = Budget::new(&sizes, &train, &Division::of(1, Precision::Bf16, 8), false, besides);
+            budget.with(&Mix::default()).communication
+        };
+        let by_nccl = communication(Precision::F32, false);
+        let in_order = communication(Precision::F32, true);
+        // f32 that is received, or bf16 that is sent and received; NCCL adds f32 where it lies.
+        assert_eq!(in_order, communication(Precision::Bf16, false));
+        let head = 4 * (sizes.rows * sizes.hidden) as u64;
+        assert!(in_order >= by_nccl + head, "{in_order} bytes, {by_nccl} by NCCL");
+    }
+
+    #[test]
     fn offloaded_state_is_the_hosts_and_so_is_a_gpus_copy_for_checkpoints() {
         let recipe = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("mala500-7b.yaml");
         let plan = crate::load(&recipe, &[]).unwrap();
@@ -655,7 +702,8 @@ mod tests {
                 offload_optimizer,
                 ..plan.train.clone()
             };
-            Budget::new(&sizes, &train, &Division::of(1, Precision::Bf16, 8), false, saves).with(&Mix::default())
+            let besides = Besides { saves, ordered: false };
+            Budget::new(&sizes, &train, &Division::of(1, Precision::Bf16, 8), false, besides).with(&Mix::default())
         };
         let (gpu, cpu) = (of(Device::Cuda, false, true), of(Device::Cpu, false, true));
         assert_eq!((gpu.snapshot, gpu.host), (0, gpu.optimizer));

@@ -11,7 +11,7 @@ pub mod traffic;
 
 pub use forecast::{Choice, Forecast};
 pub use hardware::Hardware;
-pub use memory::{Activations, At, Budget, Division, Memory};
+pub use memory::{Activations, At, Besides, Budget, Division, Memory};
 pub use sizes::{Block, Buckets, Parameters, Sizes};
 pub use time::Place;
 pub use traffic::Traffic;

@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::hardware::Hardware;
-use super::memory::{Division, most_in_chunk, slice_len};
+use super::memory::{Besides, Division, most_in_chunk, slice_len};
 use super::sizes::{Buckets, Sizes, has_lora};
 use super::traffic::{FEW_ROWS, Traffic};
 use crate::plan::{FrozenPrecision, Mix, Recompute, Residual, Train};
@@ -241,6 +241,7 @@ pub struct Step<'a> {
     pub sizes: &'a Sizes,
     pub train: &'a Train,
     pub division: &'a Division,
+    pub besides: Besides,
     pub shard_frozen: bool,
     pub micro_batches: usize,
     pub place: Place,
@@ -471,6 +472,10 @@ impl<'a> Walk<'a> {
             };
             let end = self.start(bytes);
             self.reductions.push(end);
+            // Two exchanges with a sum between them, for which a GPU's other work waits.
+            if self.step.division.zero == 0 && self.step.besides.gpus_add_up(self.step.train) {
+                self.now = end;
+            }
         }
     }
 
@@ -534,6 +539,7 @@ mod tests {
             sizes: &llama_2_7b(),
             train,
             division: &Division::of(train.zero, train.precision, place.world()),
+            besides: Besides::default(),
             shard_frozen: train.shard_frozen,
             micro_batches: 8,
             place,
@@ -586,6 +592,27 @@ mod tests {
     }
 
     #[test]
+    fn what_gpus_add_up_in_between_hides_nothing_at_stage_0() {
+        let full = Mix { full: 32, selective: 0 };
+        let at = |device, reduce| {
+            let train = Train {
+                zero: 0,
+                device,
+                reduce,
+                ..plan().train
+            };
+            time(&train, 4, 50e9, &full)
+        };
+        let (cpu, gpu) = (at(Device::Cpu, Precision::Bf16), at(Device::Cuda, Precision::Bf16));
+        assert!(cpu.hidden_share() > 0.5, "{cpu:?}");
+        assert!(gpu.hidden_share() < 0.01, "{gpu:?}");
+        assert!(
+            at(Device::Cuda, Precision::F32).hidden_share() > 0.5,
+            "NCCL's own sums go on beside"
+        );
+    }
+
+    #[test]
     fn each_stage_of_zero_sends_what_its_traffic_says() {
         // Without latency, and with one rate, the line's time is the bytes'.
         let mut hardware = Hardware::usual(Device::Cuda);
@@ -606,6 +633,7 @@ mod tests {
                     sizes: &sizes,
                     train: &train,
                     division: &division,
+                    besides: Besides::default(),
                     shard_frozen,
                     micro_batches,
                     place,
