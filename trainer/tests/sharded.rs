@@ -4,6 +4,8 @@
 mod common;
 #[path = "../../sharding/tests/mpirun/mod.rs"]
 mod mpirun;
+#[path = "sharded/recorded.rs"]
+mod recorded;
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,7 +14,8 @@ use common::write_tokenizer;
 use configs::{FullModule, Pieces, Plan, Precision, Shape};
 use corpus::{Row, RowsDigest};
 use mpirun::{Case, memory};
-use sharding::{Comm, Pass, Stage};
+use recorded::{Did, Recorded};
+use sharding::{Comm, Mark, Pass, Stage};
 use tch::{Device, Kind, Tensor};
 use trainer::batch::{Batch, MicroBatch};
 use trainer::step::{Damage, Trainer};
@@ -51,12 +54,13 @@ fn main() {
     }
 }
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 13] = [
     // First: what others leave to the allocator would be taken from what this one measures.
     ("a_base_is_divided_as_it_is_read", resident_at_load),
     ("every_stage_gives_the_training_of_one_rank", same_as_one_rank),
     ("every_stage_computes_with_the_same_bf16_weights", bf16_weights),
     ("bf16_gradients_give_nearly_the_same", bf16_gradients),
+    ("collectives_go_on_beside_the_stages", beside_the_stages),
     ("a_slow_rank_changes_no_bit", slow_rank),
     ("deterministic_runs_agree_to_the_bit_on_many_threads", deterministic),
     ("a_nan_on_one_rank_makes_all_skip", nan_on_one_rank),
@@ -266,6 +270,61 @@ fn resident_at_load(comm: &dyn Comm, shared: &Path) {
         assert!(
             peak < counted + 2.5 * layer + slack,
             "{peak} at most, {counted} counted"
+        );
+    }
+}
+
+/// What is exchanged is started as soon as it can be, and awaited where it is read.
+fn beside_the_stages(comm: &dyn Comm, shared: &Path) {
+    let plan = plan(shared, &MODELS[1]);
+    let comm = Recorded::new(comm);
+    let of_step = |stage| {
+        let (mut trainer, _) =
+            trainer::train::build_model(&plan, &comm, Device::Cpu, None, (stage, stage >= Stage::Gradients)).unwrap();
+        trainer.train_step(&batch(&comm, 0, 1), false).unwrap();
+        comm.take();
+        trainer.train_step(&batch(&comm, 1, 1), false).unwrap();
+        comm.take()
+    };
+    let (forward, backward) = (|stage| Mark::Forward { stage }, |stage| Mark::Backward { stage });
+    // Where a stage begins and where the next does.
+    let during = |log: &[Did], mark: Mark| {
+        let begins = log.iter().position(|did| *did == Did::At(mark)).expect("it was there") + 1;
+        let lasts = log[begins..].iter().position(|did| matches!(did, Did::At(_)));
+        begins..begins + lasts.expect("another follows")
+    };
+    let count = |log: &[Did], what: Did| log.iter().filter(|did| **did == what).count();
+
+    for stage in [Stage::Replicated, Stage::OptimizerState] {
+        let log = of_step(stage);
+        // The embedding's may travel as rows.
+        for mark in [3, 2, 1].map(backward) {
+            let starts = count(&log[during(&log, mark)], Did::StartReducing);
+            assert!(starts > 0, "{stage:?}: no reduction starts after {mark:?}: {log:?}");
+        }
+        let awaited = log.iter().position(|did| *did == Did::AwaitReduced);
+        let started = log.iter().rposition(|did| *did == Did::StartReducing);
+        assert!(awaited > started, "{stage:?}: backward waits for reductions: {log:?}");
+    }
+
+    // Embedding, two layers, head, whose backward follows its forward at once.
+    let reading = [forward(0), forward(1), forward(2), backward(3)];
+    let log = of_step(Stage::OptimizerState);
+    for mark in reading {
+        let awaited = count(&log[during(&log, mark)], Did::AwaitGathered);
+        assert!(
+            awaited > 0,
+            "its parameters are awaited at {mark:?}, and not before: {log:?}"
+        );
+    }
+    let log = of_step(Stage::Parameters);
+    for mark in &reading[..3] {
+        let did = during(&log, *mark);
+        let waits = log[did.clone()].iter().position(|did| *did == Did::AwaitGathered);
+        let before = &log[..did.start + waits.unwrap_or_else(|| panic!("{mark:?} waits for its parameters: {log:?}"))];
+        assert!(
+            count(before, Did::StartGathering) > count(before, Did::AwaitGathered) + 1,
+            "the next stage's are on their way when {mark:?} waits: {log:?}"
         );
     }
 }
