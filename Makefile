@@ -83,7 +83,7 @@ bench-eval: setup-eval build  ## evaluation and generation side by side with tra
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_eval"
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/bench_report"
 
-gpu-check: build  ## every kernel, attention and training steps: this machine's GPU against its CPU
+gpu-check: build  ## every kernel, attention, training steps, ZeRO over NCCL and offload: this machine's GPU against its CPU
 	@$(ENV) "$${CARGO_TARGET_DIR:-target}/release/panglot-worker" gpu-check
 
 bench-gpu: setup-test build  ## training a 7B model on this machine's GPU, side by side, into bench/results/gpu.json

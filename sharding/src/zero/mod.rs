@@ -755,45 +755,6 @@ mod tests {
     }
 
     #[test]
-    fn optimizer_state_on_the_host_gives_the_same_bits() {
-        let comm = crate::join(1).unwrap();
-        let run = |offload: bool, kind| {
-            let mut zero = Zero::empty(comm.as_ref(), Stage::OptimizerState, kind);
-            if offload {
-                zero.offload_optimizer();
-            }
-            for spec in specs() {
-                let value = |param: &ParamSpec| Tensor::arange(param.numel() as i64, (Kind::Float, Device::Cpu));
-                let values = spec
-                    .params
-                    .iter()
-                    .map(|param| value(param).view(param.shape.as_slice()) / 7.0);
-                zero.train(spec.clone(), values.collect()).unwrap();
-            }
-            let how = AdamW {
-                lr: 0.25,
-                beta1: 0.9,
-                beta2: 0.99,
-                epsilon: 1e-8,
-                weight_decay: 0.1,
-                updates_before: 0,
-                gradient_scale: 0.5,
-            };
-            let _ = zero.trained(1, 1).grad.fill_(3.0);
-            (0..2).for_each(|bucket| zero.reduce(comm.as_ref(), bucket).unwrap());
-            zero.update(&[how, how]).unwrap();
-            zero.publish();
-            zero.arrived(comm.as_ref()).unwrap();
-            (0..2)
-                .map(|bucket| zero.params(bucket).unwrap().copy())
-                .collect::<Vec<_>>()
-        };
-        for kind in [Kind::Float, Kind::BFloat16] {
-            assert_eq!(run(true, kind), run(false, kind));
-        }
-    }
-
-    #[test]
     fn a_gradient_that_is_not_finite_is_told_to_all() {
         let comm = crate::join(1).unwrap();
         let mut zero = Zero::new(comm.as_ref(), Stage::Replicated, &specs(), Kind::BFloat16, |b, p| {

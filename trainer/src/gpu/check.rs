@@ -1,12 +1,14 @@
-//! `panglot-worker gpu-check`: every kernel, attention and training steps on the GPU against the same on the CPU.
+//! `panglot-worker gpu-check`: every kernel, attention and training steps on the GPU against the same on the CPU, and training
+//! that NCCL divides against training that nothing divides.
 
 use anyhow::{Result, ensure};
-use configs::{FullModule, Gelu, Precision, Rates, Recompute, Residual};
+use configs::{FullModule, Gelu, Plan, Precision, Rates, Recompute, Residual};
 use corpus::RowsDigest;
 use sharding::adamw::{self, AdamW};
 use sharding::cuda;
+use sharding::cuda::nccl::Nccl;
 use sharding::zero::Trained;
-use sharding::{Stage, Zero};
+use sharding::{Comm, Stage, Zero};
 use tch::{Device, Kind, Tensor};
 
 use super::{absence, llama_7b, plan};
@@ -50,6 +52,7 @@ pub fn check() -> Result<()> {
         check_training(&mut table, precision, LLAMA)?;
         let activation = Gelu::Tanh;
         check_training(&mut table, precision, Family::Gpt2 { activation })?;
+        check_division(&mut table, precision)?;
     }
     ensure!(
         table.failed == 0,
@@ -277,6 +280,59 @@ fn check_training(table: &mut Table, precision: Precision, family: Family) -> Re
     Ok(())
 }
 
+/// Each stage of ZeRO through NCCL, optimizer state on the GPU and on the host. With one rank NCCL moves everything from one place to
+/// another of this GPU, behind the events that keep the order.
+fn check_division(table: &mut Table, precision: Precision) -> Result<()> {
+    let alone = sharding::join(1)?;
+    let plain = divided(alone.as_ref(), table.device, precision, Stage::OptimizerState, false)?;
+    let nccl = Nccl::join(sharding::join(1)?, 0, true).map_err(|refused| refused.error)?;
+    for stage in Stage::ALL {
+        for offload in [false, true] {
+            let found = divided(&nccl, table.device, precision, stage, offload)?;
+            for (what, most) in BOUNDS_OF_DIVISION {
+                let (seen, _) = worst(what, &plain, &found);
+                let lies = if offload { ", offloaded" } else { "" };
+                let name = format!("{stage:?} by NCCL{lies}: {what} {}", name_of(kind(precision)));
+                table.line(&name, seen, most);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// On one device all is the same but for the order in which equal ids' rows are added to the embedding's gradient.
+const BOUNDS_OF_DIVISION: [(&str, f64); 3] = [("loss", 1e-5), ("gradient norm", 1e-4), ("value", 1e-3)];
+
+/// Losses and gradient norms of three steps of two micro-batches each, and master weights by bucket after them.
+fn divided(
+    comm: &dyn Comm,
+    device: Device,
+    precision: Precision,
+    stage: Stage,
+    offload: bool,
+) -> Result<Vec<(String, Tensor)>> {
+    let (mut plan, config) = small(precision, LLAMA)?;
+    // Above a gradient's rounding, so that AdamW does not divide rounding by itself.
+    plan.optimizer.epsilon = 1e-4;
+    let mut trainer = trainer(&plan, &config, comm, device, stage, offload)?;
+    let whole = batch(&config, plan.train.sequence_length).on(device);
+    let mut again = batch(&config, plan.train.sequence_length).on(device);
+    for micro in &mut again.micro_batches {
+        micro.ids_bt = micro.ids_bt.flip([1]);
+    }
+    let batch = Batch {
+        n_targets: whole.n_targets + again.n_targets,
+        micro_batches: whole.micro_batches.into_iter().chain(again.micro_batches).collect(),
+        digest: RowsDigest::default(),
+    };
+    let mut found = steps(&mut trainer, &batch)?;
+    for (index, bucket) in trainer.zero.layout().buckets.iter().enumerate() {
+        let (_, slice) = trainer.zero.slice(index);
+        found.push((format!("value of {}", bucket.name), slice.theta.copy()));
+    }
+    Ok(found)
+}
+
 const LLAMA: Family = Family::Llama {
     rope_theta: 10_000.0,
     rope_scaling: None,
@@ -304,8 +360,7 @@ fn worst<'a>(what: &str, cpu: &'a [(String, Tensor)], gpu: &[(String, Tensor)]) 
 }
 
 /// A small model of all that training has: grouped heads, LoRA with dropout, trained vocabulary matrices and norms, documents.
-/// Its loss and gradients by name, losses and gradient norms of three steps, and values by name after them.
-fn training(device: Device, precision: Precision, family: Family) -> Result<Vec<(String, Tensor)>> {
+fn small(precision: Precision, family: Family) -> Result<(Plan, ModelConfig)> {
     let config = ModelConfig {
         family,
         vocab_size: 3001,
@@ -323,6 +378,11 @@ fn training(device: Device, precision: Precision, family: Family) -> Result<Vec<
     plan.train.sequence_length = 96;
     plan.train.steps = 3;
     plan.train.full = vec![FullModule::EmbedTokens, FullModule::LmHead, FullModule::Norms];
+    // The stream in both of its kinds.
+    plan.train.residual = match is_gpt2(family) {
+        true => Residual::F32,
+        false => Residual::Compute,
+    };
     if let Some(lora) = &mut plan.train.lora {
         lora.dropout = 0.1;
         if is_gpt2(family) {
@@ -335,26 +395,43 @@ fn training(device: Device, precision: Precision, family: Family) -> Result<Vec<
     };
     plan.optimizer.groups = configs::Group::ALL.map(|group| (group, rates)).into();
     plan.optimizer.warmup_steps = 0;
+    Ok((plan, config))
+}
 
-    // The stream in both of its kinds.
-    let residual = match is_gpt2(family) {
-        true => Residual::F32,
-        false => Residual::Compute,
-    };
-    let comm = sharding::join(1)?;
+fn trainer<'a>(
+    plan: &'a Plan,
+    config: &ModelConfig,
+    comm: &'a dyn Comm,
+    device: Device,
+    stage: Stage,
+    offload: bool,
+) -> Result<Trainer<'a>> {
     let trains = Trains {
         lora: plan.train.lora.clone(),
         full: plan.train.full.clone(),
         vocabulary: None,
         seed: 1,
     };
-    let mut model =
-        Model::load(&config, &Weights::made_up().on(device), kind(precision), &trains)?.with_residual(residual);
+    let weights = Weights::made_up().on(device);
+    let model = Model::load(config, &weights, kind(plan.train.precision), &trains)?;
+    let mut model = model.with_residual(plan.train.residual);
+    let mut zero = Zero::empty(comm, stage, model.kind);
+    if offload {
+        zero.offload_optimizer();
+    }
     let specs = model.register();
-    let initial = model.take_initial_values();
-    let stage = Stage::OptimizerState;
-    let zero = Zero::new(comm.as_ref(), stage, &specs, model.kind, |b, p| initial[b][p].copy())?;
-    let mut trainer = Trainer::new(&plan, comm.as_ref(), model, zero);
+    for (spec, values) in specs.into_iter().zip(model.take_initial_values()) {
+        zero.train(spec, values)?;
+    }
+    Ok(Trainer::new(plan, comm, model, zero))
+}
+
+/// The loss and the gradients by name of a small model's first micro-batch, losses and gradient norms of three steps, and values by
+/// name after them.
+fn training(device: Device, precision: Precision, family: Family) -> Result<Vec<(String, Tensor)>> {
+    let (plan, config) = small(precision, family)?;
+    let comm = sharding::join(1)?;
+    let mut trainer = trainer(&plan, &config, comm.as_ref(), device, Stage::OptimizerState, false)?;
     let batch = batch(&config, plan.train.sequence_length).on(device);
     let mut found = Vec::new();
     let micro = &batch.micro_batches[0];
@@ -362,15 +439,20 @@ fn training(device: Device, precision: Precision, family: Family) -> Result<Vec<
     found.push(("loss".to_owned(), Tensor::from(nll)));
     let gradients = trained(&trainer).map(|(name, trained)| (format!("gradient of {name}"), trained.grad.copy()));
     found.extend(gradients);
-    for _ in 0..plan.train.steps {
-        let report = trainer.train_step(&batch, false)?;
-        found.push(("loss of a step".to_owned(), Tensor::from(report.loss)));
-        found.push((
-            "gradient norm of a step".to_owned(),
-            Tensor::from(report.verdict.grad_norm),
-        ));
-    }
+    found.extend(steps(&mut trainer, &batch)?);
     found.extend(trained(&trainer).map(|(name, trained)| (format!("value of {name}"), trained.value.copy())));
+    Ok(found)
+}
+
+/// Losses and gradient norms of the plan's steps, all over one batch.
+fn steps(trainer: &mut Trainer, batch: &Batch) -> Result<Vec<(String, Tensor)>> {
+    let mut found = Vec::new();
+    for _ in 0..trainer.plan.train.steps {
+        let report = trainer.train_step(batch, false)?;
+        found.push(("loss of a step".to_owned(), Tensor::from(report.loss)));
+        let norm = Tensor::from(report.verdict.grad_norm);
+        found.push(("gradient norm of a step".to_owned(), norm));
+    }
     Ok(found)
 }
 
@@ -426,5 +508,18 @@ mod tests {
         let _ = gradient.narrow(0, 0, 1).g_add_scalar_(1.0);
         let (seen, _) = worst("gradient", &exact, &spoilt);
         assert!(seen > bounds(Precision::F32)[1].1, "{seen:.2e}");
+    }
+
+    #[test]
+    fn whatever_stage_divides_it_one_rank_s_training_is_the_same() {
+        let alone = sharding::join(1).unwrap();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let by = |stage| divided(alone.as_ref(), Device::Cpu, precision, stage, false).unwrap();
+            let [plain, others @ ..] = Stage::ALL.map(by);
+            assert_ne!(plain[0].1, plain[4].1, "{precision:?}: it learns");
+            for (stage, other) in Stage::ALL[1..].iter().zip(others) {
+                assert_eq!(plain, other, "{precision:?}, {stage:?}");
+            }
+        }
     }
 }
