@@ -179,6 +179,25 @@ fn an_outlier_is_skipped_and_said() {
     assert!(said.contains("; its rows: "), "{said}");
 }
 
+/// That the digests of such a run name the rank is shown in trainer/tests/sharded.rs: here nobody had these.
+#[test]
+fn a_run_that_reaches_a_step_again_in_which_two_ranks_differed_says_so() {
+    let run = Run::new();
+    let overrides = ["train.zero=0", "checkpoint.every_steps=3"];
+    train(&run, 2, &overrides);
+    std::fs::remove_dir_all(run.folder.path().join("checkpoints/step-00000006")).expect("the last checkpoint");
+    let history = run.folder.path().join("history.jsonl");
+    let mut lines = std::fs::read_to_string(&history).expect("a history");
+    lines += r#"{"unix_time": 1.5, "what": "differed", "step": 4, "masters": [1, 2], "nodes": ["a", "b"]}"#;
+    lines += "\n";
+    std::fs::write(&history, lines).expect("a line more");
+    let said = train(&run, 2, &overrides);
+    let sentence = "ranks began step 4 with different master weights; computed again they are those of neither";
+    assert!(said.contains(sentence), "{said}");
+    let lines = std::fs::read_to_string(&history).expect("a history");
+    assert_eq!(lines.matches(r#""what":"settled","step":4"#).count(), 1, "{lines}");
+}
+
 #[test]
 fn a_run_says_what_was_planned_and_what_was_measured() {
     let run = Run::new();

@@ -147,7 +147,7 @@ pub struct Side {
     pub losses: [f64; 2],
     /// The largest process's.
     pub peak_bytes: f64,
-    /// By rank 0 in the last step.
+    /// In the last step, by the rank that sent most.
     pub bytes_sent: f64,
 }
 

@@ -63,7 +63,7 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Largest resident memory over ranks, bytes.
     pub resident_bytes: u64,
-    /// Bytes that rank 0 handed to collectives for other ranks in this step.
+    /// Bytes handed to collectives for other ranks in this step, the most of any rank.
     #[serde(default)]
     pub bytes_sent: u64,
     /// The least there is with whole gradients (ZeRO's lower bound); rows of the embedding's may be fewer still.

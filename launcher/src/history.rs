@@ -42,10 +42,27 @@ pub enum What {
         step: u64,
         why: String,
     },
+    /// Ranks that each have all master weights held different ones, and no majority says whose are right.
+    Differed(Dispute),
+    /// That step was reached again.
+    Settled {
+        step: u64,
+        text: String,
+    },
     /// After `step` steps, of its own will.
     Ended {
         step: u64,
     },
+}
+
+/// Whose master weights are right?
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Dispute {
+    /// The first step that ranks began with different ones.
+    pub step: u64,
+    /// By rank: the digest of what it began it with.
+    pub masters: Vec<u64>,
+    pub nodes: Vec<String>,
 }
 
 /// What rank 0 knows of where it runs.

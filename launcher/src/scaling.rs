@@ -40,7 +40,7 @@ pub struct Point {
     pub resident_bytes: u64,
     /// Share of the steps' time that ranks waited for others, where timelines were written.
     pub waiting_share: Option<f64>,
-    /// What rank 0 handed to collectives in a step, and ZeRO's lower bound, which is what the plan says.
+    /// What a rank handed to collectives in a step, at most, and ZeRO's lower bound, which is what the plan says.
     pub bytes_sent: u64,
     pub bytes_planned: u64,
     /// What `panglot plan` says of a step's time, where it says it.

@@ -52,6 +52,9 @@ pub struct Digests {
     pub truth: u64,
 }
 
+/// What is wrong with each of those that nobody else decides between.
+pub const UNDECIDED: &str = "its master weights differ from others', and no majority says whose are right";
+
 /// The ranks whose memory differs from what it should be, each with what is wrong; empty where all is well.
 /// `all[r]` is rank r's. With one slice, nothing is sharded: every rank has masters of its own.
 pub fn damaged(all: &[Digests]) -> Vec<(usize, &'static str)> {
@@ -66,10 +69,7 @@ pub fn damaged(all: &[Digests]) -> Vec<(usize, &'static str)> {
             } else if usual.is_some_and(|usual| digests.truth != usual) {
                 found.push((rank, "its master weights differ from those of most ranks"));
             } else if usual.is_none() {
-                found.push((
-                    rank,
-                    "its master weights differ from others', and no majority says whose are right",
-                ));
+                found.push((rank, UNDECIDED));
             }
         }
         return found;
@@ -165,6 +165,6 @@ mod tests {
         assert_eq!(found, [(1, "its parameters are not what its master weights give")]);
         let found = damaged(&[rank(5, 5), rank(6, 6), rank(5, 5)]);
         assert_eq!(found, [(1, "its master weights differ from those of most ranks")]);
-        assert_eq!(damaged(&[rank(5, 5), rank(6, 6)]).len(), 2);
+        assert_eq!(damaged(&[rank(5, 5), rank(6, 6)]), [(0, UNDECIDED), (1, UNDECIDED)]);
     }
 }

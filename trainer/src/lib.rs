@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod checkpoint;
+pub mod dispute;
 pub mod doctor;
 pub mod during;
 pub mod evaluate;

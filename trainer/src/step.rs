@@ -9,8 +9,8 @@ use corpus::RowsDigest;
 use sharding::Pass::{Backward, Forward};
 use sharding::adamw::AdamW;
 use sharding::zero::Verdict;
-use sharding::{Comm, Mark, Zero};
-use tch::Tensor;
+use sharding::{Comm, Mark, Stage, Zero};
+use tch::{Device, Tensor};
 
 use crate::batch::{Batch, MicroBatch};
 use crate::frozen::Frozen;
@@ -35,6 +35,8 @@ pub struct Trainer<'a> {
     first: Option<u64>,
     /// The step in which ranks were last found to hold alike what trains.
     alike: Option<u64>,
+    /// Digests of this rank's master weights at the beginning of each step since then, that one's too; where [`Trainer::keeps_digests`].
+    pub masters: Vec<u64>,
 }
 
 /// What a rank no longer holds as all should.
@@ -82,6 +84,7 @@ impl<'a> Trainer<'a> {
             frozen: None,
             first: None,
             alike: None,
+            masters: Vec::new(),
         }
     }
 
@@ -99,6 +102,14 @@ impl<'a> Trainer<'a> {
         due || self.plan.debug.check_ranks_equal
     }
 
+    /// Whether two ranks are compared that each have all master weights: where those differ no majority says whose are right. On CPUs
+    /// only, which have them at hand.
+    fn keeps_digests(&self) -> bool {
+        let are_compared = self.plan.train.check_ranks_every > 0 || self.plan.debug.check_ranks_equal;
+        let replicated = self.zero.stage() == Stage::Replicated && self.comm.world() == 2;
+        are_compared && replicated && self.model.device == Device::Cpu
+    }
+
     /// What ranks no longer hold alike. Between the step's gradient and its update.
     fn damaged(&mut self, first: u64) -> Result<Vec<Damage>> {
         self.comm.at(Mark::Compare);
@@ -107,6 +118,7 @@ impl<'a> Trainer<'a> {
         let mut found: Vec<Damage> = differ.map(|(rank, what)| Damage { rank, what, sound }).collect();
         if found.is_empty() {
             self.alike = Some(self.step);
+            self.masters.drain(..self.masters.len().saturating_sub(1));
         }
         if let Some(frozen) = &mut self.frozen {
             let (ranks, sound) = frozen.damaged_ranks(&mut self.model, self.comm, self.step)?;
@@ -131,6 +143,9 @@ impl<'a> Trainer<'a> {
     /// `stop` says that this rank was asked to save and stop; the ranks agree on it in the step's one small reduction.
     pub fn train_step(&mut self, batch: &Batch, stop: bool) -> Result<StepReport> {
         let first = *self.first.get_or_insert(self.step);
+        if self.keeps_digests() {
+            self.masters.push(self.zero.masters());
+        }
         let n_targets = self.comm.sum(&[batch.n_targets as f64])?[0];
         // A batch without any has no gradient and no loss; dividing by one keeps them 0.
         let divisor = n_targets.max(1.0);

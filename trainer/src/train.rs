@@ -13,7 +13,8 @@ use configs::Plan;
 use launcher::checkpoint::identity::{Difference, Differences};
 use launcher::checkpoint::{Found, Identity};
 use launcher::events::Event;
-use launcher::history::{Environment, What};
+use launcher::history::{Environment, History, What};
+use launcher::place::Place;
 use launcher::text;
 use sharding::{Comm, Mark};
 use tch::Device;
@@ -23,6 +24,7 @@ use self::log::{Log, Measured, languages, metrics};
 use self::saving::{Boundary, Clock, note, save_and_wait, start_save, wait_rather_than_lose};
 use crate::batch::{Batch, rows_of_step};
 use crate::checkpoint::{self, Progress, Saver};
+use crate::dispute;
 use crate::during::During;
 use crate::planned::Watch;
 use crate::step::{Damage, StepReport, Trainer, lr_by_group};
@@ -67,6 +69,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
     };
     let mut clock = Clock::start(plan, trainer.zero.layout().numel() as u64, rank_0);
 
+    let dispute = dispute::open(&History::of(&plan.folders.run).all(), trainer.step, comm.world());
     note_beginning(&trainer, device);
     say(Event::Note {
         text: watch.plan(&trainer, shards),
@@ -96,9 +99,14 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
             best: saver.best(),
         };
         check_ranks_equal(&trainer, &report)?;
+        if let Some(text) = dispute.as_ref().and_then(|dispute| dispute::settled(dispute, &trainer)) {
+            let settled = text.clone();
+            note(&trainer, What::Settled { step, text: settled });
+            say(Event::Note { text });
+        }
         comm.at(Mark::Report);
         clock.took(started.elapsed());
-        let boundary = Boundary::agree(comm, &saver, &clock)?;
+        let boundary = Boundary::agree(comm, &saver, &clock, bytes_sent)?;
         let seconds = started.elapsed().as_secs_f64();
         let done = trainer.step == plan.train.steps;
         let hurries = boundary.time_is_short || (report.stop && !done);
@@ -119,7 +127,7 @@ pub fn train(plan: &Plan, comm: &dyn Comm, device: Device) -> Result<End> {
                 seconds,
                 held_out,
                 resident_bytes: boundary.resident_bytes,
-                bytes_sent,
+                bytes_sent: boundary.bytes_sent,
                 bytes_least: trainer.zero.least_bytes(comm, batch.micro_batches.len()),
             };
             let rows = rows_of_step(&plan.train, rows_step);
@@ -285,18 +293,28 @@ fn resumed_line(
 
 /// Ends the run where ranks no longer hold alike what they should.
 fn check_ranks_equal(trainer: &Trainer, report: &StepReport) -> Result<()> {
-    let named: Vec<String> = report
-        .damaged
-        .iter()
+    let Some(sound) = report.damaged.iter().map(|damage| damage.sound).min() else {
+        return Ok(());
+    };
+    let named = report.damaged.iter();
+    let named: Vec<String> = named
         .map(|Damage { rank, what, .. }| format!("rank {rank}: {what}"))
         .collect();
-    if let Some(sound) = report.damaged.iter().map(|damage| damage.sound).min() {
-        bail!(
-            "in step {} ranks differ in what they should hold alike; memory or network is at fault. {}. Take that machine out and start \
-             again; what was saved after step {sound}, when this was last known to be sound, may be spoilt: remove it first",
-            trainer.step - 1,
-            named.join("; "),
-        );
-    }
-    Ok(())
+    let (next, sound) = match dispute::shown(trainer, report, &Place::detect()?.node)? {
+        Some(dispute) => {
+            let began = dispute.step;
+            note(trainer, What::Differed(dispute));
+            let next = format!(
+                "Step {began} was the first that they began so: start again on as many ranks, and it says who was right"
+            );
+            (next, began.saturating_sub(1))
+        }
+        None => ("Take that machine out and start again".to_owned(), sound),
+    };
+    bail!(
+        "in step {} ranks differ in what they should hold alike; memory or network is at fault. {}. {next}; what was saved after step \
+         {sound}, when this was last known to be sound, may be spoilt: remove it first",
+        trainer.step - 1,
+        named.join("; "),
+    );
 }

@@ -461,8 +461,6 @@ pub struct Memory {
     pub fullest: At,
     /// Whole gradients and parameters that come and go, slices on their way, staging of messages.
     pub communication: u64,
-    /// Of that, what a reduction under way holds and gives back as soon as it is over: when that is, links and other ranks decide.
-    pub in_flight: u64,
     pub activations: u64,
     /// The chunk of logits.
     pub head: u64,
@@ -470,6 +468,9 @@ pub struct Memory {
     pub snapshot: u64,
     /// Beside the device's: that copy, and state that is offloaded with what travels to it and from it.
     pub host: u64,
+    /// What the total would be at its fullest were every reduction over as soon as it is started. How much of what one under way
+    /// holds is there at the fullest moment, links and other ranks decide.
+    pub settled: u64,
 }
 
 impl Memory {
@@ -593,7 +594,8 @@ impl Budget {
     pub fn with(&self, mix: &Mix) -> Memory {
         let taken = |(at, communication, _): &(At, u64, u64)| communication + self.activations.at(*at, mix);
         let fullest = self.moments.iter().max_by_key(|moment| taken(moment));
-        let (at, communication, in_flight) = *fullest.expect("a step has moments");
+        let (at, communication, _) = *fullest.expect("a step has moments");
+        let settled = self.moments.iter().map(|moment| taken(moment) - moment.2).max();
         let activations = self.activations.at(at, mix);
         let is_head = matches!(at, At::Backward(stage) if stage > self.activations.sizes.layers);
         let head = if is_head {
@@ -608,11 +610,11 @@ impl Budget {
             optimizer,
             fullest: at,
             communication,
-            in_flight,
             activations: activations - head,
             head,
             snapshot: self.snapshot,
             host: self.host,
+            settled: weights + gradients + optimizer + self.snapshot + settled.expect("a step has moments"),
         }
     }
 

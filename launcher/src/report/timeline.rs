@@ -161,6 +161,24 @@ fn of_history(line: &Happening) -> Option<Row> {
                 text::count(*step)
             ),
         }),
+        What::Differed(dispute) => Some(Row {
+            kind: "ranks differ",
+            begin: end,
+            end,
+            step: Some(dispute.step),
+            text: format!(
+                "ranks began step {} with different master weights, on {}",
+                text::count(dispute.step),
+                dispute.nodes.join(", ")
+            ),
+        }),
+        What::Settled { step, text } => Some(Row {
+            kind: "ranks differ",
+            begin: end,
+            end,
+            step: Some(*step),
+            text: text.clone(),
+        }),
         What::Began { .. } | What::Ended { .. } => None,
     }
 }

@@ -48,6 +48,12 @@ impl Zero {
         Ok(damaged(&all.iter().map(read).collect::<Vec<_>>()))
     }
 
+    /// A digest of this rank's master weights.
+    pub fn masters(&self) -> u64 {
+        let each = self.buckets.iter().map(|state| digest::of(&state.slice.theta));
+        each.fold(0, digest::mix)
+    }
+
     /// The least bytes that a rank sends in a step of so many micro-batches with whole gradients: what `Comm::sent` grows by,
     /// but for padding, a few numbers, and rows where they are fewer.
     pub fn least_bytes(&self, comm: &dyn Comm, micro_batches: usize) -> u64 {

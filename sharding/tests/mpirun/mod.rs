@@ -13,7 +13,7 @@ pub type Case = (&'static str, fn(comm: &dyn Comm, shared: &Path));
 pub fn start(kind: &str, ranks: usize, shared: &Path) {
     let status = Command::new("mpirun")
         // Memory that is freed then leaves the process at once, and what is held can be measured.
-        .env("MALLOC_MMAP_THRESHOLD_", "131072")
+        .env("MALLOC_MMAP_THRESHOLD_", "65536")
         .args(["--quiet", "--bind-to", "none", "--oversubscribe"])
         .args(["-n", &ranks.to_string()])
         .arg(std::env::current_exe().expect("a test knows where it is"))
@@ -49,7 +49,12 @@ pub fn end_all_on_panic() {
     }));
 }
 
-/// A line of /proc/self/status, bytes.
+/// What was resident at most counts from now on.
+pub fn forget_peak() {
+    std::fs::write("/proc/self/clear_refs", "5").expect("Linux forgets it");
+}
+
+/// A line of /proc/self/status, bytes: `VmRSS:` is resident, and `VmHWM:` was at most.
 pub fn memory(line: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux says it");
     let found = status

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use configs::Precision;
+use configs::memory::{Division, STAGING_BYTES};
 use sharding::adamw::AdamW;
 use sharding::{BucketSpec, Comm, ParamSpec, Stage, Wire, Zero};
 use tch::{Device, Kind, Tensor};
 
-use crate::mpirun::{Case, memory};
+use crate::mpirun::{self, Case, memory};
 
 pub const CASES: [Case; 5] = [
     // First: what others leave to the allocator would be taken from what this one measures.
@@ -219,12 +221,12 @@ fn nan(comm: &dyn Comm, _: &Path) {
 }
 
 /// Two micro-batches through a model of ten stages at stage 3, measured: what a rank's memory grows by, at most, is what is
-/// counted. Alone nothing is divided; more than two ranks would only take longer.
+/// planned. Alone nothing is divided; more than two ranks would only take longer.
 fn resident(comm: &dyn Comm, _: &Path) {
     if comm.world() != 2 {
         return;
     }
-    let numels: Vec<usize> = [vec![12_000_000], vec![3_000_000; 8], vec![12_000_000]].concat();
+    let numels: Vec<usize> = [vec![3_000_000; 9], vec![12_000_000]].concat();
     let names: Vec<String> = (0..numels.len()).map(|stage| format!("stage {stage}")).collect();
     let specs: Vec<BucketSpec> = names
         .iter()
@@ -248,8 +250,7 @@ fn resident(comm: &dyn Comm, _: &Path) {
         .iter()
         .map(|name| Weight(name.clone(), Tensor::new(), None))
         .collect();
-    // Peaks of before do not count.
-    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    mpirun::forget_peak();
     zero.clear_gradients();
     for micro in 0..2 {
         let backward = sharding::Pass::Backward { last: micro == 1 };
@@ -268,19 +269,13 @@ fn resident(comm: &dyn Comm, _: &Path) {
     zero.finish(comm, &[]).unwrap();
     zero.update(&[HOW]).unwrap();
     let grown = (memory("VmHWM:") - before) as f64;
-    let all: usize = numels.iter().sum();
-    let (largest, layer) = (12_000_000, 3_000_000);
-    let kept = 16 * all / 2;
-    // At the last stage: its parameters, those of the stage below that are on their way, and its whole gradient. What
-    // `configs::memory` counts besides is allocated, but not touched before an exchange ahead of it is over.
-    let passing = 4 * (largest + layer) + 4 * largest + STAGING;
-    let counted = (kept + passing) as f64;
+    // Every bucket is read by a stage of its own. What MPI's exchanges pass through comes on top, two pieces on each side.
+    let stages: Vec<Vec<usize>> = (0..numels.len()).map(|bucket| vec![bucket]).collect();
+    let planned = Division::of(3, Precision::F32, comm.world()).of_trained(&numels, &stages);
+    let counted = planned.total() as f64 + (4 * STAGING_BYTES) as f64;
     println!("stage 3: {:.0} MB grown, {:.0} MB counted", grown / 1e6, counted / 1e6);
     assert!(
         (grown - counted).abs() < 0.05 * counted,
         "{grown} grown, {counted} counted"
     );
 }
-
-/// What MPI's exchanges pass through: two at a time, 8 MiB on each side.
-const STAGING: usize = 4 * (8 << 20);

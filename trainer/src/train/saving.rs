@@ -21,6 +21,8 @@ use crate::step::Trainer;
 pub struct Boundary {
     /// The most of any rank.
     pub resident_bytes: u64,
+    /// The most that any rank handed to collectives in the step.
+    pub bytes_sent: u64,
     /// Some rank's thread is at work on a checkpoint.
     pub writing: bool,
     pub save_is_due: bool,
@@ -28,10 +30,12 @@ pub struct Boundary {
 }
 
 impl Boundary {
-    pub fn agree(comm: &dyn Comm, saver: &Saver, clock: &Clock) -> Result<Boundary> {
+    /// `bytes_sent`: by this rank, in the step.
+    pub fn agree(comm: &dyn Comm, saver: &Saver, clock: &Clock, bytes_sent: u64) -> Result<Boundary> {
         let flag = |it: bool| f64::from(u8::from(it));
         let mine = [
             Resident::now().bytes as f64,
+            bytes_sent as f64,
             flag(saver.is_busy()),
             flag(clock.save_is_due()),
             flag(clock.time_is_short()),
@@ -39,9 +43,10 @@ impl Boundary {
         let most = comm.max(&mine)?;
         Ok(Boundary {
             resident_bytes: most[0] as u64,
-            writing: most[1] > 0.0,
-            save_is_due: most[2] > 0.0,
-            time_is_short: most[3] > 0.0,
+            bytes_sent: most[1] as u64,
+            writing: most[2] > 0.0,
+            save_is_due: most[3] > 0.0,
+            time_is_short: most[4] > 0.0,
         })
     }
 }
