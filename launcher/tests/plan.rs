@@ -62,7 +62,7 @@ fn the_recipes_plans_are_those_that_were_read() {
 }
 
 #[test]
-fn the_page_on_scaling_shows_what_was_measured() {
+fn the_page_on_scaling_shows_what_was_measured_and_what_is_predicted() {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let page = std::fs::read_to_string(repository.join("docs/scaling.md")).expect("the page on scaling");
     let results = std::fs::read_to_string(repository.join("bench/results/model.json")).expect("the bench's results");
@@ -76,6 +76,11 @@ fn the_page_on_scaling_shows_what_was_measured() {
             "docs/scaling.md, {name}: {line:?}, but the results have {measured}"
         );
     }
+    let predicted = include_str!("plans/mala500-7b-scaling.txt");
+    assert!(
+        page.contains(predicted.trim_end()),
+        "docs/scaling.md shows another table than `panglot plan` prints"
+    );
 }
 
 #[test]

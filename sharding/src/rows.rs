@@ -1,12 +1,14 @@
 //! A matrix of which a batch names few rows travels as rows: the embedding's gradient, which has a row for every piece; and
 //! the embedding itself where a forward pass would have to wait for all of it.
 
+use std::ops::Range;
+
 use configs::planner::traffic::FEW_ROWS;
 use tch::{Device, Kind, Tensor};
 
 use crate::adamw::RowGradient;
 use crate::layout::Bucket;
-use crate::memory::{bf16s, f32s, f32s_mut, i64s};
+use crate::memory::{f32s, i64s};
 use crate::{Comm, Pending, Result, Wire};
 
 /// One reduction's exchange, as every rank knows it.
@@ -32,11 +34,24 @@ pub(crate) enum When {
     Behind,
 }
 
-/// Whether every rank's rows are few: at most one of [`FEW_ROWS`] of their matrix's. `counts` as in [`RowPlan`]; a row that goes to several ranks counts for each.
+/// Whether no rank sends or receives more than one of [`FEW_ROWS`] of the matrix's rows. `counts` as in [`RowPlan`], or as many the other
+/// way; a row that goes to several ranks counts for each.
 fn few(counts: &[Vec<usize>], bucket: &Bucket) -> bool {
-    let of_rank = |to: &Vec<usize>| to.iter().sum::<usize>();
-    let most = counts.iter().map(of_rank).max().unwrap_or(0);
+    let most = busiest(counts.len(), |from, to| counts[from][to]);
     FEW_ROWS * most * width(bucket) <= bucket.numel * copies(bucket, counts.len())
+}
+
+/// What the rank sends to others or receives of them, whichever is more, that has most to do: all wait for it. Pieces that every text
+/// names may all be one rank's.
+fn busiest(world: usize, amount: impl Fn(usize, usize) -> usize) -> usize {
+    let of_rank = |rank: usize| -> usize {
+        let others = (0..world).filter(|other| *other != rank);
+        let [sent, received] = others.fold([0, 0], |[sent, received], other| {
+            [sent + amount(rank, other), received + amount(other, rank)]
+        });
+        sent.max(received)
+    };
+    (0..world).map(of_rank).max().unwrap_or(0)
 }
 
 /// How many ranks a slice goes to: all where there is one only.
@@ -70,7 +85,10 @@ pub(crate) fn plan(comm: &dyn Comm, bucket: &Bucket, when: When, rows: Vec<Vec<i
         };
         let (counts, elements) = (all(0), all(1));
         let as_rows = match when {
-            When::Instead(wire) => pays(between(&counts), between(&elements), bucket, world, wire),
+            // With whole slices every rank sends as much as every other.
+            When::Instead(wire) => {
+                bytes_as_rows(&counts, &elements, wire) < (world - 1) * bucket.slice_len * wire.bytes()
+            }
             When::Behind => few(&counts, bucket),
         };
         as_rows.then_some(RowPlan { rows, counts, elements })
@@ -86,20 +104,10 @@ fn told(bucket: &Bucket, to: usize, rows: &[i64]) -> [u64; 2] {
     [rows.len() as u64, elements as u64]
 }
 
-/// What goes from one rank to another, in all.
-fn between(counts: &[Vec<usize>]) -> usize {
-    let sent = counts
-        .iter()
-        .enumerate()
-        .map(|(from, to)| to.iter().sum::<usize>() - to[from]);
-    sent.sum()
-}
-
-/// Whether sending so many rows and elements of them between ranks, all ranks' together, moves fewer bytes than sending whole
-/// slices.
-fn pays(rows: usize, elements: usize, bucket: &Bucket, world: usize, wire: Wire) -> bool {
-    let dense = world * (world - 1) * bucket.slice_len * wire.bytes();
-    rows * NUMBER_BYTES + elements * wire.bytes() < dense
+/// Bytes that the busiest rank sends or receives where a gradient travels as rows.
+fn bytes_as_rows(rows: &[Vec<usize>], elements: &[Vec<usize>], wire: Wire) -> usize {
+    let bytes = |from: usize, to: usize| rows[from][to] * NUMBER_BYTES + elements[from][to] * wire.bytes();
+    busiest(rows.len(), bytes)
 }
 
 /// Elements of a row.
@@ -119,16 +127,90 @@ fn rows_of_slice<'a>(bucket: &Bucket, index: usize, rows: &'a [i64]) -> &'a [i64
 }
 
 /// The elements of `row` that lie in slice `index`, in bucket coordinates.
-fn part(bucket: &Bucket, index: usize, row: i64) -> std::ops::Range<usize> {
+fn part(bucket: &Bucket, index: usize, row: i64) -> Range<usize> {
     let (slice, width) = (bucket.slice(index), width(bucket));
     let start = row as usize * width;
     start.max(slice.start)..(start + width).min(slice.end)
 }
 
+/// Which of `rows`, ascending and all with a part in slice `index`, lie in it as a whole: all but the first and the last, and those too
+/// where the slice begins and ends with a row.
+fn whole(bucket: &Bucket, index: usize, rows: &[i64]) -> Range<usize> {
+    let is_cut = |row: &i64| part(bucket, index, *row).len() < width(bucket);
+    let begin = usize::from(rows.first().is_some_and(is_cut));
+    let end = rows.len() - usize::from(rows.len() > begin && rows.last().is_some_and(is_cut));
+    begin..end
+}
+
+/// Slice `index`, which lies in `slice`: the part of it that is `row`'s.
+fn of_row(bucket: &Bucket, index: usize, slice: &Tensor, row: i64) -> Tensor {
+    let part = part(bucket, index, row);
+    let start = bucket.slice(index).start;
+    slice.narrow(0, (part.start - start) as i64, part.len() as i64)
+}
+
+/// The rows that slice `index`, which lies in `slice`, holds as a whole, [rows, width], and the number of the first.
+fn matrix(bucket: &Bucket, index: usize, slice: &Tensor) -> (Tensor, i64) {
+    let (place, width) = (bucket.slice(index), width(bucket));
+    let first = place.start.div_ceil(width);
+    let rows = (place.end / width).saturating_sub(first);
+    let begin = if rows == 0 { 0 } else { first * width - place.start };
+    let flat = slice.narrow(0, begin as i64, (rows * width) as i64);
+    (flat.view([-1, width as i64]), first as i64)
+}
+
+/// The numbers of rows as an index into a matrix that begins with row `first`, on `device`.
+fn index(rows: &[i64], first: i64, device: Device) -> Result<Tensor> {
+    Ok((Tensor::from_slice(rows) - first).f_to_device(device)?)
+}
+
+/// What slice `index`, which lies in `slice`, holds of `rows`: one row after the other, flat.
+fn select(bucket: &Bucket, index: usize, slice: &Tensor, rows: &[i64]) -> Result<Tensor> {
+    let whole = whole(bucket, index, rows);
+    let cut = |row: &i64| of_row(bucket, index, slice, *row);
+    let (matrix, first) = matrix(bucket, index, slice);
+    let between = matrix.f_index_select(0, &self::index(&rows[whole.clone()], first, slice.device())?)?;
+    let mut parts: Vec<Tensor> = rows[..whole.start].iter().map(cut).collect();
+    parts.push(between.view([-1]));
+    parts.extend(rows[whole.end..].iter().map(cut));
+    Ok(Tensor::f_cat(&parts, 0)?)
+}
+
+/// Adds `values`, as [`select`] gives them, to what slice `index`, which lies in `slice`, holds of `rows`, each of which is there
+/// once.
+fn add(bucket: &Bucket, index: usize, slice: &Tensor, rows: &[i64], values: &Tensor) -> Result<()> {
+    let whole = whole(bucket, index, rows);
+    let values = values.f_to_kind(slice.kind())?;
+    let mut at = 0;
+    let mut next = |elements: i64| {
+        at += elements;
+        values.narrow(0, at - elements, elements)
+    };
+    for row in &rows[..whole.start] {
+        let mut sums = of_row(bucket, index, slice, *row);
+        let _ = sums.f_add_(&next(sums.numel() as i64))?;
+    }
+    if !whole.is_empty() {
+        let (mut matrix, first) = matrix(bucket, index, slice);
+        let width = width(bucket) as i64;
+        let values = next(whole.len() as i64 * width).view([-1, width]);
+        let places = self::index(&rows[whole.clone()], first, slice.device())?;
+        let _ = matrix.f_index_add_(0, &places, &values)?;
+    }
+    for row in &rows[whole.end..] {
+        let mut sums = of_row(bucket, index, slice, *row);
+        let _ = sums.f_add_(&next(sums.numel() as i64))?;
+    }
+    Ok(())
+}
+
 /// Rows on their way to the ranks that own them.
 pub(crate) struct Arriving {
+    /// On the host.
     numbers: Tensor,
     values: Tensor,
+    /// How many rows, and elements of them, come from each rank.
+    counts: Vec<[usize; 2]>,
     pending: [Pending; 2],
 }
 
@@ -140,22 +222,23 @@ pub(crate) struct Rows {
 
 impl Rows {
     /// Rows of zeros, f32.
-    pub(crate) fn zeros(bucket: &Bucket, numbers: Vec<i64>) -> Result<Rows> {
+    pub(crate) fn zeros(bucket: &Bucket, numbers: Vec<i64>, device: Device) -> Result<Rows> {
         let shape = [numbers.len() as i64, width(bucket) as i64];
-        let values = Tensor::f_zeros(shape, (Kind::Float, Device::Cpu))?;
+        let values = Tensor::f_zeros(shape, (Kind::Float, device))?;
         Ok(Rows { numbers, values })
     }
 
     /// Rows of the matrix whose f32 values `theta` holds whole, in `kind`.
     pub(crate) fn read(bucket: &Bucket, theta: &Tensor, kind: Kind, numbers: &[i64]) -> Result<Rows> {
-        let matrix = theta.narrow(0, 0, bucket.numel as i64).view([-1, width(bucket) as i64]);
+        let (matrix, _) = matrix(bucket, 0, theta);
         let values = matrix
-            .f_index_select(0, &Tensor::from_slice(numbers))?
+            .f_index_select(0, &index(numbers, 0, theta.device())?)?
             .f_to_kind(kind)?;
         let numbers = numbers.to_vec();
         Ok(Rows { numbers, values })
     }
 
+    /// On the CPU.
     pub(crate) fn gradient(&self) -> RowGradient<'_> {
         RowGradient {
             numbers: &self.numbers,
@@ -166,9 +249,8 @@ impl Rows {
 
     /// Where among these rows each of `ids` stands; all of them are here.
     pub(crate) fn places(&self, ids: &Tensor) -> Tensor {
-        let place = |id: &i64| self.numbers.binary_search(id).expect("the step named its rows") as i64;
-        let places: Vec<i64> = i64s(ids).iter().map(place).collect();
-        Tensor::from_slice(&places).view_as(ids)
+        let numbers = Tensor::from_slice(&self.numbers).to_device(ids.device());
+        ids.searchsorted(&numbers, false, false, "left", None::<Tensor>)
     }
 }
 
@@ -180,19 +262,22 @@ impl RowPlan {
 
 /// The distinct numbers in some ids, ascending.
 pub(crate) fn unique(ids: &[&Tensor]) -> Vec<i64> {
-    let mut rows: Vec<i64> = ids.iter().flat_map(|ids| i64s(ids).iter().copied()).collect();
+    let mut rows: Vec<i64> = ids
+        .iter()
+        .flat_map(|ids| i64s(&ids.to_device(Device::Cpu)).to_vec())
+        .collect();
     rows.sort_unstable();
     rows.dedup();
     rows
 }
 
-/// The `wanted` rows, ascending, of the matrix whose slices the ranks hold in f32, in `kind`; `None` where some rank wants
+/// The `wanted` rows, ascending, of the matrix whose slices the ranks hold in f32, in `kind` on `device`; `None` where some rank wants
 /// many. All ranks call it, each for rows of its own; returns when they are here.
 pub(crate) fn fetch(
     comm: &dyn Comm,
     bucket: &Bucket,
     theta: &Tensor,
-    kind: Kind,
+    (kind, device): (Kind, Device),
     wanted: Vec<i64>,
 ) -> Result<Option<Rows>> {
     let (rank, world) = (comm.rank(), comm.world());
@@ -213,42 +298,30 @@ pub(crate) fn fetch(
     comm.all_to_all(&numbers, &counts[rank], &mut their_numbers, &asked)?
         .wait()?;
 
-    let start = bucket.slice(rank).start;
+    let elements =
+        |owner: usize, rows: &[i64]| -> usize { rows.iter().map(|row| part(bucket, owner, *row).len()).sum() };
     let (mut send, mut send_counts) = (Vec::new(), Vec::new());
-    let mut their_numbers = i64s(&their_numbers).iter();
-    for asked in &asked {
-        let before = send.len();
-        for row in their_numbers.by_ref().take(*asked) {
-            let part = part(bucket, rank, *row);
-            send.extend_from_slice(&f32s(theta)[part.start - start..part.end - start]);
-        }
-        send_counts.push(send.len() - before);
+    let mut their_numbers = i64s(&their_numbers);
+    for asked in asked {
+        let (rows, others) = their_numbers.split_at(asked);
+        send.push(select(bucket, rank, theta, rows)?);
+        send_counts.push(elements(rank, rows));
+        their_numbers = others;
     }
-    let elements = |owner: usize| mine[owner].iter().map(|row| part(bucket, owner, *row).len()).sum();
-    let receive_counts: Vec<usize> = (0..world).map(elements).collect();
-    let mut received = Tensor::f_zeros([receive_counts.iter().sum::<usize>() as i64], (kind, Device::Cpu))?;
-    let send = Tensor::from_slice(&send).f_to_kind(kind)?;
-    comm.all_to_all(&send, &send_counts, &mut received, &receive_counts)?
+    let send = Tensor::f_cat(&send, 0)?.f_to_kind(kind)?.f_to_device(device)?;
+    let receive_counts: Vec<usize> = mine
+        .iter()
+        .enumerate()
+        .map(|(owner, rows)| elements(owner, rows))
+        .collect();
+    // One slice ends where the next begins: what the owners send, one after the other, are the rows.
+    let mut values = Tensor::f_zeros([wanted.len() as i64, width(bucket) as i64], (kind, device))?;
+    comm.all_to_all(&send, &send_counts, &mut values, &receive_counts)?
         .wait()?;
-
-    // Exact both ways: these values had this precision.
-    let received = received.f_to_kind(Kind::Float)?;
-    let mut received = f32s(&received);
-    let mut rows = Rows::zeros(bucket, wanted)?;
-    let (numbers, width) = (&rows.numbers, width(bucket));
-    let values = f32s_mut(&mut rows.values);
-    for owner in 0..world {
-        let first = numbers.partition_point(|row| (*row as usize + 1) * width <= bucket.slice(owner).start);
-        for (at, row) in rows_of_slice(bucket, owner, numbers).iter().enumerate() {
-            let part = part(bucket, owner, *row);
-            let to = (first + at) * width + part.start - *row as usize * width;
-            let (here, rest) = received.split_at(part.len());
-            values[to..to + part.len()].copy_from_slice(here);
-            received = rest;
-        }
-    }
-    rows.values = rows.values.f_to_kind(kind)?;
-    Ok(Some(rows))
+    Ok(Some(Rows {
+        numbers: wanted,
+        values,
+    }))
 }
 
 /// Starts sending this rank's rows to their owners. `grads` are the whole flat gradient, or `only` the plan's rows of it.
@@ -260,30 +333,27 @@ pub(crate) fn start(
     only: bool,
     wire: Wire,
 ) -> Result<Arriving> {
-    let (rank, world, width) = (comm.rank(), comm.world(), width(bucket));
-    let elements = f32s(grads);
-    let (mut numbers, mut values) = (Vec::new(), Vec::new());
-    for to in 0..world {
-        let slice = slice_of(bucket, to);
-        let rows = rows_of_slice(bucket, slice, &plan.rows);
-        numbers.extend_from_slice(rows);
-        let first = rows
-            .first()
-            .map_or(0, |row| plan.rows.partition_point(|other| other < row));
-        for (at, row) in rows.iter().enumerate() {
-            let part = part(bucket, slice, *row);
-            // The row's place among those that are there, instead of in the matrix.
-            let moved = if only { (*row as usize - first - at) * width } else { 0 };
-            values.extend_from_slice(&elements[part.start - moved..part.end - moved]);
+    let (rank, world) = (comm.rank(), comm.world());
+    let numbers = (0..world).flat_map(|to| rows_of_slice(bucket, slice_of(bucket, to), &plan.rows));
+    let numbers: Vec<i64> = numbers.copied().collect();
+    let rows = match only {
+        true => grads.shallow_clone(),
+        false => {
+            let matrix = grads.narrow(0, 0, bucket.numel as i64).view([-1, width(bucket) as i64]);
+            matrix.f_index_select(0, &index(&plan.rows, 0, grads.device())?)?
         }
-    }
+    };
     let kind = match wire {
         Wire::F32 => Kind::Float,
         Wire::Bf16 => Kind::BFloat16,
     };
-    let values = Tensor::from_slice(&values).f_to_kind(kind)?;
-    let to_here = |counts: &[Vec<usize>]| -> Vec<usize> { counts.iter().map(|to| to[rank]).collect() };
-    let received = to_here(&plan.counts);
+    // One slice ends where the next begins: the slices' parts, one after the other, are the rows. The only slice is everybody's.
+    let values = rows.f_to_kind(kind)?.view([-1]);
+    let values = values.f_repeat([copies(bucket, world) as i64])?;
+    let counts: Vec<[usize; 2]> = (0..world)
+        .map(|from| [plan.counts[from][rank], plan.elements[from][rank]])
+        .collect();
+    let received: Vec<usize> = counts.iter().map(|[rows, _]| *rows).collect();
     let mut their_numbers = Tensor::f_zeros([received.iter().sum::<usize>() as i64], (Kind::Int64, Device::Cpu))?;
     let sent_numbers = comm.all_to_all(
         &Tensor::from_slice(&numbers),
@@ -291,12 +361,13 @@ pub(crate) fn start(
         &mut their_numbers,
         &received,
     )?;
-    let received = to_here(&plan.elements);
-    let mut their_values = Tensor::f_zeros([received.iter().sum::<usize>() as i64], (kind, Device::Cpu))?;
+    let received: Vec<usize> = counts.iter().map(|[_, elements]| *elements).collect();
+    let mut their_values = Tensor::f_zeros([received.iter().sum::<usize>() as i64], (kind, grads.device()))?;
     let sent_values = comm.all_to_all(&values, &plan.elements[rank], &mut their_values, &received)?;
     Ok(Arriving {
         numbers: their_numbers,
         values: their_values,
+        counts,
         pending: [sent_numbers, sent_values],
     })
 }
@@ -307,27 +378,16 @@ impl Arriving {
     }
 
     /// Waits, and adds what came to this rank's slice, rank by rank: the sums of whole slices, without their zeros.
-    pub(crate) fn add_to(self, bucket: &Bucket, rank: usize, mine: &mut Tensor) -> Result<()> {
+    pub(crate) fn add_to(self, bucket: &Bucket, rank: usize, mine: &Tensor) -> Result<()> {
         self.pending.into_iter().try_for_each(Pending::wait)?;
-        let rank = slice_of(bucket, rank);
-        let start = bucket.slice(rank).start;
-        let mine = f32s_mut(mine);
+        let mut numbers = i64s(&self.numbers);
         let mut at = 0;
-        for row in i64s(&self.numbers) {
-            let part = part(bucket, rank, *row);
-            let sums = &mut mine[part.start - start..part.end - start];
-            let values = at..at + part.len();
-            at = values.end;
-            if self.values.kind() == Kind::Float {
-                sums.iter_mut()
-                    .zip(&f32s(&self.values)[values])
-                    .for_each(|(sum, value)| *sum += value);
-            } else {
-                let values = &bf16s(&self.values)[values];
-                sums.iter_mut()
-                    .zip(values)
-                    .for_each(|(sum, value)| *sum += value.to_f32());
-            }
+        for [rows, elements] in self.counts {
+            let (rows, others) = numbers.split_at(rows);
+            let values = self.values.narrow(0, at, elements as i64);
+            add(bucket, slice_of(bucket, rank), mine, rows, &values)?;
+            numbers = others;
+            at += elements as i64;
         }
         Ok(())
     }
@@ -371,12 +431,48 @@ mod tests {
     }
 
     #[test]
-    fn few_rows_travel_as_rows_and_many_as_slices() {
-        let bucket = bucket(1000, 64, 2);
-        let pays = |rows, wire| pays(rows, rows * 64, &bucket, 2, wire);
-        // Two half matrices are 256,000 bytes, a row and its number 264.
-        assert!(pays(500, Wire::F32) && pays(969, Wire::F32) && !pays(970, Wire::F32));
-        // In bf16 128,000 and 136.
-        assert!(pays(941, Wire::Bf16) && !pays(942, Wire::Bf16));
+    fn the_busiest_rank_decides_whether_rows_pay() {
+        // Of 1000 × 64 in two slices a whole half is 128,000 bytes in f32; a row and its number 264.
+        let of = |counts: [[usize; 2]; 2], wire| {
+            let counts: Vec<Vec<usize>> = counts.iter().map(|to| to.to_vec()).collect();
+            let elements: Vec<Vec<usize>> = counts
+                .iter()
+                .map(|to| to.iter().map(|rows| rows * 64).collect())
+                .collect();
+            bytes_as_rows(&counts, &elements, wire)
+        };
+        // What stays is not counted.
+        assert_eq!(of([[900, 484], [484, 900]], Wire::F32), 127_776);
+        assert_eq!(of([[0, 470], [470, 0]], Wire::Bf16), 63_920);
+        // One sends little and receives much, as does who has the frequent pieces.
+        assert_eq!(of([[400, 10], [600, 5]], Wire::F32), 600 * 264);
+    }
+
+    #[test]
+    fn what_is_selected_and_added_are_the_elements_of_the_slice() {
+        for (rows, width, n_slices) in [(50, 5, 3), (97, 32, 4), (9, 40, 16), (7, 3, 1)] {
+            let bucket = bucket(rows, width, n_slices);
+            let numel = (rows * width) as usize;
+            let all = Tensor::arange(numel as i64, (Kind::Float, Device::Cpu));
+            let flat = Tensor::zeros([bucket.padded as i64], (Kind::Float, Device::Cpu));
+            flat.narrow(0, 0, numel as i64).copy_(&all);
+            // Every other row, the first and the last among them.
+            let wanted: Vec<i64> = (0..rows).filter(|row| row % 2 == 0 || row + 1 == rows).collect();
+            let mut found = Vec::new();
+            for at in 0..n_slices {
+                let slice = flat.narrow(0, (at * bucket.slice_len) as i64, bucket.slice_len as i64);
+                let here = rows_of_slice(&bucket, at, &wanted);
+                let values = select(&bucket, at, &slice, here).unwrap();
+                add(&bucket, at, &slice, here, &values).unwrap();
+                found.extend(Vec::<f32>::try_from(&values).unwrap());
+            }
+            let is_wanted = |element: &f32| wanted.contains(&(*element as i64 / width));
+            let expected: Vec<f32> = (0..numel).map(|element| element as f32).collect();
+            let selected: Vec<f32> = expected.iter().copied().filter(is_wanted).collect();
+            assert_eq!(found, selected, "{rows} × {width} in {n_slices}");
+            let doubled = expected.iter().map(|x| if is_wanted(x) { 2.0 * x } else { *x });
+            let flat: Vec<f32> = Vec::try_from(flat.narrow(0, 0, numel as i64)).unwrap();
+            assert_eq!(flat, doubled.collect::<Vec<f32>>(), "{rows} × {width} in {n_slices}");
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use super::sizes::{Block, Sizes, has_lora};
+use super::traffic::{FEW_ROWS, rows_may_travel};
 use crate::plan::{Device, FullModule, Mix, Precision, Recompute, Residual, Train};
 
 /// Slices are multiples of this many elements, so that every slice starts on a cache line in f32.
@@ -544,13 +545,30 @@ impl Budget {
             let elements: usize = above.iter().map(|bucket| trained.numels[*bucket]).sum();
             2 * (elements * train.reduce.bytes()).min(2 * STAGING_BYTES) as u64
         };
+        // Of the embedding's gradient, when it goes: what is sent, and what is received, at most as much as of the whole matrix.
+        let rows = |moment: &Moment| -> u64 {
+            if moment.at != At::Backward(0) || division.world == 1 || !rows_may_travel(sizes, train, division) {
+                return 0;
+            }
+            let all = train.rows_per_step / division.world;
+            let texts = if division.zero < 2 && !sizes.tied {
+                all
+            } else {
+                train.micro_rows
+            };
+            let most = if sizes.tied { sizes.rows / FEW_ROWS } else { sizes.rows };
+            let named = (texts * train.sequence_length).min(most);
+            let copies = if division.zero == 0 { division.world } else { 1 };
+            let received = (named * division.world).min(sizes.rows * copies);
+            ((named * copies + received) * sizes.hidden * train.reduce.bytes()) as u64
+        };
         let frozen_moments: Vec<Moment> = moments(&frozen.stages).collect();
         let each = moments(&trained.stages)
             .zip(&frozen_moments)
             .map(|(moment, of_frozen)| {
                 let frozen = u64::from(divides) * division.passing_frozen(of_frozen, &frozen.numels);
                 let passing = division.passing_trained(&moment, &trained.numels) + frozen;
-                let staging = staging(&moment);
+                let staging = staging(&moment) + rows(&moment);
                 (
                     moment.at,
                     passing + staging,

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::memory::{Division, slice_len};
 use super::sizes::{Buckets, Sizes};
-use crate::plan::{Device, FullModule, Train};
+use crate::plan::{FullModule, Train};
 
 /// Numbers of eight bytes that every rank tells every other in a step: its targets; the squares of its gradient, its loss,
 /// whether it was asked to stop, and the digest of its rows.
@@ -119,11 +119,10 @@ fn rows_beside(sizes: &Sizes, division: &Division, wire: usize, reductions: usiz
     behind + fetched * rows * (sizes.hidden * division.width + 8)
 }
 
-/// Where the embedding trains alone in its bucket, on CPUs; with one slice only where the head is tied, since all ranks' rows
+/// Where the embedding trains alone in its bucket; with one slice only where the head is tied, since all ranks' rows
 /// would go to all.
-fn rows_may_travel(sizes: &Sizes, train: &Train, division: &Division) -> bool {
+pub(super) fn rows_may_travel(sizes: &Sizes, train: &Train, division: &Division) -> bool {
     let alone = !(sizes.block == super::Block::Gpt2 && train.full.contains(&FullModule::Positions));
-    let on_cpu = train.device == Device::Cpu;
     let trains = sizes.embedding_trains(&train.full);
-    trains && alone && on_cpu && (sizes.tied || division.zero > 0)
+    trains && alone && (sizes.tied || division.zero > 0)
 }

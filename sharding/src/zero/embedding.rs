@@ -110,7 +110,11 @@ impl Zero {
         if comm.world() == 1 {
             let wanted = rows::unique(ids);
             embedding.early = self.read_rows(embedding.bucket, &wanted)?;
-            embedding.only = Some(Rows::zeros(&self.layout.buckets[embedding.bucket], wanted)?);
+            embedding.only = Some(Rows::zeros(
+                &self.layout.buckets[embedding.bucket],
+                wanted,
+                Device::Cpu,
+            )?);
             self.embedding = Some(embedding);
             return self.start_publishing(comm);
         }
@@ -118,7 +122,7 @@ impl Zero {
         let bucket = &self.layout.buckets[index];
         if let (true, Some(first)) = (self.unpublished && self.layout.n_slices > 1, ids.first()) {
             let wanted = rows::unique(&[first]);
-            embedding.early = rows::fetch(comm, bucket, &state.slice.theta, self.kind, wanted)?;
+            embedding.early = rows::fetch(comm, bucket, &state.slice.theta, (self.kind, state.device), wanted)?;
         }
         let each_apart = self.stage >= Stage::Gradients;
         let rows = match (each_apart, embedding.tied) {
@@ -167,8 +171,9 @@ impl Zero {
         let readers = self.stages.iter().filter(reads).count();
         let tied = readers == 2 && self.stages.last().is_some_and(|last| reads(&last));
         let first = self.stages.first().is_some_and(|first| reads(&first));
-        let alone = self.layout.buckets[index].params.len() == 1 && self.buckets[index].device == Device::Cpu;
-        let pays = comm.world() > 1 || self.kept_as_rows.as_deref() == Some(matrix);
+        let alone = self.layout.buckets[index].params.len() == 1;
+        let is_kept_so = self.kept_as_rows.as_deref() == Some(matrix) && self.buckets[index].device == Device::Cpu;
+        let pays = comm.world() > 1 || is_kept_so;
         (pays && first && alone && (readers == 1 || tied)).then(|| Embedding {
             bucket: index,
             tied,
@@ -204,7 +209,8 @@ impl Zero {
         let Some(Some(plan)) = embedding.plans.front() else {
             unreachable!("its rows follow");
         };
-        embedding.late = Some(Rows::zeros(&self.layout.buckets[bucket], plan.rows().to_vec())?);
+        let (place, device) = (&self.layout.buckets[bucket], self.buckets[bucket].device);
+        embedding.late = Some(Rows::zeros(place, plan.rows().to_vec(), device)?);
         Ok(())
     }
 
