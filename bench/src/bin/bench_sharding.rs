@@ -21,7 +21,7 @@ const TIME: usize = 256;
 const F32_BYTES: f64 = 4.0;
 /// Steps between two changes of the link's rate, and how often it is slow.
 const TURN: usize = 4;
-const TURNS: usize = 12;
+const TURNS: usize = 24;
 /// Turns on the fast link before the first slow one; all but the first, in which memory is still new, say what a step takes.
 const FAST_TURNS: usize = 3;
 
