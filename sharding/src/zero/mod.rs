@@ -471,14 +471,14 @@ impl Zero {
             };
             let place = &self.layout.buckets[bucket];
             if let Some(rows) = instead {
-                let sums = state.incoming.as_mut().unwrap_or(&mut state.grads_slice);
+                let sums = state.incoming.as_ref().unwrap_or(&state.grads_slice);
                 rows.add_to(place, self.my_slice, sums)?;
             }
             if let Some(incoming) = state.incoming.take() {
                 let _ = state.grads_slice.f_add_(&incoming)?;
             }
             if let Some(rows) = behind {
-                rows.add_to(place, self.my_slice, &mut state.grads_slice)?;
+                rows.add_to(place, self.my_slice, &state.grads_slice)?;
             }
             self.reducing.retain(|reducing| *reducing != bucket);
         }
