@@ -304,6 +304,8 @@ fn check_ranks_equal(trainer: &Trainer, report: &StepReport) -> Result<()> {
         Some(dispute) => {
             let began = dispute.step;
             note(trainer, What::Differed(dispute));
+            // Whoever fails first ends the others: rank 0 writes before.
+            trainer.comm.barrier()?;
             let next = format!(
                 "Step {began} was the first that they began so: start again on as many ranks, and it says who was right"
             );
