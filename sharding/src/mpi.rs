@@ -591,11 +591,15 @@ impl Job for AllToAll {
 
 /// An element as it travels.
 trait Element: Copy + Default + 'static {
+    /// It travels as it lies there, and need not be packed.
+    const IS_F32: bool;
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
 }
 
 impl Element for f32 {
+    const IS_F32: bool = true;
+
     fn from_f32(value: f32) -> f32 {
         value
     }
@@ -606,6 +610,8 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    const IS_F32: bool = false;
+
     fn from_f32(value: f32) -> bf16 {
         bf16::from_f32(value)
     }
@@ -615,27 +621,74 @@ impl Element for bf16 {
     }
 }
 
-/// One all-to-all of equal pieces: what every rank's `send` holds for this one arrives in `receive`, in rank order.
+/// One all-to-all of equal pieces: what every rank sends this one arrives in `receive`, in rank order.
 struct Exchange<W> {
-    /// `world` pieces, one after the other.
+    /// What was packed to be sent, a piece a rank; empty where it lies in a tensor.
     send: Vec<W>,
+    /// How it lies there.
+    _lies: Option<PieceType>,
     receive: Vec<W>,
     /// What of each slice the piece is.
     piece: Range<usize>,
 }
 
 impl<W: Element> Exchange<W> {
-    /// The exchange is kept until the request is finished.
-    fn start(line: &Line, send: Vec<W>, mut receive: Vec<W>, piece: Range<usize>) -> Result<(Request, Exchange<W>)> {
-        receive.resize(piece.len() * line.world(), W::default());
-        assert_eq!(send.len(), receive.len());
-        let (kind, each) = (moved(size_of::<W>()), count("reduce-scatter", piece.len())?);
-        let (from, to) = (send.as_ptr().cast(), receive.as_mut_ptr().cast());
-        // SAFETY: both vectors are as long as the call says, and are kept, unmoved on the heap, until the request is finished.
-        let request = Request::start("reduce-scatter", |request| unsafe {
-            ffi::MPI_Ialltoall(from, each, kind, to, each, kind, line.raw(), request)
-        })?;
-        Ok((request, Exchange { send, receive, piece }))
+    /// Of packed pieces, one after the other. The exchange is kept until the request is finished.
+    fn start(line: &Line, send: Vec<W>, receive: Vec<W>, piece: Range<usize>) -> Result<(Request, Exchange<W>)> {
+        let (kind, each) = (moved(size_of::<W>()), count("all-reduce", piece.len())?);
+        assert_eq!(send.len(), piece.len() * line.world());
+        let mut exchange = Exchange {
+            send,
+            _lies: None,
+            receive,
+            piece,
+        };
+        let from = exchange.send.as_ptr().cast_mut().cast();
+        // SAFETY: as long as the call says, and kept, unmoved on the heap, until the request is finished.
+        let request = unsafe { exchange.request(line, from, each, kind)? };
+        Ok((request, exchange))
+    }
+
+    /// Of a tensor's slices as they lie, of f32. The tensor too is kept until the request is finished.
+    fn start_of(
+        line: &Line,
+        full: &Tensor,
+        slice: usize,
+        receive: Vec<W>,
+        piece: Range<usize>,
+    ) -> Result<(Request, Exchange<W>)> {
+        assert!(W::IS_F32 && full.kind() == Kind::Float && full.is_contiguous());
+        assert!(full.numel() == slice * line.world() && piece.end <= slice);
+        let width = size_of::<W>();
+        let lies = PieceType::new(piece.len(), slice, moved(width), width)?;
+        let (from, kind) = (Address(Address::of(full).0 + piece.start * width).at(), lies.0);
+        let mut exchange = Exchange {
+            send: Vec::new(),
+            _lies: Some(lies),
+            receive,
+            piece,
+        };
+        // SAFETY: the pieces lie within the tensor's slices, an extent apart. By the trait's rule nobody touches it meanwhile.
+        let request = unsafe { exchange.request(line, from, 1, kind)? };
+        Ok((request, exchange))
+    }
+
+    /// # Safety
+    /// `from`: so many elements of the type for each rank, to be kept as they are until the request is finished, as `self` is.
+    unsafe fn request(
+        &mut self,
+        line: &Line,
+        from: *mut std::ffi::c_void,
+        counted: i32,
+        kind: ffi::MPI_Datatype,
+    ) -> Result<Request> {
+        self.receive.resize(self.piece.len() * line.world(), W::default());
+        let (arrives, each) = (moved(size_of::<W>()), count("reduce-scatter", self.piece.len())?);
+        let to = self.receive.as_mut_ptr().cast();
+        // SAFETY: the caller's; what is received is as long as the call says, and is kept, unmoved on the heap.
+        Request::start("reduce-scatter", |request| unsafe {
+            ffi::MPI_Ialltoall(from, counted, kind, to, each, arrives, line.raw(), request)
+        })
     }
 
     /// Σ over ranks, in their order.
@@ -833,14 +886,17 @@ impl<W: Element> ReduceScatter<W> {
     }
 
     fn start(&mut self, line: &Line, piece: Range<usize>) -> Result<()> {
-        let (mut send, mut receive) = self.spare.pop().unwrap_or_default();
-        send.clear();
-        for slice in f32s(&self.full).chunks_exact(self.pieces.slice) {
-            send.extend(slice[piece.clone()].iter().map(|value| W::from_f32(*value)));
-        }
-        // Shorter only at the end, when nothing of this vector's longer past is read any more.
-        receive.truncate(send.len());
-        let (request, exchange) = Exchange::start(line, send, receive, piece.clone())?;
+        let (mut send, receive) = self.spare.pop().unwrap_or_default();
+        let slice = self.pieces.slice;
+        let (request, exchange) = if W::IS_F32 {
+            Exchange::start_of(line, &self.full, slice, receive, piece.clone())?
+        } else {
+            send.clear();
+            for slice in f32s(&self.full).chunks_exact(slice) {
+                send.extend(slice[piece.clone()].iter().map(|value| W::from_f32(*value)));
+            }
+            Exchange::start(line, send, receive, piece.clone())?
+        };
         self.pieces.started(piece, request, exchange);
         Ok(())
     }
@@ -870,7 +926,7 @@ impl<W: Element> Job for ReduceScatter<W> {
         self.pieces.are_started()
     }
 
-    /// What is sent and what is received.
+    /// What is received, and what was packed to be sent, or what MPI keeps of it: measured, that is as much.
     fn staging(&self, line: &Line) -> usize {
         2 * self.pieces.staging(line)
     }

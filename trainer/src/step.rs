@@ -10,7 +10,7 @@ use sharding::Pass::{Backward, Forward};
 use sharding::adamw::AdamW;
 use sharding::zero::Verdict;
 use sharding::{Comm, Mark, Stage, Zero};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use crate::batch::{Batch, MicroBatch};
 use crate::frozen::Frozen;
@@ -47,6 +47,8 @@ pub struct Damage {
     /// The step in which this was last known to be sound: compared, or loaded before it.
     pub sound: u64,
 }
+
+const CHANGED: &str = "its master weights changed in the step, while nothing wrote them";
 
 /// What every rank knows alike after a step.
 pub struct StepReport {
@@ -102,12 +104,10 @@ impl<'a> Trainer<'a> {
         due || self.plan.debug.check_ranks_equal
     }
 
-    /// Whether two ranks are compared that each have all master weights: where those differ no majority says whose are right. On CPUs
-    /// only, which have them at hand.
+    /// Whether two ranks are compared that each have all master weights: where those differ no majority says whose are right.
     fn keeps_digests(&self) -> bool {
         let are_compared = self.plan.train.check_ranks_every > 0 || self.plan.debug.check_ranks_equal;
-        let replicated = self.zero.stage() == Stage::Replicated && self.comm.world() == 2;
-        are_compared && replicated && self.model.device == Device::Cpu
+        are_compared && self.zero.stage() == Stage::Replicated && self.comm.world() == 2
     }
 
     /// What ranks no longer hold alike. Between the step's gradient and its update.
@@ -119,6 +119,15 @@ impl<'a> Trainer<'a> {
         if found.is_empty() {
             self.alike = Some(self.step);
             self.masters.drain(..self.masters.len().saturating_sub(1));
+        } else if let Some(begun_with) = self.masters.last() {
+            // Nothing writes them before the update: whose are not as they were needs no majority.
+            let changed = self.zero.masters() != *begun_with;
+            let all = self.comm.all_gather_bytes(&[u8::from(changed)])?;
+            let changed = |rank: usize| all[rank] == [1];
+            if (0..all.len()).any(changed) {
+                found.retain(|damage| changed(damage.rank));
+                found.iter_mut().for_each(|damage| damage.what = CHANGED);
+            }
         }
         if let Some(frozen) = &mut self.frozen {
             let (ranks, sound) = frozen.damaged_ranks(&mut self.model, self.comm, self.step)?;

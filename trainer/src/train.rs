@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use configs::Plan;
 use launcher::checkpoint::identity::{Difference, Differences};
-use launcher::checkpoint::{Found, Identity};
+use launcher::checkpoint::manifest::step_name;
+use launcher::checkpoint::{FOLDER as CHECKPOINTS, Found, Identity};
 use launcher::events::Event;
 use launcher::history::{Environment, History, What};
 use launcher::place::Place;
@@ -314,9 +315,10 @@ fn check_ranks_equal(trainer: &Trainer, report: &StepReport) -> Result<()> {
         None => ("Take that machine out and start again".to_owned(), sound),
     };
     bail!(
-        "in step {} ranks differ in what they should hold alike; memory or network is at fault. {}. {next}; what was saved after step \
-         {sound}, when this was last known to be sound, may be spoilt: remove it first",
+        "in step {} ranks differ in what they should hold alike; memory or network is at fault. {}. {next}; what was saved since this was \
+         last known to be sound may be spoilt: remove {CHECKPOINTS}/{} and what follows it first",
         trainer.step - 1,
         named.join("; "),
+        step_name(sound + 1),
     );
 }

@@ -265,18 +265,20 @@ fn bytes(comm: &dyn Comm, shared: &Path) {
 /// What is measured in processes of its own, since an allocator keeps what it once had: model, precision, ZeRO stage, recomputation.
 type Setting = (&'static Model, Precision, u8, Mix);
 
-fn settings() -> [Setting; 4] {
+fn settings() -> [Setting; 6] {
     let mix = |full, selective| Mix { full, selective };
     [
         (&LARGE, Precision::F32, 1, mix(0, 0)),
         (&LARGE, Precision::F32, 3, mix(6, 0)),
         (&LARGE_GPT2, Precision::F32, 2, mix(2, 2)),
         (&LARGE, Precision::Bf16, 0, mix(0, 6)),
+        (&LARGE, Precision::Bf16, 3, mix(0, 6)),
+        (&LARGE_GPT2, Precision::Bf16, 1, mix(6, 0)),
     ]
 }
 
-/// Ranks, and the setting. Together all stages, on 1 to 4 ranks.
-const MEASURED: [(usize, usize); 6] = [(1, 0), (1, 3), (2, 1), (3, 2), (4, 0), (4, 1)];
+/// Ranks, and the setting. Together all stages, on 1 to 4 ranks, in both precisions.
+const MEASURED: [(usize, usize); 9] = [(1, 0), (1, 3), (2, 1), (2, 3), (2, 4), (3, 2), (3, 5), (4, 0), (4, 1)];
 
 fn resident(comm: &dyn Comm, shared: &Path, setting: &str) {
     let (model, precision, zero, mix) = settings()[setting.parse::<usize>().expect("the number of a setting")];

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use bench::training::{LINEARS, Panglot, Side, Sides, ensure_alike, grow, step_seconds};
 use bench::{Entry, Report, Results, middle, number, run, script, text_of};
 use clap::{Parser, Subcommand};
+use launcher::worker::variables;
 use serde_json::json;
 
 /// SmolLM2's pieces.
@@ -108,22 +109,18 @@ impl Bench {
     fn zero1(&self, results: &mut Results) -> Result<()> {
         let overrides = self.prepare("prepared", &self.base, RANKS)?;
         let ranks = self.ranks(&overrides, RANKS)?;
-        let (mut ours, mut peers, mut trained) = (Sides::default(), Sides::default(), 0.0);
-        for _ in 0..self.arguments.rounds {
-            ours.add(self.panglot.train(&[], &overrides)?);
-            let report = self.peers("ddp", &ranks)?;
-            trained = number(&report, "trained");
-            peers.add(Side::of_training(&report));
-        }
-        ensure_alike("zero1_vs_ddp", &ours, &peers)?;
+        let (ours, peers) = self.beside("ddp", &overrides, &ranks)?;
+        ensure_alike("zero1_vs_ddp", &ours, peers.faster())?;
+        let trained = peers.trained;
         results.put(
-            Entry::of("zero1_vs_ddp", speed(&ours), speed(&peers), "tokens/s")
+            Entry::of("zero1_vs_ddp", speed(&ours), speed(peers.faster()), "tokens/s")
                 .peer_is("DDP over gloo, transformers + PEFT, SDPA, fused AdamW, the same rows; 4 ranks of one thread on both sides")
                 .note(format!(
                     "f32, {trained} trained, {TIME} tokens a rank and step; the largest rank's peak resident memory {:.0} MB, the \
-                     peer's {:.0} MB",
+                     peer's {:.0} MB; {}",
                     ours.peak_bytes / 1e6,
-                    peers.peak_bytes / 1e6
+                    peers.peak_bytes() / 1e6,
+                    peers.sentence()
                 )),
         )?;
         results.put(
@@ -138,25 +135,40 @@ impl Bench {
         let mut overrides = self.prepare("prepared", &self.base, RANKS)?;
         overrides.extend(["train.zero=3", "train.shard_frozen=true"].map(String::from));
         let ranks = self.ranks(&overrides, RANKS)?;
-        let (mut ours, mut peers) = (Sides::default(), Sides::default());
-        for _ in 0..self.arguments.rounds {
-            ours.add(self.panglot.train(&[], &overrides)?);
-            peers.add(Side::of_training(&self.peers("fsdp", &ranks)?));
-        }
-        ensure_alike("zero3_vs_fsdp", &ours, &peers)?;
+        let (ours, peers) = self.beside("fsdp", &overrides, &ranks)?;
+        ensure_alike("zero3_vs_fsdp", &ours, peers.faster())?;
         results.put(
-            Entry::of("zero3_vs_fsdp", speed(&ours), speed(&peers), "tokens/s")
-                .peer_is("fully_shard of every layer and the root over gloo; otherwise as zero1_vs_ddp"),
+            Entry::of("zero3_vs_fsdp", speed(&ours), speed(peers.faster()), "tokens/s")
+                .peer_is("fully_shard of every layer and the root over gloo; otherwise as zero1_vs_ddp")
+                .note(peers.sentence()),
         )?;
         results.put(
             Entry::of(
                 "peak_memory_vs_fsdp",
                 ours.peak_bytes / 1e6,
-                peers.peak_bytes / 1e6,
+                peers.peak_bytes() / 1e6,
                 "MB",
             )
             .peer_is("the same processes' peak resident memory, loading included; the largest rank's"),
         )
+    }
+
+    /// Ours and the peer by turns; the peer as it starts, and with the settings that our workers start with.
+    fn beside(&self, how: &str, overrides: &[String], ranks: &Ranks) -> Result<(Sides, Peers)> {
+        let (mut ours, mut peers) = (Sides::default(), Peers::default());
+        let with_ours = Ranks {
+            settings: variables(Some(1)),
+            ..ranks.clone()
+        };
+        for _ in 0..self.arguments.rounds {
+            ours.add(self.panglot.train(&[], overrides)?);
+            for (side, ranks) in peers.sides.iter_mut().zip([ranks, &with_ours]) {
+                let report = self.peers(how, ranks)?;
+                peers.trained = number(&report, "trained");
+                side.add(Side::of_training(&report));
+            }
+        }
+        Ok((ours, peers))
     }
 
     /// The embedding apart from the head: its gradient travels as rows.
@@ -175,11 +187,13 @@ impl Bench {
     /// Two ranks, a namespace each, and a link on which communication takes half as long as the step's computation. Ours is one
     /// run under which the link is slow and fast by turns, so that what else changes on this machine counts for both.
     fn hidden(&self, results: &mut Results) -> Result<()> {
-        let link = Link::new()?;
+        let link = Link::new(&self.arguments.python)?;
         let mut overrides = self.prepare("prepared", &self.base, link::RANKS)?;
         overrides.push(format!("train.steps={}", (FAST_TURNS + 2 * TURNS) * TURN));
         let bytes = least_bytes(self.trained(&self.base)?, link::RANKS);
         let (mut rate, mut turn) = (0.0, 0);
+        // Steps that were over when the link was asked what it had carried, and the bytes.
+        let mut carried: Vec<(usize, f64)> = Vec::new();
         let ours = self.panglot.train_seen(&link.mpirun()?, &overrides, |run| {
             // Nothing is parsed while steps are measured.
             let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
@@ -190,6 +204,7 @@ impl Bench {
                     rate = bytes / (middle(step_seconds(run)[TURN..].to_vec()) / 2.0);
                 }
                 link.shape((turn >= FAST_TURNS && turn % 2 == FAST_TURNS % 2).then_some(rate))?;
+                carried.push((metrics.lines().count(), link.carried()?));
             }
             Ok(())
         })?;
@@ -200,6 +215,11 @@ impl Bench {
                 turn >= FAST_TURNS && step % TURN > 0 && turn % 2 == parity
             });
             middle(steps.map(|(_, seconds)| *seconds).collect())
+        };
+        let bytes_sent = ours.bytes_sent;
+        let carried = match &carried[..] {
+            [first, .., last] => (last.1 - first.1) / (last.0 - first.0) as f64,
+            _ => bail!("the run was over before the link was asked twice"),
         };
         let ours = [of(0), of(1)];
 
@@ -218,7 +238,8 @@ impl Bench {
         let hidden = |[free, shaped]: [f64; 2]| (1.0 - (shaped - free) / (bytes / rate)).max(0.0);
         let note = format!(
             "ZeRO-1, tied; {:.0} Mbit/s, so {:.2} s of communication a step; ours {:.2} s unshaped and {:.2} s shaped, medians of {} steps \
-             each, {TURN} by turns in one run; the peer {:.2} and {:.2}; hidden = 1 − (shaped − unshaped) / (bytes / rate)",
+             each, {TURN} by turns in one run; the peer {:.2} and {:.2}; hidden = 1 − (shaped − unshaped) / (bytes / rate); the link carried \
+             {:.1} MB a step and rank, of which {:.1} MB are counted",
             8.0 * rate / 1e6,
             bytes / rate,
             ours[0],
@@ -226,6 +247,8 @@ impl Bench {
             TURNS * (TURN - 1),
             peers[0],
             peers[1],
+            carried / 1e6,
+            bytes_sent / 1e6,
         );
         results.put(
             Entry::of("hidden_share", hidden(ours), hidden(peers), "share of communication")
@@ -299,6 +322,7 @@ impl Bench {
             world,
             rows: self.panglot.rows(overrides, self.arguments.steps * world)?,
             on_link: false,
+            settings: Vec::new(),
         })
     }
 
@@ -353,6 +377,7 @@ impl Bench {
             if ranks.on_link {
                 command.envs(link::VARIABLES);
             }
+            command.envs(ranks.settings.iter().map(|(name, value)| (name, value)));
             command
                 .env("RANK", rank.to_string())
                 .env("WORLD_SIZE", ranks.world.to_string());
@@ -367,11 +392,42 @@ impl Bench {
     }
 }
 
-/// The peer's ranks: how many, what they read, and whether each runs at its end of the slow link.
+/// The peer's ranks: how many, what they read, whether each runs at its end of the slow link, and what their libraries are told.
+#[derive(Clone)]
 struct Ranks {
     world: usize,
     rows: PathBuf,
     on_link: bool,
+    settings: Vec<(&'static str, String)>,
+}
+
+/// The peer as it starts, and with the settings of glibc and OpenMP that our workers start with.
+#[derive(Default)]
+struct Peers {
+    sides: [Sides; 2],
+    trained: f64,
+}
+
+impl Peers {
+    fn faster(&self) -> &Sides {
+        let [plain, set] = &self.sides;
+        if speed(set) > speed(plain) { set } else { plain }
+    }
+
+    /// The smaller one.
+    fn peak_bytes(&self) -> f64 {
+        let [plain, set] = self.sides.each_ref().map(|side| side.peak_bytes);
+        plain.min(set)
+    }
+
+    fn sentence(&self) -> String {
+        let [plain, set] = self.sides.each_ref().map(|side| (speed(side), side.peak_bytes / 1e6));
+        format!(
+            "the peer as it starts {:.0} tokens/s and {:.0} MB, with our settings of glibc and OpenMP {:.0} and {:.0}: the faster and the \
+             smaller count",
+            plain.0, plain.1, set.0, set.1
+        )
+    }
 }
 
 /// Tokens a second of all ranks.
@@ -393,6 +449,9 @@ mod link {
     pub const DEVICE: &str = "panglot0";
     pub const ADDRESSES: [&str; RANKS] = ["10.91.7.1", "10.91.7.2"];
     pub const NETWORK: &str = "10.91.7.0/24";
+    /// Bytes; no more than a burst.
+    pub const PACKET: &str = "250000";
+    pub const BURST: &str = "512kb";
     /// A peer's rank runs behind its own.
     pub const PREFIXES: [&[&str]; RANKS] = [
         &["nsenter", "--net=/run/netns/panglot-a"],
@@ -402,7 +461,7 @@ mod link {
 }
 
 impl Link {
-    fn new() -> Result<Link> {
+    fn new(python: &Path) -> Result<Link> {
         // What an earlier run that was killed has left.
         drop(Link);
         let [a, b] = link::SPACES;
@@ -416,13 +475,21 @@ impl Link {
                 "link", "add", device, "netns", a, "type", "veth", "peer", "name", device, "netns", b,
             ],
         )?;
-        for (space, address) in link::SPACES.iter().zip(link::ADDRESSES) {
+        for (end, (space, address)) in link::SPACES.iter().zip(link::ADDRESSES).enumerate() {
             done(
                 "ip",
                 &["-n", space, "addr", "add", &format!("{address}/24"), "dev", device],
             )?;
             done("ip", &["-n", space, "link", "set", "lo", "up"])?;
             done("ip", &["-n", space, "link", "set", device, "up"])?;
+            // tbf sets a timer for every packet, on the cores that are to compute: with packets of 64 kB, which are the default, these
+            // alone took 3 % of a step. A network card has its own.
+            let large = script("large_packets.py");
+            let python = [link::PREFIXES[end], &[text_of(python)?]].concat();
+            done(
+                python[0],
+                &[&python[1..], &[text_of(&large)?, device, link::PACKET]].concat(),
+            )?;
             // BBR takes a link that was fast a moment ago to have a round trip of microseconds, and paces by timers on the cores
             // that are to compute; most systems send as CUBIC does.
             let route = ["-n", space, "route", "replace", link::NETWORK, "dev", device];
@@ -439,13 +506,25 @@ impl Link {
                 Some(rate) => {
                     let rate = format!("{:.0}bit", 8.0 * rate);
                     let words = ["replace", "dev", link::DEVICE, "root", "tbf", "rate", &rate];
-                    tc(&[&words[..], &["burst", "256kb", "latency", "100ms"]].concat())?;
+                    tc(&[&words[..], &["burst", link::BURST, "latency", "100ms"]].concat())?;
                 }
                 // There is none the first time.
                 None => drop(tc(&["del", "dev", link::DEVICE, "root"])),
             }
         }
         Ok(())
+    }
+
+    /// Bytes that the end which sent more has sent since the link was made, headers and acknowledgements among them.
+    fn carried(&self) -> Result<f64> {
+        let of = |space: &&str| -> Result<f64> {
+            let words = ["-n", space, "-s", "-j", "link", "show", "dev", link::DEVICE];
+            let output = Command::new("ip").args(words).output().context("cannot run ip")?;
+            let said: serde_json::Value = serde_json::from_slice(&output.stdout).context("ip said something else")?;
+            said[0]["stats64"]["tx"]["bytes"].as_f64().context("ip counts no bytes")
+        };
+        let ends: Vec<f64> = link::SPACES.iter().map(of).collect::<Result<_>>()?;
+        Ok(ends.into_iter().fold(0.0, f64::max))
     }
 
     /// What starts one rank in each.

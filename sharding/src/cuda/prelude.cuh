@@ -70,6 +70,7 @@ __device__ __forceinline__ void each(i64 n, bool wide, i64 thread, i64 threads, 
 struct Plus {
     __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
     __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
+    __device__ __forceinline__ u64 operator()(u64 a, u64 b) const { return a + b; }
 };
 struct Larger {
     // What is no number stays.

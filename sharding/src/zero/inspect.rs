@@ -1,6 +1,6 @@
 //! What a rank holds and sends, in bytes, and whether its memory is what it should be.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{Flat, Stage, Values, Zero, view};
 use crate::digest::{self, Digests, damaged};
@@ -21,6 +21,7 @@ impl Zero {
         let mut mine = Digests {
             copies: vec![0; n_slices],
             truth: 0,
+            masters: None,
         };
         for (bucket, state) in self.layout.buckets.iter().zip(&self.buckets) {
             let Some(full) = &state.values.full else {
@@ -34,7 +35,13 @@ impl Zero {
             let published = state.slice.theta.f_to_kind(full.kind())?;
             mine.truth = digest::mix(mine.truth, digest::of(&published));
         }
-        let words = mine.copies.iter().chain([&mine.truth]);
+        if self.stage == Stage::Replicated {
+            mine.masters = Some(match self.kind {
+                Kind::Float => mine.truth,
+                _ => self.masters(),
+            });
+        }
+        let words = mine.copies.iter().chain([&mine.truth]).chain(&mine.masters);
         let words: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
         let all = comm.all_gather_bytes(&words)?;
         let read = |words: &Vec<u8>| {
@@ -42,8 +49,9 @@ impl Zero {
                 .chunks_exact(8)
                 .map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")))
                 .collect();
-            let truth = copies.pop().expect("the truth stands last");
-            Digests { copies, truth }
+            let masters = (copies.len() == n_slices + 2).then(|| copies.pop()).flatten();
+            let truth = copies.pop().expect("it stands behind the copies");
+            Digests { copies, truth, masters }
         };
         Ok(damaged(&all.iter().map(read).collect::<Vec<_>>()))
     }

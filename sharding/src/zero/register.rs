@@ -220,26 +220,42 @@ fn check_ranks_agree(comm: &dyn Comm, description: &str) -> Result<()> {
         return Ok(());
     };
     let texts = comm.all_gather_texts(description.as_bytes())?;
-    let text = |rank: usize| String::from_utf8_lossy(&texts[rank]);
-    let only = |a: &str, b: &str| -> String {
-        let known: BTreeSet<&str> = b.lines().collect();
-        let lines: Vec<&str> = a.lines().filter(|line| !known.contains(line)).collect();
-        let shown = lines.iter().take(LINES_SHOWN).map(|line| format!("\n    {line}"));
-        let more = match lines.len().saturating_sub(LINES_SHOWN) {
-            0 => String::new(),
-            more => format!("\n    and {more} more"),
-        };
-        match lines.is_empty() {
-            true => "\n    nothing that the other lacks".to_owned(),
-            false => shown.collect::<String>() + &more,
+    let [zero, other] = [0, first].map(|rank| String::from_utf8_lossy(&texts[rank]));
+    let (rank_0_only, first_only) = match (only(&zero, &other), only(&other, &zero)) {
+        (None, None) => {
+            let mut places = (1..).zip(zero.lines().zip(other.lines()));
+            let differs = places.find(|(_, (a, b))| a != b);
+            let (place, (a, b)) = differs.expect("texts of the same lines differ in their order");
+            let at = |line| format!("\n    the same in another order: number {place} is {line}");
+            (at(a), at(b))
+        }
+        (rank_0_only, first_only) => {
+            let nothing = || "\n    nothing that the other lacks".to_owned();
+            (rank_0_only.unwrap_or_else(nothing), first_only.unwrap_or_else(nothing))
         }
     };
     Err(Error::LayoutMismatch {
         ranks,
         first,
-        rank_0_only: only(&text(0), &text(first)),
-        first_only: only(&text(first), &text(0)),
+        rank_0_only,
+        first_only,
     })
+}
+
+/// The first lines of `a` that `b` lacks.
+fn only(a: &str, b: &str) -> Option<String> {
+    let known: BTreeSet<&str> = b.lines().collect();
+    let lines: Vec<&str> = a.lines().filter(|line| !known.contains(line)).collect();
+    let shown: String = lines
+        .iter()
+        .take(LINES_SHOWN)
+        .map(|line| format!("\n    {line}"))
+        .collect();
+    match lines.len() {
+        0 => None,
+        n if n > LINES_SHOWN => Some(format!("{shown}\n    and {} more", n - LINES_SHOWN)),
+        _ => Some(shown),
+    }
 }
 
 const LINES_SHOWN: usize = 12;

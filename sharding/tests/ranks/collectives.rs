@@ -2,6 +2,8 @@
 
 use std::path::Path;
 use std::sync::OnceLock;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use sharding::{Comm, Wire};
@@ -27,7 +29,7 @@ pub const CASES: [Case; 12] = [
 static DEVICE: OnceLock<Device> = OnceLock::new();
 
 /// Where the cases' tensors lie; the CPU unless it was said otherwise.
-fn device() -> Device {
+pub fn device() -> Device {
     *DEVICE.get_or_init(|| Device::Cpu)
 }
 
@@ -82,7 +84,7 @@ fn rank_order(comm: &dyn Comm, _: &Path) {
     let mut mine = zeros(16, Kind::Float);
     for repetition in 0..5 {
         // The first one waits for the last, another one each time.
-        std::thread::sleep(Duration::from_millis(if repetition % world == rank { 20 } else { 0 }));
+        thread::sleep(Duration::from_millis(if repetition % world == rank { 20 } else { 0 }));
         let full = Tensor::from_slice(&share(rank)).to_device(device());
         comm.reduce_scatter(&full, &mut mine, Wire::F32)
             .unwrap()
@@ -217,25 +219,36 @@ fn combine(comm: &dyn Comm, _: &Path) {
     assert_eq!(comm.sum(&[infinite]).unwrap(), [f64::INFINITY]);
 }
 
+/// Rank 0 begins its part of what is large after the small ones: were they behind it, nobody would ever have them.
 fn lanes(comm: &dyn Comm, _: &Path) {
-    let world = comm.world();
-    let full = numbers(comm.rank(), 2_000_000 * world);
-    let mut mine = zeros(2_000_000, Kind::Float);
-    let large = comm.reduce_scatter(&full, &mut mine, Wire::F32).unwrap();
-    // Any number of small ones may come and go in between; that they do not wait is for the clock to say, that they are
-    // right and the large one is too is said here.
+    let (rank, world) = (comm.rank(), comm.world());
+    let slice = 2_000_000;
+    let full = numbers(rank, slice * world);
+    let mut mine = zeros(slice, Kind::Float);
+    let mut large = |now: bool| now.then(|| comm.reduce_scatter(&full, &mut mine, Wire::F32).unwrap());
+    let early = large(rank > 0);
+    let (tell, over) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        let waited = over.recv_timeout(Duration::from_secs(60));
+        assert_ne!(
+            waited,
+            Err(RecvTimeoutError::Timeout),
+            "what is small waits for what is large"
+        );
+    });
     for _ in 0..10 {
         assert_eq!(comm.sum(&[1.0]).unwrap(), [world as f64]);
     }
-    large.wait().unwrap();
-    let expected = sum_in_order(world, |rank| values(&numbers(rank, 2_000_000 * world)));
-    assert_eq!(values(&mine), expected[comm.rank() * 2_000_000..][..2_000_000]);
+    drop(tell);
+    early.or_else(|| large(true)).unwrap().wait().unwrap();
+    let expected = sum_in_order(world, |rank| values(&numbers(rank, slice * world)));
+    assert_eq!(values(&mine), expected[rank * slice..][..slice]);
 }
 
 /// Of all kinds and sizes, begun by ranks that come late, and waited for from the last to the first.
 fn many(comm: &dyn Comm, _: &Path) {
     let (rank, world) = (comm.rank(), comm.world());
-    std::thread::sleep(Duration::from_millis(20 * rank as u64));
+    thread::sleep(Duration::from_millis(20 * rank as u64));
     // The first is several exchanges long, those behind it are one each, and more than are under way at a time.
     let mut slices = vec![2_500_001, 20_000, 1, 70_000, 30_000, 50_000];
     slices.resize(20, 25_000);

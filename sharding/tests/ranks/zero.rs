@@ -8,6 +8,7 @@ use sharding::adamw::AdamW;
 use sharding::{BucketSpec, Comm, ParamSpec, Stage, Wire, Zero};
 use tch::{Device, Kind, Tensor};
 
+use crate::collectives::device;
 use crate::mpirun::{self, Case, memory};
 
 pub const CASES: [Case; 5] = [
@@ -46,7 +47,7 @@ fn zero(comm: &dyn Comm, stage: Stage, kind: Kind, tied: bool) -> Zero {
         }],
     }];
     let mut zero = Zero::new(comm, stage, &specs, kind, |_, _| {
-        Tensor::ones([ROWS, WIDTH], (Kind::Float, Device::Cpu))
+        Tensor::ones([ROWS, WIDTH], (Kind::Float, device()))
     })
     .unwrap();
     // A head that reads it too, or nothing of it.
@@ -60,7 +61,7 @@ fn ids(rank: usize, micro: usize) -> Tensor {
     let ids: Vec<i64> = (0..40)
         .map(|i| (i * i * 17 + rank as i64 * 29 + micro as i64 * 5) % ROWS)
         .collect();
-    Tensor::cat(&[Tensor::from_slice(&ids), Tensor::from_slice(&[0, ROWS - 1])], 0)
+    Tensor::cat(&[Tensor::from_slice(&ids), Tensor::from_slice(&[0, ROWS - 1])], 0).to_device(device())
 }
 
 struct Weight(String, Tensor, Option<Tensor>);
@@ -102,7 +103,7 @@ fn slice(comm: &dyn Comm, stage: Stage, how: How) -> (Tensor, u64) {
         zero.begin_step(comm, "embed", &batches.iter().collect::<Vec<_>>())
             .unwrap();
     }
-    let numbers = |count: i64| Tensor::arange(count * WIDTH, (Kind::Float, Device::Cpu)).view([-1, WIDTH]);
+    let numbers = |count: i64| Tensor::arange(count * WIDTH, (Kind::Float, device())).view([-1, WIDTH]);
     let share = |count: i64| (numbers(count).remainder(64.0) + comm.rank() as f64) / how.divisor;
     for (micro, ids) in batches.iter().enumerate() {
         let pass = sharding::Pass::Backward { last: micro == 1 };
@@ -193,7 +194,7 @@ fn rows_ahead(comm: &dyn Comm, _: &Path) {
         let ids = ids(comm.rank(), 0);
         zero.begin_step(comm, "embed", &[&ids]).unwrap();
         zero.enter(comm, 0, sharding::Pass::Forward, vec![&mut weight]).unwrap();
-        let expected = (Tensor::arange(ROWS * WIDTH, (Kind::Double, Device::Cpu)) / 7.0)
+        let expected = (Tensor::arange(ROWS * WIDTH, (Kind::Double, device())) / 7.0)
             .to_kind(Kind::Float)
             .to_kind(kind)
             .view([ROWS, WIDTH]);
@@ -221,9 +222,9 @@ fn nan(comm: &dyn Comm, _: &Path) {
 }
 
 /// Two micro-batches through a model of ten stages at stage 3, measured: what a rank's memory grows by, at most, is what is
-/// planned. Alone nothing is divided; more than two ranks would only take longer.
+/// planned. Alone nothing is divided; more than two ranks would only take longer; of a GPU's memory libtorch keeps what it once took.
 fn resident(comm: &dyn Comm, _: &Path) {
-    if comm.world() != 2 {
+    if comm.world() != 2 || device() != Device::Cpu {
         return;
     }
     let numels: Vec<usize> = [vec![3_000_000; 9], vec![12_000_000]].concat();

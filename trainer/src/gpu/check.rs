@@ -8,7 +8,7 @@ use sharding::adamw::{self, AdamW};
 use sharding::cuda;
 use sharding::cuda::nccl::Nccl;
 use sharding::zero::Trained;
-use sharding::{Comm, Stage, Zero};
+use sharding::{Comm, Stage, Zero, digest};
 use tch::{Device, Kind, Tensor};
 
 use super::{absence, llama_7b, plan};
@@ -44,6 +44,7 @@ pub fn check() -> Result<()> {
         check_attention(&mut table, kind);
     }
     check_adamw(&mut table);
+    check_digest(&mut table);
     match cuda::check_fp8(device) {
         Ok(()) => check_fp8(&mut table),
         Err(_) => println!("  (no units for FP8 here: its products are not compared)"),
@@ -253,6 +254,14 @@ fn check_adamw(table: &mut Table) {
     });
 }
 
+fn check_digest(table: &mut Table) {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let tensor = random(&[1_000_003], kind, "digest");
+        let differ = digest::of(&tensor) != digest::of(&tensor.to_device(table.device));
+        table.line(&format!("digest {}", name_of(kind)), f64::from(u8::from(differ)), 0.0);
+    }
+}
+
 fn check_fp8(table: &mut Table) {
     let [w, x, d_y] = [("w", [1024, 4096]), ("x", [500, 4096]), ("d_y", [500, 1024])]
         .map(|(name, shape)| random(&shape, Kind::BFloat16, name));
@@ -285,15 +294,18 @@ fn check_training(table: &mut Table, precision: Precision, family: Family) -> Re
 fn check_division(table: &mut Table, precision: Precision) -> Result<()> {
     let alone = sharding::join(1)?;
     let plain = divided(alone.as_ref(), table.device, precision, Stage::OptimizerState, false)?;
-    let nccl = Nccl::join(sharding::join(1)?, 0, true).map_err(|refused| refused.error)?;
-    for stage in Stage::ALL {
-        for offload in [false, true] {
-            let found = divided(&nccl, table.device, precision, stage, offload)?;
-            for (what, most) in BOUNDS_OF_DIVISION {
-                let (seen, _) = worst(what, &plain, &found);
-                let lies = if offload { ", offloaded" } else { "" };
-                let name = format!("{stage:?} by NCCL{lies}: {what} {}", name_of(kind(precision)));
-                table.line(&name, seen, most);
+    for ordered in [true, false] {
+        let nccl = Nccl::join(sharding::join(1)?, 0, ordered).map_err(|refused| refused.error)?;
+        for stage in Stage::ALL {
+            for offload in [false, true] {
+                let found = divided(&nccl, table.device, precision, stage, offload)?;
+                for (what, most) in BOUNDS_OF_DIVISION {
+                    let (seen, _) = worst(what, &plain, &found);
+                    let sums = if ordered { ", sums in rank order" } else { "" };
+                    let lies = if offload { ", offloaded" } else { "" };
+                    let name = format!("{stage:?} by NCCL{sums}{lies}: {what} {}", name_of(kind(precision)));
+                    table.line(&name, seen, most);
+                }
             }
         }
     }
