@@ -118,6 +118,18 @@ fn gradients_in_bf16_on_the_wire_give_nearly_the_same_losses() {
 }
 
 #[test]
+fn a_deterministic_run_asks_libtorch_for_it_and_on_cpus_has_the_bits_of_any_other() {
+    let losses = [false, true].map(|deterministic| {
+        let run = run(2, &[&format!("debug.deterministic={deterministic}")]);
+        let log = std::fs::read_to_string(run.folder.path().join("logs/rank-1.log")).expect("a rank's log");
+        let line = format!("libtorch's algorithms deterministic={deterministic}");
+        assert!(log.contains(&line), "{log}");
+        run.losses()
+    });
+    assert_eq!(losses[0], losses[1]);
+}
+
+#[test]
 fn one_large_micro_batch_gives_the_losses_of_many_small_ones() {
     let (small, large) = (losses(1, &["train.micro_rows=1"]), losses(1, &["train.micro_rows=12"]));
     check_close(&small, &large, "in one micro-batch");

@@ -189,6 +189,8 @@ fn start(command: Command) -> Result<i32> {
     if plan.as_ref().is_some_and(|plan| plan.debug.deterministic) {
         sharding::cuda::use_deterministic_algorithms();
     }
+    let deterministic = sharding::cuda::algorithms_are_deterministic();
+    tracing::info!(deterministic, "libtorch's algorithms");
     let digest = match &command {
         Command::Train { config_digest, .. } => config_digest.clone(),
         _ => None,

@@ -61,10 +61,11 @@ fn main() {
     }
 }
 
-const CASES: [Case; 16] = [
+const CASES: [Case; 17] = [
     // First: what others leave to the allocator would be taken from what this one measures.
     ("a_base_is_divided_as_it_is_read", resident_at_load),
     ("every_stage_gives_the_training_of_one_rank", same_as_one_rank),
+    ("ranks_sum_as_one_rank_sums_as_many_micro_batches", as_micro_batches),
     ("every_stage_clips_as_one_rank_does", clipped),
     ("every_stage_computes_with_the_same_bf16_weights", bf16_weights),
     ("bf16_gradients_give_nearly_the_same", bf16_gradients),
@@ -208,6 +209,30 @@ fn same_as_one_rank(comm: &dyn Comm, shared: &Path) {
                 "{}: frozen shards",
                 model.name
             );
+        }
+    }
+}
+
+/// In bf16 every product is rounded before it is added, so that ranks, in their order, add what one rank adds in as many micro-batches.
+/// In f32 a product is added while it is made, and of the embedding's gradient each row by itself: there bits may differ.
+fn as_micro_batches(comm: &dyn Comm, shared: &Path) {
+    let alone = sharding::join(1).expect("one rank");
+    for model in &MODELS {
+        let mut plan = plan(shared, model);
+        plan.train.precision = Precision::Bf16;
+        let step = |comm: &dyn Comm, stage, accumulation| {
+            let (mut trainer, _) = trainer::train::build_model(&plan, comm, Device::Cpu, None, (stage, false)).unwrap();
+            let before = theta(&trainer);
+            let report = trainer.train_step(&batch(comm, 0, accumulation), false).unwrap();
+            (report.loss, before, theta(&trainer))
+        };
+        let (loss, before, one) = step(alone.as_ref(), Stage::OptimizerState, comm.world());
+        for stage in Stage::ALL {
+            let (same, _, many) = step(comm, stage, 1);
+            let what = format!("{}, {stage:?}", model.name);
+            assert_eq!(loss, same, "{what}");
+            assert_ne!(before[1..], one[1..], "{what}: something was learnt");
+            assert_eq!(one[1..], many[1..], "{what}");
         }
     }
 }

@@ -585,3 +585,50 @@ fn agent(address: &str, words: &[String]) -> Result<ExitCode> {
         .and_then(|code| u8::try_from(code).ok())
         .map_or(ExitCode::FAILURE, ExitCode::from))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_on_sharding_shows_what_was_measured() {
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let page = fs::read_to_string(repository.join("docs/sharding.md")).unwrap();
+        let results = fs::read_to_string(repository.join("bench/results/sharding.json")).unwrap();
+        let results: Vec<serde_json::Value> = serde_json::from_str(&results).unwrap();
+        let of = |name: &str| {
+            let entry = results.iter().find(|entry| entry["name"] == name).unwrap();
+            ["ours", "peer"].map(|side| entry[side].as_f64().unwrap())
+        };
+        let line = |name: &str| -> String {
+            let [ours, peer] = of(name);
+            let (mb, gb) = ([ours / 1e6, peer / 1e6], [ours / 1e3, peer / 1e3]);
+            match name {
+                "bytes_dense" => format!(
+                    "| {:.1} MB | {:.1} MB, the lower bound 2Ψ(N − 1)/N | {:.4} of it |",
+                    mb[0],
+                    mb[1],
+                    ours / peer
+                ),
+                "bytes_sparse" => format!(
+                    "| {:.1} MB | {:.1} MB, the lower bound with whole gradients | {:.2} of it |",
+                    mb[0],
+                    mb[1],
+                    ours / peer
+                ),
+                "peak_memory_vs_fsdp" => format!("| {:.2} GB | {:.2} GB | {:.2} × less |", gb[0], gb[1], peer / ours),
+                "hidden_share" => format!("| {:.1} % | DDP: {:.0} % | |", 100.0 * ours, 100.0 * peer),
+                "weak_scaling_4" => format!("| {ours:.2} | DDP: {peer:.2} | |"),
+                _ => format!("| {ours:.0} tokens/s | {peer:.0} tokens/s | {:.2} × |", ours / peer),
+            }
+        };
+        for entry in &results {
+            let name = entry["name"].as_str().unwrap();
+            let expected = line(name);
+            assert!(
+                page.lines().any(|line| line.ends_with(&expected)),
+                "docs/sharding.md has no line that ends in {expected:?} ({name})"
+            );
+        }
+    }
+}
