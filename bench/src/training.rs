@@ -1,7 +1,8 @@
 //! Training steps, measured: our program as a user starts it, on bench/model.yaml with a case's overrides, and what a side's
 //! steps took.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -44,9 +45,8 @@ impl Panglot {
 
     /// Corpus, vocabulary and tokens.
     pub fn prepare(&self, overrides: &[String]) -> Result<()> {
-        let status = spawn(Command::new(self.program()?).args(self.words("prepare", overrides)?))?.wait()?;
-        ensure!(status.success(), "panglot prepare failed");
-        Ok(())
+        let prepare = spawn(Command::new(self.program()?).args(self.words("prepare", overrides)?))?;
+        watch(prepare, || Ok(())).map(drop)
     }
 
     /// A file of the rows that a run's first steps read, for the peer: ids, a list a row.
@@ -96,14 +96,14 @@ impl Panglot {
             let own = [overrides, &[format!("folders.run={}", text_of(folder)?)]].concat();
             self.start(&[], &own)
         };
-        let started: Vec<Child> = folders.iter().map(start).collect::<Result<_>>()?;
+        let started: Vec<Started> = folders.iter().map(start).collect::<Result<_>>()?;
         let sides = started.into_iter().zip(&folders);
         sides
-            .map(|(child, folder)| Side::of_run(folder, watch(child, || Ok(()))?))
+            .map(|(run, folder)| Side::of_run(folder, watch(run, || Ok(()))?))
             .collect()
     }
 
-    fn start(&self, through: &[String], overrides: &[String]) -> Result<Child> {
+    fn start(&self, through: &[String], overrides: &[String]) -> Result<Started> {
         let mut command = match through.split_first() {
             None => Command::new(self.program()?),
             Some((first, words)) => {
@@ -229,9 +229,33 @@ pub fn ensure_alike(name: &str, ours: &Sides, peers: &Sides) -> Result<()> {
     Ok(())
 }
 
-fn spawn(command: &mut Command) -> Result<Child> {
-    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    child.with_context(|| format!("cannot run {command:?}"))
+/// A program of ours that runs.
+struct Started {
+    child: Child,
+    /// Where its errors go.
+    errors: File,
+}
+
+fn spawn(command: &mut Command) -> Result<Started> {
+    let errors = tempfile::tempfile()?;
+    let child = command.stdout(Stdio::null()).stderr(errors.try_clone()?).spawn();
+    let child = child.with_context(|| format!("cannot run {command:?}"))?;
+    Ok(Started { child, errors })
+}
+
+impl Started {
+    /// # Errors
+    /// When it has ended badly: what it said.
+    fn has_ended(&mut self) -> Result<bool> {
+        let Some(status) = self.child.try_wait()? else {
+            return Ok(false);
+        };
+        let mut said = String::new();
+        self.errors.rewind()?;
+        self.errors.read_to_string(&mut said)?;
+        ensure!(status.success(), "panglot ended with {status}:\n{said}");
+        Ok(true)
+    }
 }
 
 /// Of the steps that a run has written whole lines of.
@@ -242,14 +266,13 @@ pub fn step_seconds(run: &Path) -> Vec<f64> {
 }
 
 /// Waits for a process, with `see` looking on; returns the most memory that it or one below it ever had, in bytes.
-fn watch(mut child: Child, mut see: impl FnMut() -> Result<()>) -> Result<u64> {
+fn watch(mut run: Started, mut see: impl FnMut() -> Result<()>) -> Result<u64> {
     let mut peak = 0;
     loop {
         see()?;
         // What is seen last before the end is all there is: the mark never falls.
-        peak = peak.max(peak_below(child.id()));
-        if let Some(status) = child.try_wait()? {
-            ensure!(status.success(), "panglot train failed: {status}");
+        peak = peak.max(peak_below(run.child.id()));
+        if run.has_ended()? {
             return Ok(peak);
         }
         thread::sleep(Duration::from_millis(10));
